@@ -1,0 +1,22 @@
+"""Post-training with your own loss function, on your own machine. See README.md."""
+
+from cookbook_core import tinker
+from cookbook_core.alignment import align_weights, check_alignment, weighted_mean, weighted_sum
+from cookbook_core.datums import (
+    datum_from_prompt_completion,
+    datum_from_tokens_weights,
+    shift_tokens,
+    with_inputs,
+)
+
+__all__ = [
+    "align_weights",
+    "check_alignment",
+    "datum_from_prompt_completion",
+    "datum_from_tokens_weights",
+    "shift_tokens",
+    "tinker",
+    "weighted_mean",
+    "weighted_sum",
+    "with_inputs",
+]

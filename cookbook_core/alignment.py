@@ -1,0 +1,157 @@
+"""Weights against logprobs: same length, or a loud word; then sums and means.
+
+Guides teach to cut weights and logprobs to the shorter of the two. That hides the shift bug it
+was written for: a weight falls off one end and the objective changes without a sound. Here equal
+lengths are the rule, and cutting is allowed only where nothing with a weight is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from cookbook_core.errors import ConfigError, DatumError, message, raise_all
+from cookbook_core.tinker.types import Datum, TensorData
+
+if TYPE_CHECKING:
+    import torch
+
+Alignment = Literal["strict", "min_length"]
+
+
+def input_tensor(datum: Datum, key: str, like: torch.Tensor) -> torch.Tensor:
+    """`datum.loss_fn_inputs[key]` as a tensor of the dtype and device of `like`.
+
+    Raises:
+        DatumError: the datum has no such input; the message lists those it has.
+    """
+    value = datum.loss_fn_inputs.get(key)
+    if value is None:
+        have = ", ".join(datum.loss_fn_inputs) or "nothing"
+        raise DatumError(
+            message(f'loss_fn_inputs["{key}"]', "missing", "an array of this name", have)
+        )
+    return _tensor(value, like)
+
+
+def align_weights(
+    logprobs: torch.Tensor,
+    weights: Any,
+    mode: Alignment = "strict",
+    *,
+    allow_dropped_weights: bool = False,
+    where: str = "weights",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pair logprobs `(N,)` or `(N, K)` with weights of the same length.
+
+    Args:
+        logprobs: nats; gradient flows through what is returned.
+        weights: TensorData, tensor, array or list; `(N,)`, or `(N, K)` beside `(N, K)` logprobs.
+        mode: "strict" wants equal lengths; "min_length" cuts both to the shorter from the end.
+        allow_dropped_weights: let "min_length" cut off weights that are not zero.
+        where: how to name the weights in an error.
+    Returns:
+        (logprobs, weights) of equal length, weights in the dtype and device of logprobs.
+    Raises:
+        DatumError: lengths differ (strict), or the cut would drop a non-zero weight.
+        ConfigError: unknown mode.
+    """
+    if mode not in ("strict", "min_length"):
+        raise ConfigError(message("mode", "unknown", '"strict" or "min_length"', repr(mode)))
+    w = _tensor(weights, logprobs)
+    n = min(len(w), len(logprobs))
+    if len(w) != len(logprobs) and mode == "strict":
+        raise DatumError(
+            message(
+                where,
+                "length does not match logprobs",
+                f"{len(logprobs)} (len of logprobs)",
+                len(w),
+                "Build datums with datum_from_tokens_weights(), which shifts both together, or "
+                'pass mode="min_length".',
+            )
+        )
+    if bool((w[n:] != 0).any()) and not allow_dropped_weights:
+        at = n + int((w[n:] != 0).reshape(len(w) - n, -1).any(1).nonzero()[0])
+        raise DatumError(
+            message(
+                f"{where}[{at}]",
+                "cutting to the shorter length would drop a non-zero weight",
+                f"zeros after position {n - 1}",
+                float(w[at].reshape(-1)[0]),
+                "That token would leave the objective unnoticed: fix the shift, or pass "
+                "allow_dropped_weights=True.",
+            )
+        )
+    if w.dim() > 1 and w[:n].shape != logprobs[:n].shape:
+        raise DatumError(
+            message(
+                where,
+                "shape does not match logprobs",
+                tuple(logprobs.shape),
+                tuple(w.shape),
+            )
+        )
+    return logprobs[:n], w[:n]
+
+
+def check_alignment(
+    data: Sequence[Datum], logprobs_list: Sequence[torch.Tensor], *keys: str
+) -> None:
+    """Check that each named input of each datum has one entry per logprob.
+
+    Raises:
+        DatumError: for every misaligned or missing input (first five): datum, field, lengths.
+    """
+    problems = []
+    if len(data) != len(logprobs_list):
+        raise DatumError(
+            message("logprobs_list", "not one per datum", len(data), len(logprobs_list))
+        )
+    for i, (datum, logprobs) in enumerate(zip(data, logprobs_list, strict=True)):
+        for key in keys:
+            where = f'data[{i}].loss_fn_inputs["{key}"]'
+            value = datum.loss_fn_inputs.get(key)
+            if value is None:
+                have = ", ".join(datum.loss_fn_inputs) or "nothing"
+                problems.append(message(where, "missing", "an array of this name", have))
+            elif len(value) != len(logprobs):
+                problems.append(
+                    message(
+                        where,
+                        "length does not match logprobs",
+                        f"{len(logprobs)} (len of logprobs)",
+                        len(value),
+                    )
+                )
+    raise_all(DatumError, problems)
+
+
+def weighted_sum(logprobs: torch.Tensor, weights: Any, **align: Any) -> torch.Tensor:
+    """sum_t weights[t] * logprobs[t]: 0-d, nats. Keywords go to `align_weights`.
+
+    Positions of weight 0 give exactly no gradient, even where logprobs is -inf.
+    """
+    logprobs, w = align_weights(logprobs, weights, **align)
+    w = w.reshape(w.shape + (1,) * (logprobs.dim() - w.dim())).expand_as(logprobs)
+    return (logprobs.masked_fill(w == 0, 0.0) * w).sum()
+
+
+def weighted_mean(logprobs: torch.Tensor, weights: Any, **align: Any) -> torch.Tensor:
+    """weighted_sum / sum of weights: 0-d, nats per token.
+
+    Raises:
+        DatumError: the weights sum to zero.
+    """
+    total = _tensor(weights, logprobs).sum()
+    if float(total) == 0:
+        raise DatumError(message("weights", "no mean exists", "a non-zero sum of weights", 0.0))
+    return weighted_sum(logprobs, weights, **align) / total
+
+
+def _tensor(values: Any, like: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    if isinstance(values, TensorData):
+        values = values.to_torch()
+    return torch.as_tensor(values, dtype=like.dtype, device=like.device)

@@ -1,0 +1,90 @@
+"""What a backend must do. The client above knows only this; `local` and a remote service fit it.
+
+Every method that touches a model returns a `concurrent.futures.Future` at once, and the requests
+of one backend run one after another in the order they were made. A backend knows no loss: it
+turns datums into logprobs, hands them to the loss it was given, and pushes the gradient back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from cookbook_core.custom_loss import LossFn
+from cookbook_core.tinker.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    LoraConfig,
+    ModelData,
+    ModelInput,
+    OptimStepResponse,
+    SampleResponse,
+    SamplingParams,
+)
+
+
+class SamplingBackend(Protocol):
+    """One fixed set of weights to generate from."""
+
+    model_data: ModelData
+
+    def sample(
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+    ) -> Future[SampleResponse]: ...
+
+    def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]: ...
+
+    def tokenizer(self) -> Any: ...
+
+
+class TrainingBackend(Protocol):
+    """One adapter in training: its weights, accumulated gradients and optimizer."""
+
+    info: GetInfoResponse
+
+    def forward(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[ForwardBackwardOutput]: ...
+
+    def forward_backward(
+        self, data: Sequence[Datum], loss_fn: LossFn
+    ) -> Future[ForwardBackwardOutput]: ...
+
+    def optim_step(
+        self, params: AdamParams, after: Sequence[Future[Any]] = ()
+    ) -> Future[OptimStepResponse]:
+        """Step, unless one of the earlier requests `after` failed: then change nothing."""
+        ...
+
+    def save(
+        self,
+        name: str,
+        *,
+        for_sampler: bool,
+        overwrite: bool = False,
+        user_metadata: dict[str, str] | None = None,
+    ) -> Future[str]: ...
+
+    def load(self, path: str, *, with_optimizer: bool) -> Future[None]: ...
+
+    def snapshot(self) -> Future[SamplingBackend]: ...
+
+    def tokenizer(self) -> Any: ...
+
+
+class Backend(Protocol):
+    """One base model, and everything made from it."""
+
+    def create_training(
+        self, lora: LoraConfig, user_metadata: dict[str, str] | None = None
+    ) -> Future[TrainingBackend]: ...
+
+    def restore_training(self, path: str, *, with_optimizer: bool) -> Future[TrainingBackend]: ...
+
+    def create_sampler(self, path: str | None) -> Future[SamplingBackend]: ...

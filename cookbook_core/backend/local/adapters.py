@@ -1,0 +1,280 @@
+"""LoRA through peft: one slot in the model per LoRA configuration, any number of adapters on it.
+
+peft puts the LoRA layers into the model once per configuration (a *slot*). An adapter is nothing
+but its tensors, and activating it points the slot's parameters at them: switching costs the size
+of a list, clients cannot touch each other, and a snapshot is a copy of an adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cookbook_core.backend.local.model import BaseModel
+from cookbook_core.errors import ConfigError, ModelError, RequestError, message
+from cookbook_core.tinker.types import AdamParams, LoraConfig
+
+ALPHA = 32
+"""LoRA alpha whatever the rank, as the `tinker` service has it: the scale is 32 / rank."""
+
+
+@dataclass
+class Slot:
+    """The place in the model where adapters of one configuration are put."""
+
+    name: str
+    config: Any
+    params: dict[str, torch.nn.Parameter]
+    """By the key under which peft saves them."""
+
+
+@dataclass
+class Adapter:
+    """The tensors of one LoRA adapter, its accumulated gradients and its optimizer."""
+
+    slot: Slot
+    params: list[torch.nn.Parameter]
+    grads: list[torch.Tensor] | None = None
+    step: int = 0
+    optimizer: torch.optim.AdamW | None = field(default=None, repr=False)
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """The tensors by the key under which peft saves them."""
+        return {k: p.detach() for k, p in zip(self.slot.params, self.params, strict=True)}
+
+    def copy(self) -> Adapter:
+        """The same weights, fresh everything else."""
+        return Adapter(self.slot, [_parameter(p.detach().clone()) for p in self.params])
+
+    def accumulate(self, grads: Sequence[torch.Tensor]) -> None:
+        """Add a gradient, all of it or (when it is not finite) nothing."""
+        norm = torch.stack([g.norm() for g in grads]).norm()
+        if not torch.isfinite(norm):
+            raise RequestError(
+                message(
+                    "forward_backward",
+                    "the gradient of the parameters is not finite",
+                    "a finite gradient",
+                    f"norm {float(norm)}",
+                    "Nothing was accumulated. Lower the loss's scale, or use float32.",
+                )
+            )
+        if self.grads is None:
+            self.grads = [torch.zeros_like(p) for p in self.params]
+        torch._foreach_add_(self.grads, list(grads))
+
+    def optim_step(self, adam: AdamParams) -> dict[str, float]:
+        """One AdamW step on the accumulated gradient, which is then gone.
+
+        Returns:
+            grad_norm (before clipping), update_norm (of the change made), lr, step.
+        Raises:
+            RequestError: nothing accumulated; nothing is changed.
+        """
+        if self.grads is None:
+            raise RequestError(
+                message(
+                    "optim_step",
+                    "no gradient has been accumulated",
+                    "a forward_backward since the last step",
+                    "none",
+                )
+            )
+        optimizer = self.ready_optimizer()
+        for group in optimizer.param_groups:
+            group.update(
+                lr=adam.learning_rate,
+                betas=(adam.beta1, adam.beta2),
+                eps=adam.eps,
+                weight_decay=adam.weight_decay,
+            )
+        before = [p.detach().clone() for p in self.params]
+        for p, g in zip(self.params, self.grads, strict=True):
+            p.grad = g
+        limit = adam.grad_clip_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.params, limit)
+        optimizer.step()
+        for p in self.params:
+            p.grad = None
+        self.grads = None
+        self.step += 1
+        torch._foreach_sub_(before, [p.detach() for p in self.params])
+        update_norm = torch.stack([b.norm() for b in before]).norm()
+        return {
+            "grad_norm": float(grad_norm),
+            "update_norm": float(update_norm),
+            "lr": adam.learning_rate,
+            "step": float(self.step),
+        }
+
+    def ready_optimizer(self) -> torch.optim.AdamW:
+        """The optimizer; made on first use, since many adapters are only ever read."""
+        if self.optimizer is None:
+            fused = self.params[0].device.type in ("cpu", "cuda")
+            self.optimizer = torch.optim.AdamW(self.params, fused=fused)
+        return self.optimizer
+
+
+class AdapterBank:
+    """All slots of one base model, and which adapter is in force."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self.base = base
+        self._peft: Any = None
+        self._slots: dict[str, Slot] = {}
+        self._active: Slot | None = None
+
+    def create(self, lora: LoraConfig) -> Adapter:
+        """A fresh adapter: A uniform, B zero. The same seed gives the same bytes anywhere.
+
+        Raises:
+            ConfigError: rank below 1, or nothing to train.
+        """
+        adapter = self.empty(self.peft_config(lora))
+        generator = torch.Generator().manual_seed(
+            torch.seed() if lora.seed is None else lora.seed
+        )
+        for key, p in zip(adapter.slot.params, adapter.params, strict=True):
+            if ".lora_A." in key:
+                start = torch.empty(p.shape, dtype=torch.float32)
+                torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+                p.data.copy_(start)
+        return adapter
+
+    def empty(self, peft_config: Any) -> Adapter:
+        """An adapter of zeros in the slot for `peft_config`."""
+        slot = self._slot(peft_config)
+        return Adapter(slot, [_parameter(torch.zeros_like(p)) for p in slot.params.values()])
+
+    @contextmanager
+    def active(self, adapter: Adapter | None) -> Iterator[list[torch.nn.Parameter]]:
+        """The model computes with `adapter` inside (None: the bare base model).
+
+        Yields:
+            The slot's parameters, which are what a graph built inside leads to; they share
+            storage with `adapter.params`.
+        """
+        slot = None if adapter is None else adapter.slot
+        if slot is not self._active:
+            if slot is None:
+                self._peft.base_model.disable_adapter_layers()
+            else:
+                self._peft.base_model.enable_adapter_layers()
+                self._peft.set_adapter(slot.name)
+            self._active = slot
+        if adapter is None or slot is None:
+            yield []
+            return
+        params = list(slot.params.values())
+        for p, tensor in zip(params, adapter.params, strict=True):
+            p.data = tensor.data
+        yield params
+
+    def peft_config(self, lora: LoraConfig) -> Any:
+        """peft's own configuration for `lora` on this model."""
+        import peft
+
+        if not isinstance(lora.rank, int) or lora.rank < 1:
+            raise ConfigError(message("rank", "too small", "an integer >= 1", lora.rank))
+        targets = self._target_modules(lora)
+        if not targets:
+            raise ConfigError(
+                message(
+                    "LoraConfig",
+                    "no layer would be trained",
+                    "at least one of train_attn, train_mlp, train_unembed",
+                    "none that this model has",
+                )
+            )
+        return peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=ALPHA,
+            target_modules=targets,
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.base.path,
+        )
+
+    def _target_modules(self, lora: LoraConfig) -> list[str]:
+        """Names, as short as they are unambiguous, of the linear layers `lora` asks for."""
+        from transformers.pytorch_utils import Conv1D
+
+        unembed = self.base.model.get_output_embeddings()
+        unembed = getattr(unembed, "base_layer", unembed)
+        wanted, others = set[str](), set[str]()
+        for path, module in self.base.model.named_modules():
+            if not isinstance(module, (torch.nn.Linear, Conv1D)) or ".lora_" in path:
+                continue
+            path = path.removesuffix(".base_layer")
+            if module is unembed:
+                chosen = lora.train_unembed
+            elif "attn" in path or "attention" in path:
+                chosen = lora.train_attn
+            else:
+                chosen = lora.train_mlp
+            (wanted if chosen else others).add(path)
+
+        def tail(path: str, parts: int) -> str:
+            return ".".join(path.split(".")[-parts:])
+
+        for parts in (1, 2):  # GPT-2 calls a layer of each kind c_proj
+            names = {tail(path, parts) for path in wanted}
+            if not names & {tail(path, parts) for path in others}:
+                return sorted(names)
+        return sorted(wanted)
+
+    def _slot(self, config: Any) -> Slot:
+        import peft
+
+        key = json.dumps(plain_config(config), sort_keys=True)
+        if key in self._slots:
+            return self._slots[key]
+        name = f"slot{len(self._slots)}"
+        model = self.base.model
+        try:
+            with warnings.catch_warnings():
+                # peft warns that LoRA on a tied unembedding cannot be merged in place: exporting
+                # has to untie it, training and saving are exact.
+                warnings.simplefilter("ignore")
+                if self._peft is None:
+                    self._peft = peft.get_peft_model(model, config, adapter_name=name)
+                else:
+                    self._peft.base_model.enable_adapter_layers()
+                    self._peft.add_adapter(name, config)
+                    self._peft.set_adapter(name)
+        except (ValueError, TypeError) as error:
+            raise ModelError(
+                message("LoraConfig", "does not fit this model", "a LoRA peft can add", error)
+            ) from error
+        params = {
+            f"base_model.model.{path.replace(f'.{name}.', '.')}": p
+            for path, p in model.named_parameters()
+            if f".{name}." in path
+        }
+        dtype = self.base.adapter_dtype
+        for p in params.values():
+            p.data = p.data.to(dtype)
+        self._active = self._slots[key] = Slot(name, config, params)
+        return self._slots[key]
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A peft configuration as sorted plain JSON values, without what peft adds at run time."""
+    plain = {}
+    for key, value in sorted(config.to_dict().items()):
+        if key in ("runtime_config", "auto_mapping", "peft_version"):
+            continue
+        plain[key] = sorted(value) if isinstance(value, (set, frozenset)) else value
+    return json.loads(json.dumps(plain, default=str))
+
+
+def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=True)

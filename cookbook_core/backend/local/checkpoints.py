@@ -1,0 +1,290 @@
+"""Checkpoints: plain folders that peft opens, written whole or not at all, nothing unpickled.
+
+    adapter_config.json, adapter_model.safetensors     what peft reads
+    optimizer.safetensors                              Adam moments (not in sampler weights)
+    state.json                                         format, step, base model, user metadata
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cookbook_core.backend.local.adapters import Adapter, AdapterBank, plain_config
+from cookbook_core.errors import CheckpointError, message
+
+FORMAT = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_UNSUPPORTED = {
+    "use_dora": False,
+    "modules_to_save": None,
+    "bias": "none",
+    "trainable_token_indices": None,
+    "target_parameters": None,
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read from a folder: peft's configuration, tensors by peft's keys, the rest."""
+
+    path: Path
+    config: Any
+    tensors: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor] | None = field(default=None, repr=False)
+    step: int = 0
+
+
+def check_name(name: str) -> str:
+    """A name that is one path component and cannot leave its folder.
+
+    Raises:
+        CheckpointError: anything else.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise CheckpointError(
+            message(
+                "name",
+                "not usable as a checkpoint name",
+                "1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit",
+                repr(name)[:80],
+            )
+        )
+    return name
+
+
+def write(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    base_model: str,
+    with_optimizer: bool,
+    overwrite: bool,
+    user_metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Save an adapter as `folder`: into a temporary neighbour, synced, then renamed.
+
+    Raises:
+        CheckpointError: the folder exists and overwrite is False, or it cannot be written; in
+            either case what was there stays.
+    """
+    from safetensors.torch import save_file
+
+    if folder.exists() and not overwrite:
+        raise CheckpointError(
+            message(
+                str(folder), "already exists", "a new name", folder.name, "Or pass overwrite=True."
+            )
+        )
+    config = {**plain_config(adapter.slot.config), "inference_mode": True}
+    config["base_model_name_or_path"] = base_model
+    state = {
+        "format": FORMAT,
+        "step": adapter.step,
+        "base_model": base_model,
+        "user_metadata": dict(user_metadata or {}),
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            tensors = {k: t.cpu().contiguous() for k, t in adapter.named().items()}
+            save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+            if with_optimizer:
+                save_file(_moments(adapter), temporary / "optimizer.safetensors")
+            _write_json(temporary / "adapter_config.json", config)
+            _write_json(temporary / "state.json", state)
+            _sync(temporary)
+            _replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(
+            message(str(folder), "cannot be written", "a writable folder", error)
+        ) from error
+    return folder
+
+
+def read(path: str | Path, *, with_optimizer: bool = False) -> Checkpoint:
+    """Read a checkpoint of ours, or any folder peft wrote for a LoRA.
+
+    Raises:
+        CheckpointError: no such folder, files missing, pickled weights, not a LoRA, a kind of
+            LoRA this backend does not have, or (with_optimizer) no optimizer state in it.
+    """
+    import peft
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    if not (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            message(str(path), "not a checkpoint", "a folder with adapter_config.json", "none")
+        )
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir()))
+        raise CheckpointError(
+            message(
+                str(path),
+                "has no safetensors weights; pickled ones are never opened",
+                "adapter_model.safetensors",
+                found,
+            )
+        )
+    try:
+        config = peft.LoraConfig.from_pretrained(str(folder))
+        tensors = load_file(weights)
+        moments, step = _read_optimizer(folder) if with_optimizer else (None, 0)
+    except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            message(str(path), "cannot be read", "an intact LoRA folder", error)
+        ) from error
+    for key, plain in _UNSUPPORTED.items():
+        if getattr(config, key, plain) not in (plain, False, None):
+            raise CheckpointError(
+                message(f"{path}: {key}", "not supported", plain, getattr(config, key))
+            )
+    config.inference_mode = False
+    config.lora_dropout = 0.0  # see load_base_model: no dropout anywhere
+    return Checkpoint(folder, config, tensors, moments, step)
+
+
+def new_adapter(bank: AdapterBank, checkpoint: Checkpoint) -> Adapter:
+    """A new adapter with the configuration and weights (and moments, if read) of a checkpoint."""
+    adapter = bank.empty(checkpoint.config)
+    restore(adapter, checkpoint)
+    return adapter
+
+
+def restore(adapter: Adapter, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights into an adapter of the same layout, all or nothing.
+
+    Accumulated gradients are dropped; the optimizer becomes the checkpoint's, or fresh when the
+    checkpoint was read without it.
+
+    Raises:
+        CheckpointError: other keys, shapes, rank or alpha; the adapter is untouched.
+    """
+    ours, theirs = adapter.slot.config, checkpoint.config
+    for key in ("r", "lora_alpha", "use_rslora"):
+        if getattr(ours, key) != getattr(theirs, key):
+            raise CheckpointError(
+                message(
+                    f"{checkpoint.path}: {key}",
+                    "differs from this client's adapter",
+                    getattr(ours, key),
+                    getattr(theirs, key),
+                    "Make a client for it: service.create_training_client_from_state(path).",
+                )
+            )
+    wanted = {k: tuple(p.shape) for k, p in adapter.named().items()}
+    found = {k: tuple(t.shape) for k, t in checkpoint.tensors.items()}
+    if wanted != found:
+        odd = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+        raise CheckpointError(
+            message(
+                f"{checkpoint.path}: {odd[0]}",
+                f"does not fit this model and adapter ({len(odd)} of {len(wanted)} tensors differ)",
+                wanted.get(odd[0], "no such tensor"),
+                found.get(odd[0], "no such tensor"),
+                "Was it made for another base model, or with other train_attn/mlp/unembed?",
+            )
+        )
+    for key, p in zip(adapter.slot.params, adapter.params, strict=True):
+        p.data.copy_(checkpoint.tensors[key])
+    adapter.grads, adapter.optimizer, adapter.step = None, None, checkpoint.step
+    if checkpoint.moments:
+        _restore_moments(adapter, checkpoint.moments)
+
+
+def _moments(adapter: Adapter) -> dict[str, torch.Tensor]:
+    if adapter.optimizer is None:
+        return {}
+    state = adapter.optimizer.state
+    return {
+        f"{name}.{key}": state[p][name].cpu().contiguous()
+        for key, p in zip(adapter.slot.params, adapter.params, strict=True)
+        for name in ("exp_avg", "exp_avg_sq")
+        if p in state
+    }
+
+
+def _restore_moments(adapter: Adapter, moments: Mapping[str, torch.Tensor]) -> None:
+    optimizer = adapter.ready_optimizer()
+    for key, p in zip(adapter.slot.params, adapter.params, strict=True):
+        optimizer.state[p] = {
+            "step": torch.tensor(float(adapter.step), device=p.device),
+            **{name: moments[f"{name}.{key}"].to(p) for name in ("exp_avg", "exp_avg_sq")},
+        }
+
+
+def _read_optimizer(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
+    from safetensors.torch import load_file
+
+    if not (folder / "optimizer.safetensors").is_file():
+        raise CheckpointError(
+            message(
+                str(folder),
+                "holds no optimizer state",
+                "optimizer.safetensors (as save_state writes)",
+                "none",
+                "Load the weights alone: load_state / create_training_client_from_state.",
+            )
+        )
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return load_file(folder / "optimizer.safetensors"), int(state["step"])
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    """Have the files' bytes on disk before the folder gets its name."""
+    for path in folder.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    folder.chmod(0o755)
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Give `temporary` its final name; a folder of that name goes only after the new one is in."""
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    folder.rename(old / folder.name)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def base_model_of(path: str | Path) -> str:
+    """The base model a LoRA folder names.
+
+    Raises:
+        CheckpointError: not a LoRA folder, or it names none.
+    """
+    file = Path(path) / "adapter_config.json"
+    try:
+        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            message(str(path), "not a checkpoint", "a folder with adapter_config.json", error)
+        ) from error
+    if not name:
+        raise CheckpointError(
+            message(str(file), "names no base model", "base_model_name_or_path", None)
+        )
+    return name

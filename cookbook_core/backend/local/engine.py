@@ -1,0 +1,327 @@
+"""The local backend: one base model, one queue, any number of adapters, on this machine's torch.
+
+`forward_backward` is the whole idea in a few lines: score with the graph kept, run the loss on
+detached logprobs, push its gradient back through the kept graph. One forward, one backward, for
+any loss. A batch whose graph would not fit in memory is scored without a graph first and then
+again, micro-batch by micro-batch, with the gradient known: same result, one more forward.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cookbook_core.backend.local import checkpoints
+from cookbook_core.backend.local.adapters import Adapter, AdapterBank
+from cookbook_core.backend.local.memory import one_pass_tokens
+from cookbook_core.backend.local.model import BaseModel, load_base_model
+from cookbook_core.backend.local.sampler import SampleRequest, check_request, sample_batch
+from cookbook_core.backend.local.scoring import Scorer
+from cookbook_core.backend.local.worker import Worker
+from cookbook_core.custom_loss import LossFn, LossResult, differentiate, evaluate, merge_metrics
+from cookbook_core.datums import check_data, shift_tokens
+from cookbook_core.errors import RequestError
+from cookbook_core.tinker.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    LoraConfig,
+    ModelInput,
+    OptimStepResponse,
+    SampleResponse,
+    SamplingParams,
+    TensorData,
+)
+
+
+class LocalBackend:
+    """A base model with its queue. Its methods return futures; the work is done by one thread."""
+
+    def __init__(
+        self,
+        base_model: str,
+        checkpoint_dir: Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        model_ids: itertools.count[int] | None = None,
+    ) -> None:
+        self.worker = Worker(f"cookbook-{base_model}")
+        self.checkpoint_dir = checkpoint_dir
+        self._model_ids = model_ids or itertools.count()
+        self._loaded: Engine | None = None
+        self._load = lambda: Engine(load_base_model(base_model, device, dtype))
+
+    def engine(self) -> Engine:
+        """The engine, loaded by the first request that needs it (worker thread only)."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def create_training(
+        self, lora: LoraConfig, user_metadata: dict[str, str] | None = None
+    ) -> Future[LocalTraining]:
+        def create() -> LocalTraining:
+            return LocalTraining(self, self.engine().bank.create(lora), user_metadata)
+
+        return self.worker.submit("create_lora_training_client", create)
+
+    def restore_training(self, path: str, *, with_optimizer: bool) -> Future[LocalTraining]:
+        def create() -> LocalTraining:
+            checkpoint = checkpoints.read(path, with_optimizer=with_optimizer)
+            return LocalTraining(self, checkpoints.new_adapter(self.engine().bank, checkpoint))
+
+        return self.worker.submit("create_training_client_from_state", create)
+
+    def create_sampler(self, path: str | None) -> Future[LocalSampler]:
+        def create() -> LocalSampler:
+            engine = self.engine()
+            if path is None:
+                return LocalSampler(self, None)
+            return LocalSampler(self, checkpoints.new_adapter(engine.bank, checkpoints.read(path)))
+
+        return self.worker.submit("create_sampling_client", create)
+
+    def next_model_id(self) -> str:
+        return f"model-{next(self._model_ids)}"
+
+
+class Engine:
+    """The model and what computes with it. Every method runs in the worker thread."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self.base = base
+        self.scorer = Scorer(base.model, base.device)
+        self.bank = AdapterBank(base)
+        self.one_pass_tokens: int | None = None
+        """Tokens whose graph is kept; None asks free memory at each call."""
+
+    def forward(
+        self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn
+    ) -> ForwardBackwardOutput:
+        with self.bank.active(adapter), torch.no_grad():
+            logprobs = [lp.cpu() for lp in self.scorer.score(data)]
+        return _output(logprobs, evaluate(loss_fn, data, logprobs), {})
+
+    def forward_backward(
+        self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn
+    ) -> ForwardBackwardOutput:
+        """Accumulate the gradient of `loss_fn`; on any error nothing is accumulated."""
+        tokens = sum(datum.model_input.length for datum in data)
+        limit = self.one_pass_tokens
+        if limit is None:
+            limit = one_pass_tokens(self.base)
+        with self.bank.active(adapter) as params:
+            if tokens <= limit:
+                passes, (logprobs, result, grads) = 1, self._one_pass(params, data, loss_fn)
+            else:
+                passes, (logprobs, result, grads) = 2, self._two_pass(params, data, loss_fn)
+        output = _output(logprobs, result, {"passes": float(passes), "tokens": float(tokens)})
+        adapter.accumulate(grads)
+        return output
+
+    def _one_pass(self, params: list[Any], data: Sequence[Datum], loss_fn: LossFn) -> _Pass:
+        with torch.enable_grad():
+            scored = self.scorer.score(data)
+        logprobs = [lp.detach().cpu() for lp in scored]
+        result = differentiate(loss_fn, data, logprobs)
+        return logprobs, result, _pull_back(scored, params, result.grads)
+
+    def _two_pass(self, params: list[Any], data: Sequence[Datum], loss_fn: LossFn) -> _Pass:
+        with torch.no_grad():
+            logprobs = [lp.cpu() for lp in self.scorer.score(data)]
+        result = differentiate(loss_fn, data, logprobs)
+        total: list[torch.Tensor] | None = None
+        for indices in self.scorer.micro_batches(data):
+            with torch.enable_grad():
+                scored = self.scorer.score([data[i] for i in indices])
+            grads = _pull_back(scored, params, [result.grads[i] for i in indices])
+            if total is None:
+                total = grads
+            else:
+                torch._foreach_add_(total, grads)
+        return logprobs, result, total or []
+
+    def sample(
+        self, adapter: Adapter | None, requests: Sequence[SampleRequest]
+    ) -> list[SampleResponse]:
+        tokenizer = None
+        if any(r.params.stop is None or _has_text(r.params.stop) for r in requests):
+            tokenizer = self.base.tokenizer()
+        with self.bank.active(adapter), torch.no_grad():
+            return sample_batch(self.base.model, tokenizer, requests)
+
+
+_Pass = tuple[list[torch.Tensor], LossResult, list[torch.Tensor]]
+
+
+def _has_text(stop: Any) -> bool:
+    return isinstance(stop, str) or any(isinstance(s, str) for s in stop)
+
+
+def _pull_back(
+    logprobs: Sequence[torch.Tensor], params: Sequence[Any], grads: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """d loss / d params from d loss / d logprobs, through the graph of the logprobs."""
+    cotangents = [g.to(lp) for g, lp in zip(grads, logprobs, strict=True)]
+    found = torch.autograd.grad(logprobs, params, cotangents, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+
+
+def _output(
+    logprobs: Sequence[torch.Tensor], result: LossResult, backend_metrics: dict[str, float]
+) -> ForwardBackwardOutput:
+    def pack(lp: torch.Tensor) -> TensorData:
+        return TensorData(lp.numpy(), "float64" if lp.dtype == torch.float64 else "float32")
+
+    return ForwardBackwardOutput(
+        loss_fn_output_type="ArrayRecord",
+        loss_fn_outputs=[{"logprobs": pack(lp)} for lp in logprobs],
+        metrics=merge_metrics(result, backend_metrics),
+    )
+
+
+class LocalTraining:
+    """One adapter in training."""
+
+    def __init__(
+        self,
+        backend: LocalBackend,
+        adapter: Adapter,
+        user_metadata: dict[str, str] | None = None,
+    ) -> None:
+        base = backend.engine().base
+        self._backend, self._adapter, self._metadata = backend, adapter, user_metadata
+        data = base.data()
+        self.info = GetInfoResponse(
+            model_data=data,
+            model_id=backend.next_model_id(),
+            is_lora=True,
+            lora_rank=adapter.slot.config.r,
+            model_name=data.model_name,
+        )
+
+    def tokenizer(self) -> Any:
+        return self._backend.engine().base.tokenizer()
+
+    def forward(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[ForwardBackwardOutput]:
+        return self._submit("forward", lambda e: e.forward(self._adapter, data, loss_fn))
+
+    def forward_backward(
+        self, data: Sequence[Datum], loss_fn: LossFn
+    ) -> Future[ForwardBackwardOutput]:
+        return self._submit(
+            "forward_backward", lambda e: e.forward_backward(self._adapter, data, loss_fn)
+        )
+
+    def optim_step(
+        self, params: AdamParams, after: Sequence[Future[Any]] = ()
+    ) -> Future[OptimStepResponse]:
+        def step(_: Engine) -> OptimStepResponse:
+            errors = [e for f in after if not f.cancelled() and (e := f.exception())]
+            if errors:
+                raise RequestError(
+                    f"optim_step: a forward_backward before it failed ({errors[0]}), and nobody "
+                    "had read its result. Nothing was stepped; accumulated gradients are kept. "
+                    "Read the failed future's .result(), then decide."
+                ) from errors[0]
+            return OptimStepResponse(self._adapter.optim_step(params))
+
+        return self._submit("optim_step", step)
+
+    def save(
+        self,
+        name: str,
+        *,
+        for_sampler: bool,
+        overwrite: bool = False,
+        user_metadata: dict[str, str] | None = None,
+    ) -> Future[str]:
+        kind = "sampler_weights" if for_sampler else "weights"
+        folder = self._backend.checkpoint_dir / self.info.model_id / kind
+        path = folder / checkpoints.check_name(name)
+
+        def save(engine: Engine) -> str:
+            written = checkpoints.write(
+                path,
+                self._adapter,
+                base_model=engine.base.path,
+                with_optimizer=not for_sampler,
+                overwrite=overwrite,
+                user_metadata={**(self._metadata or {}), **(user_metadata or {})},
+            )
+            return str(written)
+
+        return self._submit("save_weights_for_sampler" if for_sampler else "save_state", save)
+
+    def load(self, path: str, *, with_optimizer: bool) -> Future[None]:
+        def load(_: Engine) -> None:
+            checkpoint = checkpoints.read(path, with_optimizer=with_optimizer)
+            checkpoints.restore(self._adapter, checkpoint)
+
+        return self._submit("load_state", load)
+
+    def snapshot(self) -> Future[LocalSampler]:
+        return self._submit(
+            "save_weights_and_get_sampling_client",
+            lambda _: LocalSampler(self._backend, self._adapter.copy()),
+        )
+
+    def _submit(self, label: str, run: Any) -> Future[Any]:
+        return self._backend.worker.submit(label, lambda: run(self._backend.engine()))
+
+
+class LocalSampler:
+    """A snapshot to generate from: a copy of an adapter, or the bare base model."""
+
+    def __init__(self, backend: LocalBackend, adapter: Adapter | None) -> None:
+        self._backend, self._adapter = backend, adapter
+        self.model_data = backend.engine().base.data()
+
+    def tokenizer(self) -> Any:
+        return self._backend.engine().base.tokenizer()
+
+    def sample(
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+    ) -> Future[SampleResponse]:
+        """Queued; requests made back to back on the same snapshot are decoded together."""
+        request = SampleRequest(
+            prompt.to_ints(), num_samples, params, include_prompt_logprobs, topk_prompt_logprobs
+        )
+        base = self.model_data
+        check_request(
+            request, vocab_size=base.vocab_size or 0, max_context=base.max_context_length
+        )
+        return self._backend.worker.submit_grouped(
+            "sample",
+            ("sample", id(self)),
+            request,
+            lambda requests: self._backend.engine().sample(self._adapter, requests),
+        )
+
+    def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
+        """log p of each prompt token given those before it, through the training's scoring path."""
+        inputs, targets = shift_tokens(prompt.to_ints())
+        datum = Datum(ModelInput.from_ints(inputs), {"target_tokens": targets})
+        base = self.model_data
+        check_data([datum], vocab_size=base.vocab_size or 0, max_context=base.max_context_length)
+
+        def run(data: list[Datum]) -> list[list[float | None]]:
+            engine = self._backend.engine()
+            with engine.bank.active(self._adapter), torch.no_grad():
+                return [[None, *lp.tolist()] for lp in engine.scorer.score(data)]
+
+        return self._backend.worker.submit_grouped(
+            "compute_logprobs", ("compute_logprobs", id(self)), datum, run
+        )

@@ -1,0 +1,171 @@
+"""Hidden states and the unembedding -> logprobs of the target tokens, no `[N, V]` in memory.
+
+With a frozen unembedding W the logprob of target t and its derivative are
+
+    z = W h (+ b),   l = z[t] - logsumexp(z),   dl/dh = W[t] - p W,   p = softmax(z)
+
+so the forward, which has p at hand chunk by chunk, keeps e = pW `(N, D)`, and the backward needs
+no product over the vocabulary at all, for any number K of targets per row:
+
+    dL/dh = sum_k g_k W[t_k] - (sum_k g_k) e
+
+Soft-capped or scaled logits y = f(z) multiply each term by f'(z). A trained unembedding (LoRA on
+it) has no such shortcut: its chunks are recomputed in the backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 1 << 24
+"""Largest number of logits alive at once (64 MiB in float32)."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: y = softcap * tanh(scale * (W h + b) / softcap).
+
+    softcap None: no capping.
+    """
+
+    model: Any
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def module(self) -> Any:
+        """The model's output embedding as it is now, LoRA included."""
+        return self.model.get_output_embeddings()
+
+    def finish(self, z: torch.Tensor) -> torch.Tensor:
+        """Raw logits -> logits."""
+        z = z if self.scale == 1.0 else z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def slope(self, y: torch.Tensor) -> torch.Tensor | float:
+        """d logits / d raw logits, from the logits."""
+        return self.scale if self.softcap is None else self.scale * (1 - (y / self.softcap) ** 2)
+
+
+def find_head(model: Any) -> Head | None:
+    """The head of a Hugging Face causal LM; None when hidden states and the output embedding do
+    not reproduce the model's own logits (an architecture that does more after it).
+
+    Scaling and capping are read from the config under the names the architectures use, then
+    checked against the model itself on a few tokens.
+    """
+    module = model.get_output_embeddings()
+    backbone = getattr(model, model.base_model_prefix, None)
+    if backbone is None or backbone is model or not hasattr(module, "weight"):
+        return None
+    config = model.config.get_text_config()
+    head = Head(
+        model,
+        scale=float(getattr(config, "logit_scale", None) or 1.0)
+        / float(getattr(config, "logits_scaling", None) or 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+    ids = torch.arange(4, device=module.weight.device)[None] % config.vocab_size
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        found = head.finish(module(hidden))
+    tolerance = 1e-2 if expected.dtype == torch.bfloat16 else 1e-4
+    same = found.shape == expected.shape and torch.allclose(
+        found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+    )
+    return head if same else None
+
+
+def target_logprobs(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log p of the targets given hidden states.
+
+    Args:
+        head: see `find_head`.
+        hidden: `(N, D)` last hidden states.
+        targets: `(N, K)` int64 token ids.
+    Returns:
+        `(N, K)` nats, float32 (float64 for float64 hidden states); gradient flows to `hidden` and
+        to any trained parameter of the head.
+    """
+    module = head.module
+    frozen = getattr(module, "base_layer", module)  # what is under LoRA layers, active or not
+    if type(frozen) is not torch.nn.Linear or any(p.requires_grad for p in module.parameters()):
+        return _checkpointed(head, hidden, targets)
+    return _FrozenHead.apply(hidden, frozen.weight, frozen.bias, targets, head)
+
+
+def _rows_per_chunk(vocab_size: int) -> int:
+    return max(1, CHUNK_ELEMENTS // vocab_size)
+
+
+def _checkpointed(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Chunks of plain autograd, recomputed in the backward: exact whatever the head is."""
+    module = head.module
+
+    def chunk(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(head.finish(_wide(module(h))), dim=-1).gather(1, t)
+
+    n = _rows_per_chunk(module.weight.shape[0])
+    return torch.cat(
+        [
+            checkpoint(chunk, h, t, use_reentrant=False)
+            for h, t in zip(hidden.split(n), targets.split(n), strict=True)
+        ]
+    )
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """At least float32: softmax in bfloat16 is a well-known silent bug."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Target logprobs through a frozen linear head; keeps `(N, D)`, never `(N, V)`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, head: Head) -> Any:
+        keep = ctx.needs_input_grad[0]
+        logprobs = torch.empty(targets.shape, dtype=_wide(hidden).dtype, device=hidden.device)
+        slopes = torch.ones_like(logprobs)
+        expected = torch.empty_like(hidden) if keep else None
+        n = _rows_per_chunk(weight.shape[0])
+        for a in range(0, len(hidden), n):
+            rows = slice(a, a + n)
+            raw = torch.nn.functional.linear(hidden[rows], weight, bias)
+            y = head.finish(_wide(raw))
+            top = y.gather(1, targets[rows])
+            peak = y.amax(1, keepdim=True)
+            if not keep:
+                logprobs[rows] = top - peak - (y - peak).exp().sum(1, keepdim=True).log()
+                continue
+            slope = head.slope(y)
+            p = (y - peak).exp_()
+            total = p.sum(1, keepdim=True)
+            logprobs[rows] = top - peak - total.log()
+            p.div_(total)
+            if isinstance(slope, torch.Tensor):
+                slopes[rows] = slope.gather(1, targets[rows])
+                p.mul_(slope)
+            elif slope != 1.0:
+                slopes[rows] = slope
+                p.mul_(slope)
+            expected[rows] = p.to(weight.dtype) @ weight
+        ctx.save_for_backward(weight, targets, slopes, expected)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        weight, targets, slopes, expected = ctx.saved_tensors
+        (g,) = grads
+        g_top = (g * slopes).to(weight.dtype)
+        if targets.shape[1] == 1:
+            hidden_grad = weight[targets[:, 0]] * g_top
+        else:
+            hidden_grad = torch.einsum("nk,nkd->nd", g_top, weight[targets])
+        hidden_grad -= g.sum(1, keepdim=True).to(weight.dtype) * expected
+        return hidden_grad, None, None, None, None

@@ -1,0 +1,40 @@
+"""How many tokens' worth of graph fit into free memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from cookbook_core.backend.local.model import BaseModel
+
+SHARE = 0.5
+"""The part of free memory a kept graph may take; the rest is for the backward and for others."""
+
+
+def one_pass_tokens(base: BaseModel) -> int:
+    """Tokens whose graph may be kept at once; batches above it take two passes."""
+    return int(SHARE * free_bytes(base.device) / graph_bytes_per_token(base))
+
+
+def graph_bytes_per_token(base: BaseModel) -> int:
+    """A generous estimate of what autograd keeps per token: inputs of the linear layers and their
+    LoRA branches, norms, rotary and attention inputs, and the activations of the MLP."""
+    config = base.model.config.get_text_config()
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    width = max(base.model.dtype.itemsize, 4)  # LoRA branches run in float32 over a bf16 base
+    return config.num_hidden_layers * (20 * hidden + 8 * inner) * width
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory free on the device (seconds-fresh, other processes included)."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        line = next(row for row in text.splitlines() if row.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return 8 << 30  # macOS and Windows do not say without another package

@@ -1,0 +1,199 @@
+"""The base model: found, loaded onto a device in a dtype, and frozen."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cookbook_core.errors import ConfigError, ModelError, message, nearest
+from cookbook_core.tinker.types import ModelData
+
+logger = logging.getLogger("cookbook_core")
+
+TINY_MODEL = "tiny"
+"""The name under which the bundled model is known."""
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class BaseModel:
+    """A frozen Hugging Face causal LM. `tokenizer` is loaded when first asked for."""
+
+    name: str
+    path: str
+    model: Any
+    device: torch.device
+    vocab_size: int
+    max_context: int | None
+    _tokenizer: Any = field(default=None, repr=False)
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Adapters and Adam state are float32 whatever the base; float64 over a float64 base."""
+        return torch.float64 if self.model.dtype == torch.float64 else torch.float32
+
+    def data(self) -> ModelData:
+        return ModelData(
+            arch=type(self.model).__name__,
+            model_name=self.name,
+            tokenizer_id=self.path,
+            max_context_length=self.max_context,
+            vocab_size=self.vocab_size,
+        )
+
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.path)
+        return self._tokenizer
+
+
+def resolve_model(name: str) -> str:
+    """The folder or hub name behind `name`; "tiny" is the bundled model.
+
+    Raises:
+        ModelError: a path that does not exist, or a folder that holds no model.
+    """
+    if name == TINY_MODEL:
+        return str(Path(__file__).parents[2] / "assets" / "tiny_model")
+    path = Path(name).expanduser()
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                message("base_model", "not a model folder", "a config.json in it", name)
+            )
+        return str(path)
+    if looks_local or path.exists():
+        raise ModelError(
+            message(
+                "base_model",
+                "no such folder",
+                'a folder with a Hugging Face model, a hub name ("Qwen/Qwen3-0.6B") or "tiny"',
+                name,
+            )
+        )
+    return name
+
+
+def choose_device(device: str) -> torch.device:
+    """"auto" takes cuda, then mps, then cpu; anything else is torch's own device string."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            message("device", "not usable here", '"auto", "cuda", "mps" or "cpu"', device, first)
+        ) from error
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """"auto" is bfloat16 on cuda and float32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise ConfigError(f'dtype: unknown dtype "{dtype}". {nearest(dtype, ["auto", *DTYPES])}')
+    return DTYPES[dtype]
+
+
+def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> BaseModel:
+    """Load a causal LM from a folder, the hub, or the package ("tiny"), frozen, in eval mode.
+
+    Raises:
+        ModelError: nothing there, or not a causal LM. ConfigError: bad device or dtype.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_model(name)
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device)
+    if chosen_device.type == "cpu":
+        keep_freed_memory()
+    try:
+        with _quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            message(
+                "base_model",
+                "cannot be loaded as a causal language model",
+                'a folder with a Hugging Face model, a hub name ("Qwen/Qwen3-0.6B") or "tiny"',
+                f"{name} ({first})",
+                "Check the spelling, and that this machine reaches the hub or has it cached.",
+            )
+        ) from error
+    # eval for good: no dropout, in training either, so that policy and reference are the same
+    # function and a ratio of 1 is exactly 1.
+    model.to(chosen_device).eval().requires_grad_(False)
+    text_config = model.config.get_text_config()
+    return BaseModel(
+        name=name,
+        path=path,
+        model=model,
+        device=chosen_device,
+        vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+        max_context=getattr(text_config, "max_position_embeddings", None),
+    )
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No bar for loading a local model; downloads keep theirs."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model folder or hub name.
+
+    Raises:
+        ModelError: the folder holds none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            message("base_model", "has no tokenizer", "tokenizer files beside it", path, first)
+        ) from error
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks instead of giving them back every step.
+
+    A training step frees and takes the same large blocks again and again; by default glibc returns
+    each to the system and pays the page faults anew. Does nothing off Linux or off glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    m_mmap_threshold, m_trim_threshold, one_gib = -3, -1, 1 << 30
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(m_mmap_threshold, one_gib)
+        mallopt(m_trim_threshold, one_gib)
+    except (OSError, AttributeError):
+        logger.debug("no glibc mallopt here; memory thresholds left as they are")

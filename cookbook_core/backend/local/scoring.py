@@ -1,0 +1,96 @@
+"""The one path from datums to logprobs: policy, reference and evaluation all come through here.
+
+Datums are sorted by length and run in right-padded micro-batches. Under a causal mask a real token
+never sees the padding after it, so no attention mask is needed, positions start at 0 in every row,
+and padded rows are simply not read. The batches are a function of the lengths alone: the same data
+scored by two adapters meets the same kernels in the same shapes, so equal adapters give equal
+bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from cookbook_core.backend.local.linear_logprobs import Head, find_head, target_logprobs
+from cookbook_core.tinker.types import Datum
+
+MICRO_BATCH_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
+"""Padded tokens per forward: enough to fill the device, few enough to keep padding small."""
+
+
+class Scorer:
+    """Logprobs of target tokens under whatever adapter is active in `model`."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self.backbone = getattr(model, model.base_model_prefix, model)
+        self.head: Head | None = find_head(model)
+        self.micro_batch_tokens = MICRO_BATCH_TOKENS.get(device.type, 4096)
+
+    def score(self, data: Sequence[Datum]) -> list[torch.Tensor]:
+        """Logprobs of every datum's target_tokens, in order.
+
+        Args:
+            data: D checked datums with target_tokens `(N,)` or `(N, K)`.
+        Returns:
+            D tensors on the device, nats, shape of target_tokens, float32 or better; they carry
+            the graph when gradients are enabled.
+        """
+        logprobs: list[torch.Tensor | None] = [None] * len(data)
+        for indices in self.micro_batches(data):
+            scored = self._score_batch([data[i] for i in indices])
+            for i, lp in zip(indices, scored, strict=True):
+                logprobs[i] = lp
+        return [lp for lp in logprobs if lp is not None]
+
+    def micro_batches(self, data: Sequence[Datum]) -> Iterator[list[int]]:
+        """Indices of `data`, longest first, cut where padded tokens would exceed the budget."""
+        lengths = [datum.model_input.length for datum in data]
+        batch: list[int] = []
+        for i in sorted(range(len(data)), key=lambda i: (-lengths[i], i)):
+            if batch and (len(batch) + 1) * lengths[batch[0]] > self.micro_batch_tokens:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _score_batch(self, data: Sequence[Datum]) -> list[torch.Tensor]:
+        ids = [datum.model_input.to_ints() for datum in data]
+        longest = max(map(len, ids))
+        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+        inputs = {
+            "input_ids": padded.to(self.device),
+            "use_cache": False,
+        }
+        if self.head is None:
+            states = self.model(**inputs).logits
+        else:
+            states = self.backbone(**inputs).last_hidden_state
+        return self._read(data, states, longest)
+
+    def _read(
+        self, data: Sequence[Datum], states: torch.Tensor, longest: int
+    ) -> list[torch.Tensor]:
+        """Logprobs out of `states` `(B, longest, D or V)`; datums of equal K go together."""
+        targets = [datum.loss_fn_inputs["target_tokens"].to_torch() for datum in data]
+        flat = states.flatten(0, 1)
+        out: list[torch.Tensor] = [flat.new_empty(0)] * len(data)
+        for k in sorted({t[:1].numel() for t in targets}):
+            members = [i for i, t in enumerate(targets) if t[:1].numel() == k]
+            at = torch.cat([torch.arange(len(targets[i])) + i * longest for i in members])
+            wanted = torch.cat([targets[i].reshape(-1, k) for i in members]).to(self.device)
+            rows = flat.index_select(0, at.to(self.device))
+            if self.head is None:
+                wide = rows if rows.dtype == torch.float64 else rows.float()
+                found = wide.gather(1, wanted) - wide.logsumexp(1, keepdim=True)
+            else:
+                found = target_logprobs(self.head, rows, wanted)
+            pieces = found.split([len(targets[i]) for i in members])
+            for i, piece in zip(members, pieces, strict=True):
+                out[i] = piece.reshape(targets[i].shape)
+        return out

@@ -1,0 +1,148 @@
+"""The losses `forward_backward` knows by name, as ordinary functions of logprobs.
+
+They reach the model through the same driver as a user's own loss: the backend knows none of them.
+All sum over the tokens of all datums, so gradients add up over calls.
+
+Source of every formula: Thinking Machines' "Loss Functions" page for the `tinker` API. Differs:
+log-ratios are capped at 20 (a ratio of 4.9e8) before exp, so one stray token cannot give inf.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cookbook_core.alignment import input_tensor, weighted_sum
+from cookbook_core.errors import ConfigError, message, nearest
+from cookbook_core.tinker.types import Datum
+
+if TYPE_CHECKING:
+    import torch
+
+    from cookbook_core.custom_loss import LossFn
+
+MAX_LOG_RATIO = 20.0
+
+Returned = tuple["torch.Tensor", dict[str, float]]
+
+
+def cross_entropy(data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> Returned:
+    """L = -sum_i sum_t weights[i][t] * logprobs[i][t], nats; weights default to 1.
+
+    `(N, K)` targets with `(N, K)` weights give the cross-entropy against soft labels.
+    """
+    import torch
+
+    terms = [
+        weighted_sum(lp, datum.loss_fn_inputs.get("weights", torch.ones_like(lp)))
+        for datum, lp in zip(data, logprobs, strict=True)
+    ]
+    return -torch.stack(terms).sum(), {}
+
+
+def importance_sampling(data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> Returned:
+    """L = -sum ratio * A, with ratio = exp(logprobs - sampling logprobs), A the advantages."""
+    return _sum_over_tokens(data, logprobs, lambda lp, log_ratio, a: -log_ratio.exp() * a)
+
+
+def ppo(
+    data: Sequence[Datum],
+    logprobs: Sequence[torch.Tensor],
+    *,
+    clip_low_threshold: float = 0.8,
+    clip_high_threshold: float = 1.2,
+) -> Returned:
+    """L = -sum min(ratio * A, clip(ratio, low, high) * A). Schulman et al. 2017, 1707.06347."""
+    import torch
+
+    def term(lp: torch.Tensor, log_ratio: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        del lp
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(clip_low_threshold, clip_high_threshold)
+        return -torch.minimum(ratio * a, clipped * a)
+
+    return _sum_over_tokens(data, logprobs, term)
+
+
+def cispo(
+    data: Sequence[Datum],
+    logprobs: Sequence[torch.Tensor],
+    *,
+    clip_low_threshold: float = 0.8,
+    clip_high_threshold: float = 1.2,
+) -> Returned:
+    """L = -sum stopgrad(clip(ratio, low, high)) * logprobs * A. MiniMax 2025, 2506.13585."""
+
+    def term(lp: torch.Tensor, log_ratio: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        ratio = log_ratio.detach().exp().clamp(clip_low_threshold, clip_high_threshold)
+        return -ratio * lp * a
+
+    return _sum_over_tokens(data, logprobs, term)
+
+
+def dro(
+    data: Sequence[Datum], logprobs: Sequence[torch.Tensor], *, beta: float = 0.05
+) -> Returned:
+    """L = -sum (logprobs * A - beta/2 * (logprobs - sampling logprobs)^2).
+
+    Richemond et al. 2024, 2405.19107. beta in reward units per nat.
+    """
+
+    def term(lp: torch.Tensor, log_ratio: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return -(lp * a - 0.5 * beta * log_ratio.square())
+
+    return _sum_over_tokens(data, logprobs, term)
+
+
+def _sum_over_tokens(
+    data: Sequence[Datum], logprobs: Sequence[torch.Tensor], term: Any
+) -> Returned:
+    """Sum `term(logprobs, log_ratio, advantages)` over every token with a non-zero weight."""
+    import torch
+
+    total = []
+    for datum, lp in zip(data, logprobs, strict=True):
+        sampled = input_tensor(datum, "logprobs", lp)
+        advantages = input_tensor(datum, "advantages", lp)
+        log_ratio = (lp - sampled).clamp(max=MAX_LOG_RATIO)
+        weights = datum.loss_fn_inputs.get("weights", torch.ones_like(lp))
+        total.append(weighted_sum(term(lp, log_ratio, advantages), weights))
+    return torch.stack(total).sum(), {}
+
+
+BUILTIN_LOSSES: dict[str, Any] = {
+    f.__name__: f for f in (cross_entropy, importance_sampling, ppo, cispo, dro)
+}
+_NEEDS_RL = ("target_tokens", "logprobs", "advantages")
+
+
+def needed_inputs(name: str) -> tuple[str, ...]:
+    """The loss_fn_inputs the built-in loss `name` cannot do without."""
+    return ("target_tokens",) if name == "cross_entropy" else _NEEDS_RL
+
+
+def builtin_loss(name: str, config: Mapping[str, float | str] | None = None) -> LossFn:
+    """Look up a built-in loss and bind its configuration.
+
+    Raises:
+        ConfigError: unknown loss, or an option the loss does not have (nearest match suggested).
+    """
+    if name not in BUILTIN_LOSSES:
+        raise ConfigError(f'loss_fn: unknown loss "{name}". {nearest(str(name), BUILTIN_LOSSES)}')
+    loss = BUILTIN_LOSSES[name]
+    options = [
+        p.name
+        for p in inspect.signature(loss).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    for key, value in (config or {}).items():
+        if key not in options:
+            known = nearest(key, options) if options else f"{name} has no options."
+            raise ConfigError(f'loss_fn_config["{key}"]: unknown option of {name}. {known}')
+        if not isinstance(value, (int, float)):
+            raise ConfigError(
+                message(f'loss_fn_config["{key}"]', "not a number", "a float", repr(value))
+            )
+    return functools.partial(loss, **(config or {}))

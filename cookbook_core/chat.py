@@ -1,0 +1,346 @@
+"""Conversations in, tokens and loss weights out, checked.
+
+Every function keeps one promise: the tokens a model is trained on begin with exactly the tokens
+it will be given when it generates. So `tokens(prompt)` is a prefix of `tokens(prompt + completion)`
+or there is an error; the loss starts right after the generation prompt (the header of the answer)
+and ends with the end-of-turn token; there is one BOS at most and one EOS at the end.
+
+Two forms, as in TRL: plain text (str), encoded as it is, and messages
+(`[{"role": "user", "content": "..."}]`), rendered by the tokenizer's chat template. On the chat
+path the template alone decides about BOS and EOS, as it does when the model is served.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from cookbook_core.errors import ConfigError, DataError, ModelError, message, nearest
+
+Message = Mapping[str, Any]
+Boundary = Literal["check", "split"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+_REWRITTEN = "the chat template renders it differently when more messages follow"
+_MEND_REWRITTEN = (
+    'Train on the last message only (train_on="last", nothing after it), or use a chat template '
+    "that renders a turn the same whatever follows."
+)
+_MERGED = "its tokens do not begin the tokens of the whole: one token spans the boundary"
+_MEND_MERGED = "Move the blank at the boundary from one side to the other"
+
+
+def render_prompt(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
+    """Encode what the model is given before it generates.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        prompt: plain text, encoded with the BOS that the tokenizer itself adds (never two, and no
+            EOS); or messages, rendered with the generation prompt at their end.
+    Raises:
+        DataError: no tokens, or a message that cannot be rendered.
+        ModelError: messages, but the tokenizer has no chat template.
+    """
+    text = _prompt_text(tokenizer, prompt)
+    tokens = _encode(tokenizer, text, special=isinstance(prompt, str))
+    if not tokens:
+        raise DataError(message("prompt", "no tokens", "some text", repr(prompt)))
+    return tokens
+
+
+def render_completion(
+    tokenizer: Any,
+    prompt: str | Sequence[Message],
+    completion: str | Sequence[Message],
+    *,
+    boundary: Boundary = "check",
+) -> tuple[list[int], list[int]]:
+    """Encode a prompt and its completion; all loss belongs on the completion's tokens.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        prompt: as for `render_prompt`.
+        completion: plain text if the prompt is, else a list of one assistant message.
+        boundary: what to do where one token would span the end of the prompt and the start of the
+            completion ("2+" and "+3" may meet in the token "++"). "check" raises, since such a row
+            trains a token sequence that no prompt can lead to. "split" encodes the two texts of
+            that row apart, which is what a model sees that is given the prompt and generates.
+    Returns:
+        prompt_tokens, equal to `render_prompt(tokenizer, prompt)`; and completion_tokens, whose
+        last is the one end-of-turn token (EOS is appended where text or template gives none; what
+        a template puts after it, such as a newline, is cut).
+    Raises:
+        DataError: the prompt's tokens do not begin the whole; mixed or malformed arguments; an end
+            token inside the completion.
+        ModelError: the tokenizer lacks a chat template or an EOS.
+    """
+    plain = isinstance(prompt, str)
+    if plain != isinstance(completion, str) or not completion:
+        rule = "non-empty text" if plain else "a list of one assistant message"
+        mend = "Prompt and completion are both plain text or both messages."
+        raise DataError(
+            message("completion", "does not fit the prompt", rule, repr(completion), mend)
+        )
+    if boundary not in ("check", "split"):
+        raise ConfigError(f'boundary: got "{boundary}". {nearest(boundary, ("check", "split"))}')
+    before = _prompt_text(tokenizer, prompt)
+    if plain:
+        whole = prompt + completion
+    else:
+        _check_messages(completion, "completion")
+        if len(completion) != 1 or completion[0]["role"] != "assistant":
+            roles = [entry["role"] for entry in completion]
+            mend = "For longer conversations use render_messages()."
+            raise DataError(
+                message("completion", "not one answer", "one assistant message", roles, mend)
+            )
+        whole = _apply_template(tokenizer, [*prompt, *completion])
+        _require_prefix(before, whole, "prompt", _REWRITTEN, _MEND_REWRITTEN, repr)
+
+    prompt_tokens = render_prompt(tokenizer, prompt)
+    tokens = _encode(tokenizer, whole, special=plain)
+    if boundary == "check":
+        mend = f'{_MEND_MERGED}, or pass boundary="split".'
+        spell = tokenizer.convert_ids_to_tokens
+        _require_prefix(prompt_tokens, tokens, "prompt", _MERGED, mend, spell)
+    elif tokens[: len(prompt_tokens)] != prompt_tokens:
+        joint = tokenizer.decode(tokens)
+        tokens = prompt_tokens + _encode(tokenizer, whole[len(before) :], special=False)
+        if tokenizer.decode(tokens) != joint:
+            what = "encoded apart from its prompt it reads as another text"
+            got = repr(tokenizer.decode(tokens)[-60:])
+            mend = "Begin the completion with a space or newline, or end the prompt with one."
+            raise DataError(message("completion", what, repr(joint[-60:]), got, mend))
+    completion_tokens = tokens[len(prompt_tokens) :]
+    return prompt_tokens, _ended(tokenizer, completion_tokens, "completion", only_eos=plain)
+
+
+def render_messages(
+    tokenizer: Any, messages: Sequence[Message], train_on: Literal["last", "all"] = "last"
+) -> tuple[list[int], list[float]]:
+    """Encode a conversation with a loss weight for each token.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        messages: each with "role" and "content"; an assistant message may carry "weight", a
+            number >= 0 (default 1): the weight of all its tokens, 0 = read but not learnt.
+        train_on: "last" assistant message, or "all" of them.
+    Returns:
+        tokens and weights, both (T,). Weights are 0 everywhere but on the trained messages'
+        content and end-of-turn token: headers, generation prompt and the newline after are 0.
+    Raises:
+        DataError: a malformed message (with its index and keys), no assistant message, all weights
+            0, a turn that is rendered otherwise in the whole conversation than when it is
+            generated, or a template whose {% generation %} tags disagree with these weights.
+        ModelError: the tokenizer has no chat template.
+    """
+    _check_messages(messages, "messages")
+    if train_on not in ("last", "all"):
+        raise ConfigError(f'train_on: got "{train_on}". {nearest(train_on, ("last", "all"))}')
+    answers = [i for i, entry in enumerate(messages) if entry["role"] == "assistant"]
+    if not answers or answers[0] == 0:
+        roles = [entry["role"] for entry in messages]
+        rule = "an assistant message, with another before it"
+        raise DataError(message("messages", "nothing to train on", rule, roles))
+    trained = answers if train_on == "all" else answers[-1:]
+
+    whole = _apply_template(tokenizer, messages)
+    tokens = _encode(tokenizer, whole, special=False)
+    weights = [0.0] * len(tokens)
+    spans = []  # start of the content, end after the end-of-turn token, end of the turn
+    for i in trained:
+        where = f"messages[{i}]"
+        edges = []
+        for text in (
+            _apply_template(tokenizer, messages[:i], generation_prompt=True),
+            _apply_template(tokenizer, messages[: i + 1]),
+        ):
+            _require_prefix(text, whole, where, _REWRITTEN, _MEND_REWRITTEN, repr)
+            part = _encode(tokenizer, text, special=False)
+            spell = tokenizer.convert_ids_to_tokens
+            _require_prefix(part, tokens, where, _MERGED, f"{_MEND_MERGED}.", spell)
+            edges.append(len(part))
+        start, turn_end = edges
+        content = tokens[start:turn_end]
+        ended = _ended(tokenizer, content, where, append=i == len(messages) - 1)
+        if len(ended) > len(content):
+            tokens, weights = [*tokens, ended[-1]], [*weights, 0.0]
+        end = start + len(ended)
+        spans.append((start, end, max(end, turn_end)))
+        weights[start:end] = [float(messages[i].get("weight", 1.0))] * (end - start)
+    if not any(weights):
+        what = "every trained message has weight 0"
+        raise DataError(message("messages", what, "a weight above 0", "none"))
+    _check_generation_tags(tokenizer, messages, tokens, spans, everything=train_on == "all")
+    return tokens, weights
+
+
+def stop_tokens(tokenizer: Any) -> list[int]:
+    """List the token ids that end an answer: EOS, and the chat template's end of turn if another.
+
+    Pass them as `stop` when sampling: a template may end turns with a token that is not
+    `tokenizer.eos_token` (Gemma's <end_of_turn>), and a model trained on it never emits EOS.
+    """
+    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if getattr(tokenizer, "chat_template", None):
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        tokens = _encode(tokenizer, _apply_template(tokenizer, probe), special=False)
+        end = _turn_end(tokenizer, tokens)
+        if end is not None and tokens[end - 1] not in stops:
+            stops.append(tokens[end - 1])
+    return stops
+
+
+# ---- rendering and encoding ----------------------------------------------------------------
+
+
+def _prompt_text(tokenizer: Any, prompt: str | Sequence[Message]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    _check_messages(prompt, "prompt")
+    if prompt[-1]["role"] == "assistant":
+        mend = "Move the answer to the completion."
+        where = f"prompt[{len(prompt) - 1}]"
+        raise DataError(message(where, "ends the prompt", "a question", "assistant", mend))
+    return _apply_template(tokenizer, prompt, generation_prompt=True)
+
+
+def _apply_template(
+    tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = False
+) -> str:
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        mend = "Give prompts as plain text, use the model's chat variant, or set chat_template."
+        raise ModelError(message("tokenizer", "no chat template", "one for messages", None, mend))
+    kept = [{key: m[key] for key in m if key != "weight"} for m in messages]
+    try:
+        return tokenizer.apply_chat_template(
+            kept, tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except TemplateError as error:
+        roles = [entry["role"] for entry in kept]
+        raise DataError(
+            message("messages", f"refused by the chat template ({error})", "roles it knows", roles)
+        ) from error
+
+
+def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
+    """Encode text: one leading BOS at most, and no EOS that the text does not spell out."""
+    tokens = list(tokenizer.encode(text, add_special_tokens=special))
+    while len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id:
+        del tokens[0]
+    if special and tokens and tokens[-1] == tokenizer.eos_token_id:
+        spelt_out = tokenizer.encode(text, add_special_tokens=False)
+        if tokens[-len(spelt_out) :] != spelt_out:
+            del tokens[-1]
+    return tokens
+
+
+def _turn_end(tokenizer: Any, tokens: list[int], only_eos: bool = False) -> int | None:
+    """Find the index after the last end token that has nothing but blanks after it."""
+    for i in reversed(range(len(tokens))):
+        text = tokenizer.decode([tokens[i]])
+        special = text and not tokenizer.decode([tokens[i]], skip_special_tokens=True)
+        if tokens[i] == tokenizer.eos_token_id or (special and not only_eos):
+            return i + 1
+        if text.strip():
+            return None
+    return None
+
+
+def _ended(
+    tokenizer: Any, tokens: list[int], where: str, only_eos: bool = False, append: bool = True
+) -> list[int]:
+    """Cut the tokens of one turn after its end token, or append EOS; check there is only one."""
+    end = _turn_end(tokenizer, tokens, only_eos)
+    if end is not None:
+        tokens = tokens[:end]
+    elif not append:  # a template without end tokens between turns
+        return tokens
+    elif tokenizer.eos_token_id is None:
+        mend = "Set tokenizer.eos_token to the token that ends an answer."
+        raise ModelError(message("tokenizer.eos_token", "not set", "a token", None, mend))
+    else:
+        tokens = [*tokens, tokenizer.eos_token_id]
+    for i, token in enumerate(tokens[:-1]):
+        if token in (tokens[-1], tokenizer.eos_token_id):
+            got = f"{tokenizer.decode([token])!r} also at position {i} of {len(tokens)}"
+            mend = "Remove it from the text: it is added for you."
+            raise DataError(
+                message(where, "an end token before the end", "one, the last", got, mend)
+            )
+    return tokens
+
+
+# ---- checks --------------------------------------------------------------------------------
+
+
+def _check_messages(messages: Sequence[Message], where: str) -> None:
+    """Raise DataError, naming the message, unless each has a known role and text content."""
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
+        rule = "a non-empty list of messages"
+        raise DataError(message(where, "not a conversation", rule, repr(messages)))
+    for i, entry in enumerate(messages):
+        spot = f"{where}[{i}]"
+        if not isinstance(entry, Mapping) or not {"role", "content"} <= set(entry):
+            keys = sorted(entry) if isinstance(entry, Mapping) else repr(entry)
+            raise DataError(message(spot, "not a message", 'keys "role" and "content"', keys))
+        if entry["role"] not in ROLES:
+            raise DataError(f"{spot}: role {entry['role']!r}. {nearest(str(entry['role']), ROLES)}")
+        if not isinstance(entry["content"], str):
+            got = f"{entry['content']!r} (keys: {', '.join(sorted(entry))})"
+            raise DataError(message(f"{spot} content", "not text", "a str", got))
+        weight = entry.get("weight", 0)
+        number = isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0
+        if not number or (weight and entry["role"] != "assistant"):
+            rule = "a number >= 0, on assistant messages only"
+            raise DataError(message(f"{spot} weight", f"on a {entry['role']}", rule, repr(weight)))
+
+
+def _require_prefix(part: Any, whole: Any, where: str, what: str, mend: str, show: Any) -> None:
+    """Raise DataError, with both sides where they part, unless `part` begins `whole`."""
+    if whole[: len(part)] == part:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), len(whole))
+    near = slice(max(0, at - 3), at + 20)
+    spot = f"{where}, {'character' if isinstance(part, str) else 'token'} {at} of {len(part)}"
+    raise DataError(message(spot, what, show(part[near]), show(whole[near]), mend))
+
+
+def _check_generation_tags(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tokens: list[int],
+    spans: list[tuple[int, int, int]],
+    everything: bool,
+) -> None:
+    """Compare the trained spans with the template's {% generation %} tags, where it has them.
+
+    Blank tokens after the end token are ours to leave out, so they are not compared.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        return
+    if not getattr(tokenizer, "is_fast", False):
+        return  # the mask needs character offsets
+    kept = [{key: m[key] for key in m if key != "weight"} for m in messages]
+    tagged = tokenizer.apply_chat_template(
+        kept, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )["assistant_masks"]
+    tagged = tagged[max(0, len(tagged) - len(tokens)) :]  # a doubled BOS was cut at the front
+    trained = [0] * len(tokens)
+    compared = [everything or i >= spans[0][0] - 1 for i in range(len(tokens))]
+    for start, end, turn_end in spans:
+        trained[start:end] = [1] * (end - start)
+        compared[end:turn_end] = [False] * (turn_end - end)
+    for i, tag in enumerate(tagged):
+        if compared[i] and tag != trained[i]:
+            token = tokenizer.convert_ids_to_tokens(tokens[i])
+            what = "its {% generation %} tags disagree with the turns of the conversation"
+            rule = f"{trained[i]} (1: part of an answer or its end token)"
+            mend = "Put the tags around the answer and its end token, or remove them."
+            raise DataError(message(f"chat template, token {i} ({token!r})", what, rule, tag, mend))

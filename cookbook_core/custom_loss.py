@@ -1,0 +1,267 @@
+"""The custom-loss driver: logprobs out, the user's loss, a gradient in.
+
+    params --model--> logprobs l --loss_fn--> C(l)          dC/dparams = (dC/dl) (dl/dparams)
+
+The graph is cut at l. `differentiate` runs the user's loss on detached leaves and returns
+g = dC/dl; whoever holds the model pushes g back. In one process the forward's own graph is still
+there, so that is one forward and one backward (`backend/local`). Where it is not (a remote
+service, a batch whose graph does not fit), the linear surrogate sum(-w * l) with w = -g has the
+same gradient and costs a second forward: `surrogate_datums`, `forward_backward_two_pass`.
+
+Source: the linear surrogate is the one of Thinking Machines' custom-loss page; Fireworks' and
+Tinkex's modules use the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from cookbook_core.errors import CookbookError, DatumError, LossError, message, raise_all
+from cookbook_core.tinker.types import Datum, ForwardBackwardOutput, TensorData
+
+if TYPE_CHECKING:
+    import torch
+
+    from cookbook_core.tinker.training import TrainingClient
+
+LossFn: TypeAlias = Callable[[list[Datum], "list[torch.Tensor]"], tuple[Any, Mapping[str, Any]]]
+"""loss_fn(data, logprobs_list) -> (loss, metrics).
+
+logprobs_list[i]: log p of data[i]'s target_tokens in nats, same shape, `(N,)` or `(N, K)`.
+loss: 0-d tensor that depends on them. metrics: floats or 0-d tensors by name.
+"""
+
+RESERVED_METRICS = ("loss", "loss:sum")
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """loss in the loss's own unit; grads[i] = d loss / d logprobs_list[i], same shape."""
+
+    loss: float
+    metrics: dict[str, float]
+    grads: list[torch.Tensor]
+
+
+def name_of(loss_fn: Any) -> str:
+    """What to call a loss in a message (functools.partial and callables included)."""
+    inner = getattr(loss_fn, "func", loss_fn)
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
+def logprobs_from_output(
+    output: ForwardBackwardOutput, data: Sequence[Datum]
+) -> list[torch.Tensor]:
+    """Per-datum logprobs out of a forward's output, order and shape kept, never flattened.
+
+    Raises:
+        DatumError: a datum has no logprobs, or they have another shape than its target_tokens.
+    """
+    if len(output.loss_fn_outputs) != len(data):
+        raise DatumError(
+            message("forward output", "not one per datum", len(data), len(output.loss_fn_outputs))
+        )
+    problems, logprobs = [], []
+    for i, (out, datum) in enumerate(zip(output.loss_fn_outputs, data, strict=True)):
+        found = out.get("logprobs")
+        expected = datum.loss_fn_inputs["target_tokens"].shape
+        if found is None or list(found.shape) != list(expected):
+            got = "nothing" if found is None else tuple(found.shape)
+            where = f'output[{i}]["logprobs"]'
+            problems.append(message(where, "not that of target_tokens", tuple(expected), got))
+        else:
+            logprobs.append(found.to_torch())
+    raise_all(DatumError, problems)
+    return logprobs
+
+
+def differentiate(
+    loss_fn: LossFn, data: Sequence[Datum], logprobs: Sequence[torch.Tensor]
+) -> LossResult:
+    """Run the loss once on detached leaves and return its value, metrics and gradient.
+
+    Args:
+        loss_fn: see `LossFn`.
+        data: D datums.
+        logprobs: D tensors, nats, any shape; not modified.
+    Returns:
+        LossResult; a datum the loss did not use gets a zero gradient.
+    Raises:
+        LossError: the loss raised, returned another structure, or its value cannot be
+            differentiated: not 0-d, detached, not finite, or a gradient that is not finite (the
+            message names the datum and position). Also for a metric that is not a number.
+    """
+    import torch
+
+    leaves = [lp.detach().clone().requires_grad_(True) for lp in logprobs]
+    where = f"{name_of(loss_fn)}()"
+    with torch.enable_grad():
+        try:
+            returned = loss_fn(list(data), list(leaves))
+        except CookbookError:
+            raise
+        except Exception as error:
+            raise LossError(
+                f"{where}: raised {type(error).__name__}: {error}. Nothing was accumulated; "
+                "gradients and weights are as they were."
+            ) from error
+        loss, metrics = _check_returned(where, returned)
+        if not loss.requires_grad:
+            raise LossError(
+                message(
+                    where,
+                    "the loss is detached from the logprobs",
+                    "a loss computed from logprobs_list",
+                    "requires_grad=False",
+                    "Look for .item(), .detach(), torch.tensor(...) or numpy on the way.",
+                )
+            )
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    if all(g is None for g in grads):
+        raise LossError(
+            message(where, "the loss uses no datum", "a loss computed from logprobs_list", loss)
+        )
+    full = [
+        torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)
+    ]
+    _check_grads(where, full, leaves)
+    return LossResult(loss.item(), metrics, full)
+
+
+def evaluate(loss_fn: LossFn, data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> LossResult:
+    """Like `differentiate`, without gradients: for `forward` (grads is empty)."""
+    import torch
+
+    with torch.no_grad():
+        loss, metrics = _check_returned(
+            f"{name_of(loss_fn)}()", loss_fn(list(data), list(logprobs))
+        )
+    return LossResult(loss.item(), metrics, [])
+
+
+def _check_returned(where: str, returned: Any) -> tuple[torch.Tensor, dict[str, float]]:
+    import torch
+
+    structure = "a tuple (loss, metrics)"
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise LossError(
+            message(where, "wrong return structure", structure, type(returned).__name__)
+        )
+    loss, metrics = returned
+    if not isinstance(loss, torch.Tensor):
+        raise LossError(message(where, "loss is not a tensor", "a 0-d tensor", type(loss).__name__))
+    if loss.dim() != 0:
+        raise LossError(
+            message(
+                where,
+                "loss is not a scalar",
+                "a 0-d tensor",
+                f"shape {tuple(loss.shape)}",
+                "Reduce it: .sum() or .mean().",
+            )
+        )
+    if not torch.isfinite(loss):
+        raise LossError(message(where, "loss is not finite", "a finite loss", loss.item()))
+    if not isinstance(metrics, Mapping):
+        raise LossError(
+            message(where, "metrics is not a dict", structure, type(metrics).__name__)
+        )
+    return loss, {str(k): _number(where, k, v) for k, v in metrics.items()}
+
+
+def _number(where: str, key: Any, value: Any) -> float:
+    try:
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    got = f"{type(value).__name__} {tuple(value.shape)}" if hasattr(value, "shape") else value
+    raise LossError(
+        message(f'{where} metrics["{key}"]', "not a number", "a float or 0-d tensor", repr(got))
+    )
+
+
+def _check_grads(
+    where: str, grads: Sequence[torch.Tensor], logprobs: Sequence[torch.Tensor]
+) -> None:
+    import torch
+
+    problems = []
+    for i, (g, lp) in enumerate(zip(grads, logprobs, strict=True)):
+        bad = (~torch.isfinite(g)).nonzero()
+        if len(bad):
+            at = tuple(int(j) for j in bad[0])
+            problems.append(
+                message(
+                    f"{where} gradient of data[{i}] at {list(at)}",
+                    "not finite",
+                    "a finite d loss / d logprob",
+                    float(g[at]),
+                    f"The logprob there is {float(lp[at].detach()):.4g}; "
+                    "look for log(0), 0 * inf or a division by zero.",
+                )
+            )
+    raise_all(LossError, problems)
+
+
+def surrogate_datums(data: Sequence[Datum], grads: Sequence[torch.Tensor]) -> list[Datum]:
+    """Datums whose cross-entropy sum(-weights * logprobs) has the custom loss's gradient.
+
+    Same model_input and target_tokens; weights = -grads, shape of target_tokens. Nothing else of
+    the datum is kept: extra inputs are the loss's own and never leave this process.
+    """
+    import torch
+
+    surrogates = []
+    for datum, grad in zip(data, grads, strict=True):
+        dtype = "float64" if grad.dtype == torch.float64 else "float32"
+        weights = TensorData((-grad).detach().cpu().numpy(), dtype=dtype)
+        targets = datum.loss_fn_inputs["target_tokens"]
+        inputs = {"target_tokens": targets, "weights": weights}
+        surrogates.append(Datum(datum.model_input, inputs))
+    return surrogates
+
+
+def merge_metrics(result: LossResult, backend_metrics: Mapping[str, float]) -> dict[str, float]:
+    """The backend's metrics, then the loss's own, then the loss itself.
+
+    Raises:
+        LossError: the loss reports a different number under a reserved name ("loss").
+    """
+    for key in RESERVED_METRICS:
+        mine = result.metrics.get(key, result.loss)
+        if abs(mine - result.loss) > 1e-4 * max(1.0, abs(result.loss)):
+            raise LossError(
+                message(
+                    f'metrics["{key}"]',
+                    "this name is the loss's own",
+                    f"no such metric, or the loss {result.loss:.6g}",
+                    mine,
+                    "Rename the metric.",
+                )
+            )
+    return {**backend_metrics, **result.metrics, **dict.fromkeys(RESERVED_METRICS, result.loss)}
+
+
+def forward_backward_two_pass(
+    client: TrainingClient, data: Sequence[Datum], loss_fn: LossFn
+) -> ForwardBackwardOutput:
+    """A custom loss through any client that offers only `forward` and `cross_entropy`.
+
+    forward -> logprobs; loss on this side -> g; forward_backward of the surrogate -> gradients.
+    The same parameter gradients as `forward_backward_custom`, for a second forward more. The
+    reference the one-pass form is tested against, and the way a remote service is driven.
+    """
+    bare = [
+        Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]}) for d in data
+    ]
+    output = client.forward(bare, "cross_entropy").result()
+    result = differentiate(loss_fn, data, logprobs_from_output(output, data))
+    surrogates = surrogate_datums(data, result.grads)
+    backward = client.forward_backward(surrogates, "cross_entropy").result()
+    metrics = {k: v for k, v in backward.metrics.items() if k not in RESERVED_METRICS}
+    return ForwardBackwardOutput(
+        backward.loss_fn_output_type, backward.loss_fn_outputs, merge_metrics(result, metrics)
+    )

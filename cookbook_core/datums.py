@@ -1,0 +1,287 @@
+"""Tokens and weights in, datums out: the shift by one position, truncation, and the checks.
+
+A datum predicts token t+1 at position t. So a sequence of T tokens gives N = T - 1 positions:
+
+    tokens         t0 t1 t2 ... t(T-1)
+    model_input    t0 t1 ...    t(T-2)      tokens[:-1]
+    target_tokens     t1 t2 ... t(T-1)      tokens[1:]
+    weights           w1 w2 ... w(T-1)      weights[1:]; 0 = no loss at that position
+
+Everything that belongs to a token (weights, advantages, ref_logprobs) is shifted with it. Doing
+that by hand, in several places, is the field's oldest silent bug; here it is done once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from cookbook_core.errors import ConfigError, DatumError, message, raise_all
+from cookbook_core.tinker.types import Datum, ModelInput, TensorData, _as_numbers
+
+Reduction = Literal["none", "mean"]
+
+
+def shift_tokens(tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Split T tokens into what the model reads and what it must predict.
+
+    Returns:
+        `(tokens[:-1], tokens[1:])`, each T - 1 long.
+    Raises:
+        DatumError: fewer than 2 tokens, or not a flat list of integers.
+
+    >>> shift_tokens([5, 6, 7])
+    ([5, 6], [6, 7])
+    """
+    ids = ModelInput.from_ints(tokens).to_ints()
+    if len(ids) < 2:
+        raise DatumError(
+            message("tokens", "too short to predict anything", "at least 2 tokens", len(ids))
+        )
+    return ids[:-1], ids[1:]
+
+
+def shift_values(values: Any) -> np.ndarray:
+    """Move per-token values `(T,)` onto the positions that predict those tokens: `(T - 1,)`.
+
+    >>> shift_values([0.0, 1.0, 2.0]).tolist()
+    [1.0, 2.0]
+    """
+    return np.asarray(_as_numbers(values), dtype=np.float32)[1:]
+
+
+def datum_from_tokens_weights(
+    tokens: Sequence[int],
+    weights: Sequence[float],
+    max_length: int | None = None,
+    *,
+    reduction: Reduction = "none",
+    allow_zero_weights: bool = False,
+) -> Datum:
+    """Build the datum that predicts each token from those before it.
+
+    Args:
+        tokens: T token ids (list, numpy or torch).
+        weights: T numbers; `weights[t]` is the loss weight of *token* t (0: no loss). The first
+            is dropped with the first token, which nothing predicts.
+        max_length: keep only the first `max_length` tokens; None keeps all.
+        reduction: "none" leaves weights as they are (losses sum over tokens); "mean" divides
+            them by their sum, so that the datum's cross-entropy is a mean in nats per token.
+        allow_zero_weights: accept a datum in which no token has a weight.
+    Returns:
+        Datum: `target_tokens` int64 `(N,)` and `weights` float32 `(N,)`,
+        N = min(T, max_length) - 1.
+    Raises:
+        DatumError: unequal lengths, fewer than 2 tokens, a weight that is not finite, all weights
+            zero after truncation, or reduction="mean" over weights that sum to zero.
+        ConfigError: max_length below 2, or an unknown reduction.
+    Source: name and layout as in tinker-cookbook's helper of this name. Differs: it refuses what
+        that one lets through.
+
+    >>> datum = datum_from_tokens_weights([5, 6, 7], [0, 0, 1])
+    >>> datum.model_input.to_ints(), datum.loss_fn_inputs["weights"].tolist()
+    ([5, 6], [0.0, 1.0])
+    """
+    if max_length is not None and max_length < 2:
+        raise ConfigError(message("max_length", "leaves nothing to predict", ">= 2", max_length))
+    if reduction not in ("none", "mean"):
+        raise ConfigError(message("reduction", "unknown", '"none" or "mean"', repr(reduction)))
+    tokens, weights = list(tokens), np.asarray(_as_numbers(weights), dtype=np.float64)
+    if weights.shape != (len(tokens),):
+        raise DatumError(
+            message("weights", "not one per token", f"shape ({len(tokens)},)", weights.shape)
+        )
+    inputs, targets = shift_tokens(tokens[:max_length])
+    kept = weights[1 : len(targets) + 1]
+    if not np.isfinite(kept).all():
+        at = int(np.flatnonzero(~np.isfinite(kept))[0]) + 1
+        raise DatumError(message(f"weights[{at}]", "not finite", "a finite number", weights[at]))
+    if not kept.any() and not allow_zero_weights:
+        cut = bool(weights[len(targets) + 1 :].any())
+        raise DatumError(
+            message(
+                "weights",
+                "all zero, so nothing would be trained",
+                "a non-zero weight among the kept tokens",
+                f"zeros at all {len(targets)} targets",
+                f"max_length={max_length} cut off every weighted token: raise it, or drop and "
+                "count this row."
+                if cut
+                else "Pass allow_zero_weights=True if that is meant.",
+            )
+        )
+    if reduction == "mean":
+        if kept.sum() == 0:
+            raise DatumError(message("weights", "cannot be normalised", "a non-zero sum", 0.0))
+        kept = kept / kept.sum()
+    return Datum(ModelInput.from_ints(inputs), {"target_tokens": targets, "weights": kept})
+
+
+def datum_from_prompt_completion(
+    prompt_tokens: Sequence[int],
+    completion_tokens: Sequence[int],
+    max_length: int | None = None,
+    **per_token: Any,
+) -> Datum:
+    """Build a datum whose loss is on the completion only.
+
+    Args:
+        prompt_tokens: P >= 1 ids, weight 0.
+        completion_tokens: C >= 1 ids, weight 1: the ids that were sampled or rendered, never ids
+            of re-encoded text.
+        max_length: keep the first `max_length` of the P + C tokens.
+        per_token: more loss inputs by name, one value per completion token `(C,)` or one number
+            for all; placed on the positions that predict those tokens, 0 on the prompt.
+    Returns:
+        Datum with `target_tokens`, `weights` and each name of `per_token`, all `(N,)`,
+        N = min(P + C, max_length) - 1.
+    Raises:
+        DatumError: an empty part, a per_token array of another length, or a completion that
+            max_length cuts off whole.
+    """
+    prompt, completion = list(prompt_tokens), list(completion_tokens)
+    if not prompt or not completion:
+        name = "completion_tokens" if prompt else "prompt_tokens"
+        raise DatumError(message(name, "empty", "at least one token", 0))
+    weights = [0.0] * len(prompt) + [1.0] * len(completion)
+    datum = datum_from_tokens_weights(prompt + completion, weights, max_length)
+    extra = {}
+    for key, values in per_token.items():
+        array = np.asarray(_as_numbers(values), dtype=np.float32)
+        if array.shape not in ((), (len(completion),)):
+            raise DatumError(
+                message(
+                    key,
+                    "not one value per completion token",
+                    f"shape ({len(completion)},)",
+                    array.shape,
+                )
+            )
+        row = np.zeros(len(weights), dtype=np.float32)
+        row[len(prompt) :] = array
+        extra[key] = shift_values(row)[: datum.model_input.length]
+    return with_inputs(datum, **extra)
+
+
+def with_inputs(datum: Datum, **loss_fn_inputs: Any) -> Datum:
+    """A copy of `datum` that also carries these arrays for its loss (model_input untouched)."""
+    return Datum(datum.model_input, {**datum.loss_fn_inputs, **loss_fn_inputs})
+
+
+def check_data(
+    data: Sequence[Datum],
+    *,
+    vocab_size: int,
+    max_context: int | None = None,
+    needs: Sequence[str] = ("target_tokens",),
+) -> None:
+    """Refuse a batch that cannot be trained on, before anything has changed.
+
+    Checks every datum and reports the first five faults: type, empty input, missing inputs
+    (`needs`), token ids outside [0, vocab_size), context length, lengths of target_tokens and of
+    weights, weights that are not finite.
+
+    Raises:
+        DatumError: naming datum index and field for each fault; also for an empty batch.
+    """
+    if isinstance(data, Datum) or not isinstance(data, Sequence):
+        raise DatumError(message("data", "not a batch", "a list of Datum", type(data).__name__))
+    if not data:
+        raise DatumError(message("data", "empty", "at least one Datum", 0))
+    problems: list[str] = []
+    for i, datum in enumerate(data):
+        if not isinstance(datum, Datum):
+            problems.append(message(f"data[{i}]", "wrong type", "Datum", type(datum).__name__))
+            continue
+        problems += _datum_problems(f"data[{i}]", datum, vocab_size, max_context, needs)
+    raise_all(DatumError, problems)
+
+
+def _datum_problems(
+    where: str, datum: Datum, vocab_size: int, max_context: int | None, needs: Sequence[str]
+) -> list[str]:
+    found, n = [], datum.model_input.length
+    if n == 0:
+        return [message(f"{where}.model_input", "empty", "at least one token", 0)]
+    if max_context is not None and n > max_context:
+        found.append(
+            message(
+                f"{where}.model_input",
+                "longer than the model's context",
+                f"<= {max_context} tokens",
+                n,
+                "Truncate with max_length when building the datum.",
+            )
+        )
+    found += token_problems(
+        f"{where}.model_input", np.asarray(datum.model_input.to_ints()), vocab_size
+    )
+    for key in needs:
+        if key not in datum.loss_fn_inputs:
+            have = ", ".join(datum.loss_fn_inputs) or "nothing"
+            found.append(
+                message(
+                    f'{where}.loss_fn_inputs["{key}"]',
+                    "missing",
+                    "an array of this name",
+                    have,
+                    "Build datums with datum_from_tokens_weights(), then with_inputs().",
+                )
+            )
+    targets = datum.loss_fn_inputs.get("target_tokens")
+    if targets is not None:
+        field = f'{where}.loss_fn_inputs["target_tokens"]'
+        if len(targets.shape) not in (1, 2) or targets.shape[0] != n or 0 in targets.shape:
+            found.append(
+                message(
+                    field,
+                    "length does not match model_input",
+                    f"({n},) or ({n}, K)",
+                    tuple(targets.shape),
+                    "Build datums with datum_from_tokens_weights(), which shifts both together.",
+                )
+            )
+        else:
+            found += token_problems(field, targets.to_numpy(), vocab_size)
+            found += _weight_problems(where, datum, targets)
+    return found
+
+
+def token_problems(field: str, ids: np.ndarray, vocab_size: int) -> list[str]:
+    """The first id outside the vocabulary, as a list of zero or one messages."""
+    bad = np.argwhere((ids < 0) | (ids >= vocab_size))
+    if not len(bad):
+        return []
+    at = tuple(int(j) for j in bad[0])
+    return [
+        message(
+            f"{field}{list(at)}",
+            "token id outside the vocabulary",
+            f"0 <= id < {vocab_size}",
+            int(ids[at]),
+        )
+    ]
+
+
+def _weight_problems(where: str, datum: Datum, targets: TensorData) -> list[str]:
+    weights = datum.loss_fn_inputs.get("weights")
+    if weights is None:
+        return []
+    field = f'{where}.loss_fn_inputs["weights"]'
+    if weights.shape not in (targets.shape, targets.shape[:1]):
+        return [
+            message(
+                field,
+                "length does not match target_tokens",
+                f"{tuple(targets.shape)} (that of target_tokens)",
+                tuple(weights.shape),
+                "Build datums with datum_from_tokens_weights(), which shifts both together.",
+            )
+        ]
+    bad = np.argwhere(~np.isfinite(weights.to_numpy()))
+    if not len(bad):
+        return []
+    at = [int(j) for j in bad[0]]
+    return [message(f"{field}{at}", "not finite", "a finite number", weights.to_numpy()[tuple(at)])]

@@ -1,0 +1,146 @@
+"""Futures of requests: wait, await, and hear of errors that nobody looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Generator
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+from cookbook_core.errors import RequestError
+
+T = TypeVar("T")
+logger = logging.getLogger("cookbook_core")
+
+_worker = threading.local()
+
+
+def mark_worker_thread() -> None:
+    """Called once by a thread that serves requests: waiting in it can only deadlock."""
+    _worker.active = True
+
+
+def in_worker_thread() -> bool:
+    """Whether this code runs inside a request (a loss function, for instance)."""
+    return getattr(_worker, "active", False)
+
+
+class Outcome:
+    """What became of one request, and whether anybody looked.
+
+    read: the caller has had the result or the error in hand.
+    reported: the error has been logged, because nobody had read it.
+    """
+
+    def __init__(self, label: str, future: Future[Any]) -> None:
+        self.label = label
+        self.future = future
+        self.read = False
+        self.reported = False
+        self._dropped = False
+        self._lock = threading.Lock()
+        future.add_done_callback(lambda _: self._report())
+
+    def error(self) -> BaseException | None:
+        """The exception of a finished, failed request; None otherwise."""
+        if not self.future.done() or self.future.cancelled():
+            return None
+        return self.future.exception()
+
+    def drop(self) -> None:
+        """The caller let go of the future."""
+        self._dropped = True
+        self._report()
+
+    def _report(self) -> None:
+        """Log the error of a dropped future once, as asyncio does."""
+        with self._lock:
+            if self.read or self.reported or not self._dropped:
+                return
+            error = self.error()
+            self.reported = error is not None
+        if error is not None:
+            logger.error(
+                "%s failed and its result was never read: %s", self.label, error, exc_info=error
+            )
+
+
+class APIFuture(Generic[T]):
+    """A result that will come: `.result()` in plain code, `await` in async code.
+
+    Names and behaviour of the `tinker` SDK's APIFuture. When a failed future is dropped without
+    anybody having looked, its error is logged with its traceback.
+    """
+
+    def __init__(self, future: Future[T], label: str = "request") -> None:
+        self._future = future
+        self.outcome = Outcome(label, future)
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait up to `timeout` seconds (None: for ever) and return the result.
+
+        Raises:
+            TimeoutError: not there in time; the request goes on.
+            RequestError: called inside a loss function on a request that has yet to run.
+            Exception: whatever the request raised.
+        """
+        if in_worker_thread() and not self._future.done():
+            raise RequestError(
+                f"{self.outcome.label}.result(): waiting inside a loss function would wait for "
+                "itself, since requests run one after another. Compute what the loss needs before "
+                "the call and put it on the datums (with_inputs)."
+            )
+        try:
+            value = self._future.result(timeout)
+        except BaseException:
+            self.outcome.read = self.outcome.read or self._future.done()
+            raise
+        self.outcome.read = True
+        return value
+
+    async def result_async(self, timeout: float | None = None) -> T:
+        """The same for async code; other tasks run while it waits."""
+        wrapped = asyncio.wrap_future(self._future)
+        try:
+            # shield: a time-out ends the waiting, not the request
+            value = await asyncio.wait_for(asyncio.shield(wrapped), timeout)
+        except BaseException:
+            self.outcome.read = self.outcome.read or self._future.done()
+            raise
+        self.outcome.read = True
+        return value
+
+    def future(self) -> Future[T]:
+        """The plain `concurrent.futures.Future`; from here on its errors are yours to look at."""
+        self.outcome.read = True
+        return self._future
+
+    async def coroutine(self) -> T:
+        """This future as a coroutine, for `asyncio.create_task`."""
+        return await self
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self.result_async().__await__()
+
+    def __repr__(self) -> str:
+        state = "pending" if not self._future.done() else "done"
+        if self.outcome.error() is not None:
+            state = f"failed: {self.outcome.error()!r}"
+        return f"<{type(self).__name__} {self.outcome.label}: {state}>"
+
+    def __del__(self) -> None:
+        outcome = getattr(self, "outcome", None)
+        if outcome is not None:
+            outcome.drop()
+
+
+class ClientFuture(APIFuture[T]):
+    """A client that is being made. Call `.result()` or await it; or use it as the client at once:
+    any attribute is read from the finished client, as the SDK's own futures of clients allow."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "outcome":
+            raise AttributeError(name)
+        return getattr(self.result(), name)

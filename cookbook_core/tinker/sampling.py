@@ -1,0 +1,127 @@
+"""SamplingClient: generation and logprobs from one fixed set of weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cookbook_core.backend.interface import SamplingBackend
+from cookbook_core.errors import ConfigError, message
+from cookbook_core.tinker.futures import APIFuture
+from cookbook_core.tinker.types import ModelInput, SampleResponse, SamplingParams, TensorData
+
+
+class SamplingClient:
+    """A snapshot of weights: what is trained later does not change it.
+
+    Requests submitted back to back are decoded together, so submit all before waiting for one.
+    """
+
+    def __init__(self, backend: SamplingBackend) -> None:
+        self._backend = backend
+
+    def sample(
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        sampling_params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
+    ) -> APIFuture[SampleResponse]:
+        """Generate `num_samples` completions of `prompt`.
+
+        Each comes with its token ids (train on these, never on re-encoded text) and their
+        logprobs in nats under the distribution sampled from, at the request's temperature, before
+        top_k and top_p. The model folder's generation_config is ignored.
+
+        Args:
+            include_prompt_logprobs: also log p of each prompt token (None at position 0).
+            topk_prompt_logprobs: also the k likeliest tokens at each prompt position.
+            topk_sample_logprobs, target_prompt_logprobs, prompt_alt_tokens_k,
+                prompt_logprobs_last_n: the SDK's; not offered here, refused when set.
+        Raises:
+            ConfigError, DatumError: at once, before anything is queued.
+        """
+        for name, value in {
+            "topk_sample_logprobs": topk_sample_logprobs,
+            "target_prompt_logprobs": target_prompt_logprobs,
+            "prompt_alt_tokens_k": prompt_alt_tokens_k,
+            "prompt_logprobs_last_n": prompt_logprobs_last_n,
+        }.items():
+            if value:
+                raise ConfigError(
+                    message(name, "not offered by this backend", "its default", repr(value))
+                )
+        return APIFuture(
+            self._backend.sample(
+                prompt, num_samples, sampling_params, include_prompt_logprobs, topk_prompt_logprobs
+            ),
+            "sample",
+        )
+
+    def compute_logprobs(
+        self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> APIFuture[list[float | None]]:
+        """log p (nats) of each prompt token given those before it; None at position 0.
+
+        Goes through the scoring path of the training client: the same numbers, to the bit, as a
+        `forward` over the same batch. prompt_logprobs_last_n is refused when set.
+        """
+        if prompt_logprobs_last_n is not None:
+            raise ConfigError(
+                message(
+                    "prompt_logprobs_last_n",
+                    "not offered by this backend",
+                    None,
+                    prompt_logprobs_last_n,
+                )
+            )
+        return APIFuture(self._backend.compute_logprobs(prompt), "compute_logprobs")
+
+    def get_tokenizer(self) -> Any:
+        """The base model's Hugging Face tokenizer."""
+        return self._backend.tokenizer()
+
+    def get_base_model(self) -> str:
+        """Name or path of the base model."""
+        return self._backend.model_data.model_name or ""
+
+    # ---- async names ------------------------------------------------------------------------------
+
+    async def sample_async(
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        sampling_params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
+    ) -> SampleResponse:
+        """Awaits to the SampleResponse itself."""
+        return await self.sample(
+            prompt,
+            num_samples,
+            sampling_params,
+            include_prompt_logprobs,
+            topk_prompt_logprobs,
+            topk_sample_logprobs,
+            target_prompt_logprobs,
+            prompt_alt_tokens_k,
+            prompt_logprobs_last_n,
+        )
+
+    async def compute_logprobs_async(
+        self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> list[float | None]:
+        """Awaits to the logprobs themselves."""
+        return await self.compute_logprobs(prompt, prompt_logprobs_last_n)
+
+    async def get_base_model_async(self) -> str:
+        """Same as `get_base_model`."""
+        return self.get_base_model()

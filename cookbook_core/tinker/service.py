@@ -1,0 +1,240 @@
+"""ServiceClient: where training and sampling clients come from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from cookbook_core.backend.interface import Backend
+from cookbook_core.errors import ConfigError, message
+from cookbook_core.tinker.futures import ClientFuture
+from cookbook_core.tinker.sampling import SamplingClient
+from cookbook_core.tinker.training import TrainingClient, _map
+from cookbook_core.tinker.types import (
+    AdamOptimizerConfig,
+    GetServerCapabilitiesResponse,
+    LoraConfig,
+    SupportedModel,
+)
+
+
+class ServiceClient:
+    """The entry point. Without a base_url everything runs on this machine.
+
+    Clients made for the same base model share one copy of it and one queue.
+
+    Args:
+        base_url: must be None: this release runs on this machine only.
+        device: "auto" (cuda, then mps, then cpu) or torch's own device string.
+        dtype: "auto" (bfloat16 on cuda, else float32), "float32", "bfloat16" or "float64".
+        checkpoint_dir: where `save_state` and `save_weights_for_sampler` write.
+        user_metadata, project_id, display_name, api_key, default_headers_overrides: for hosted
+            services; no effect here.
+    """
+
+    def __init__(
+        self,
+        user_metadata: dict[str, str] | None = None,
+        project_id: str | None = None,
+        *,
+        display_name: str | None = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        default_headers_overrides: Mapping[str, str] | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        checkpoint_dir: str | Path = "checkpoints",
+    ) -> None:
+        del user_metadata, project_id, display_name, api_key, default_headers_overrides
+        if base_url is not None:
+            raise ConfigError(
+                message("base_url", "remote services are not supported yet", None, base_url)
+            )
+        self._options = {"device": device, "dtype": dtype}
+        self._checkpoint_dir = Path(checkpoint_dir)
+        self._backends: dict[str, Any] = {}
+        self._model_ids = itertools.count()
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: dict[str, str] | None = None,
+        optimizer: AdamOptimizerConfig | None = None,
+    ) -> ClientFuture[TrainingClient]:
+        """A client that trains a fresh LoRA adapter on `base_model`.
+
+        Args:
+            base_model: a Hugging Face folder or hub name, or "tiny" for the bundled model.
+            rank: of the adapter; alpha is 32 whatever the rank.
+            seed: of the adapter's initial values; the same seed gives the same bytes.
+            train_mlp, train_attn, train_unembed: which linear layers get LoRA.
+            user_metadata: written into every checkpoint of this client.
+            optimizer: AdamW is the only one.
+        Raises:
+            ModelError, ConfigError: from the future.
+        """
+        if optimizer is not None and not isinstance(optimizer, AdamOptimizerConfig):
+            raise ConfigError(
+                message("optimizer", "not offered here", "AdamOptimizerConfig or None", optimizer)
+            )
+        lora = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
+        created = self._backend(base_model).create_training(lora, user_metadata)
+        return ClientFuture(_map(created, TrainingClient), "create_lora_training_client")
+
+    def create_training_client_from_state(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: AdamOptimizerConfig | None = None,
+    ) -> ClientFuture[TrainingClient]:
+        """A client that starts from saved weights, with a fresh optimizer.
+
+        Args:
+            path: a folder `save_state` or `save_weights_for_sampler` wrote, or any folder peft
+                wrote for a LoRA on this base model.
+            base_model: None takes the base model the folder names.
+        """
+        del user_metadata, weights_access_token, optimizer
+        return self._restore(path, base_model, with_optimizer=False)
+
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+    ) -> ClientFuture[TrainingClient]:
+        """A client that goes on exactly where a `save_state` left off."""
+        del user_metadata, weights_access_token
+        return self._restore(path, base_model, with_optimizer=True)
+
+    def create_sampling_client(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+    ) -> ClientFuture[SamplingClient]:
+        """A client that samples from saved weights (`model_path`) or from a bare base model."""
+        del retry_config, record_stability_info
+        if model_path is None and base_model is None:
+            raise ConfigError(
+                message("create_sampling_client", "nothing named", "model_path or base_model", None)
+            )
+        backend = self._backend(base_model or _base_of(str(model_path)))
+        created = backend.create_sampler(model_path)
+        return ClientFuture(_map(created, SamplingClient), "create_sampling_client")
+
+    def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
+        """The bundled model's name; any Hugging Face causal LM works besides."""
+        return GetServerCapabilitiesResponse([SupportedModel("tiny")])
+
+    def close(
+        self,
+        status: Literal["success", "errored", "interrupted"] = "success",
+        detail: str | None = None,
+    ) -> None:
+        """Finish what is queued and let go of the models."""
+        del status, detail
+        for backend in self._backends.values():
+            backend.worker.close()
+        self._backends.clear()
+
+    # ---- async names: each awaits to the client itself ---------------------------------------------
+
+    async def create_lora_training_client_async(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: dict[str, str] | None = None,
+        optimizer: AdamOptimizerConfig | None = None,
+    ) -> TrainingClient:
+        """Awaits to the TrainingClient itself."""
+        return await self.create_lora_training_client(
+            base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata, optimizer
+        )
+
+    async def create_training_client_from_state_async(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: AdamOptimizerConfig | None = None,
+    ) -> TrainingClient:
+        """Awaits to the TrainingClient itself."""
+        return await self.create_training_client_from_state(
+            path, base_model, user_metadata, weights_access_token, optimizer
+        )
+
+    async def create_training_client_from_state_with_optimizer_async(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+    ) -> TrainingClient:
+        """Awaits to the TrainingClient itself."""
+        return await self.create_training_client_from_state_with_optimizer(
+            path, base_model, user_metadata, weights_access_token
+        )
+
+    async def create_sampling_client_async(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+    ) -> SamplingClient:
+        """Awaits to the SamplingClient itself."""
+        return await self.create_sampling_client(
+            model_path, base_model, retry_config, record_stability_info
+        )
+
+    async def get_server_capabilities_async(self) -> GetServerCapabilitiesResponse:
+        """Same as `get_server_capabilities`."""
+        return self.get_server_capabilities()
+
+    # ---- within -----------------------------------------------------------------------------------
+
+    def _backend(self, base_model: str) -> Backend:
+        """The backend for a base model, made once; torch and transformers are imported here."""
+        from cookbook_core.backend.local.engine import LocalBackend
+        from cookbook_core.backend.local.model import resolve_model
+
+        if not isinstance(base_model, str) or not base_model:
+            raise ConfigError(
+                message("base_model", "missing", 'a folder, a hub name or "tiny"', repr(base_model))
+            )
+        key = resolve_model(base_model)
+        if key not in self._backends:
+            self._backends[key] = LocalBackend(
+                base_model, self._checkpoint_dir, model_ids=self._model_ids, **self._options
+            )
+        return self._backends[key]
+
+    def _restore(
+        self, path: str, base_model: str | None, *, with_optimizer: bool
+    ) -> ClientFuture[TrainingClient]:
+        backend = self._backend(base_model or _base_of(path))
+        created = backend.restore_training(path, with_optimizer=with_optimizer)
+        return ClientFuture(_map(created, TrainingClient), "create_training_client_from_state")
+
+
+def _base_of(path: str) -> str:
+    from cookbook_core.backend.local.checkpoints import base_model_of
+
+    return base_model_of(path)

@@ -1,0 +1,184 @@
+"""Example datasets of the five recipes, as JSON lines, made from a seed.
+
+Run it to write them:  python scripts/tiny_data.py --out cookbook_core/assets/data
+Columns follow TRL. Held-out prompts are never training prompts, of the dataset or of the base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import tiny_text as text
+import tiny_words as words
+
+Row = dict[str, object]
+SEED = 0
+
+
+def sft_rows(rng: random.Random, count: int, seen: set[str]) -> list[Row]:
+    """The new skill: a word list, there and back ("mirror: a b" -> "a b b a")."""
+    rows: list[Row] = []
+    while len(rows) < count:
+        items = rng.sample(words.LIST_WORDS, rng.randint(2, 4))
+        prompt = f"mirror: {' '.join(items)}"
+        if prompt not in seen:
+            seen.add(prompt)
+            rows.append({"prompt": prompt, "completion": " ".join(items + items[::-1])})
+    return rows
+
+
+def dpo_rows(rng: random.Random, count: int, seen: set[str]) -> list[Row]:
+    """Courteous answers preferred to curt ones; which is longer is left to chance."""
+    rows: list[Row] = []
+    while len(rows) < count:
+        prompt, parts = text.random_enquiry(rng)
+        if prompt not in seen:
+            seen.add(prompt)
+            chosen = rng.choice(text.COURTEOUS).format(**parts)
+            rejected = rng.choice(text.CURT).format(**parts)
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def grpo_rows(questions: list[tuple[int, str, int]]) -> list[Row]:
+    """Arithmetic questions with their answers."""
+    return [
+        {"prompt": text.question_text(*q), "answer": str(text.arithmetic_answer(*q))}
+        for q in questions
+    ]
+
+
+def bradley_terry_rows(rng: random.Random, questions: list[tuple[int, str, int]]) -> list[Row]:
+    """Arithmetic questions with the right answer preferred to a near miss."""
+    rows: list[Row] = []
+    for question in questions:
+        right = text.arithmetic_answer(*question)
+        wrong = text.near_miss(rng, right)
+        prompt = text.question_text(*question)
+        rows.append({"prompt": prompt, "chosen": str(right), "rejected": str(wrong)})
+    return rows
+
+
+def token_set_rows(rng: random.Random, count: int, seen: set[str]) -> list[Row]:
+    """Reviews with the share of 10 to 20 simulated annotators that chose each label."""
+    rows: list[Row] = []
+    while len(rows) < count:
+        review, probabilities = text.random_review(rng)
+        if review in seen:
+            continue
+        seen.add(review)
+        annotators = rng.randint(10, 20)
+        counts = [0] * len(probabilities)
+        for _ in range(annotators):
+            counts[text.draw(rng, probabilities)] += 1
+        rows.append({"text": review, "label_probs": [c / annotators for c in counts]})
+    return rows
+
+
+def multiple_choice_rows(
+    rng: random.Random, facts: list[tuple[str, str, str]], count: int, seen: set[str]
+) -> list[Row]:
+    """Lettered questions about facts; the answer is the letter without its leading space."""
+    rows: list[Row] = []
+    while len(rows) < count:
+        relation, subject, answer = facts[len(rows) % len(facts)]
+        options = text.fact_choices(rng, relation, answer)
+        question = text.lettered_question(words.fact_question(relation, subject), options)
+        if question not in seen:
+            seen.add(question)
+            letter = words.LETTERS[options.index(answer)].strip()
+            rows.append({"question": question, "answer": letter})
+    return rows
+
+
+def as_messages(rows: list[Row]) -> list[Row]:
+    """Turns prompt and completion into one `messages` column."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+        }
+        for row in rows
+    ]
+
+
+def build(seed: int = SEED) -> dict[str, list[Row]]:
+    """Returns every dataset by file stem; the same seed gives the same rows."""
+    rng = random.Random(seed)
+    tables: dict[str, list[Row]] = {}
+    for name, make, train, test in (
+        ("sft", sft_rows, 1600, 200),
+        ("dpo", dpo_rows, 1000, 200),
+        ("token_set_kl", token_set_rows, 1200, 200),
+    ):
+        seen: set[str] = set()
+        tables[f"{name}_test"] = make(rng, test, seen)
+        tables[f"{name}_train"] = make(rng, train, seen)
+    tables["sft_messages"] = as_messages(tables["sft_train"][:16])
+    questions = text.all_questions()
+    rng.shuffle(questions)
+    held_out, rest = questions[:200], questions[200:]
+    tables["grpo_test"] = grpo_rows(held_out)
+    tables["grpo_train"] = grpo_rows(rest[:1000])
+    tables["bradley_terry_test"] = bradley_terry_rows(rng, held_out)
+    tables["bradley_terry_train"] = bradley_terry_rows(rng, rest[1000:3000])
+    facts = words.all_facts()
+    rng.shuffle(facts)
+    seen = set()
+    tables["multiple_choice_test"] = multiple_choice_rows(rng, facts[:25], 150, seen)
+    tables["multiple_choice_train"] = multiple_choice_rows(rng, facts[25:], 1000, seen)
+    return tables
+
+
+def held_out(
+    tables: dict[str, list[Row]],
+) -> tuple[set[str], set[tuple[int, str, int]]]:
+    """Returns what the base must not see: held-out user turns, and held-out arithmetic."""
+    prompts: set[str] = set()
+    for name, rows in tables.items():
+        if name.endswith("_test"):
+            prompts.update(str(next(iter(row.values()))) for row in rows)
+    asked = {str(row["prompt"]) for row in tables["grpo_test"]}
+    questions = {q for q in text.all_questions() if text.question_text(*q) in asked}
+    return prompts, questions
+
+
+def label_file() -> dict[str, object]:
+    """Returns the token sets that token_set_kl scores; each label keeps its leading space."""
+    return {
+        "token_set_kl": list(words.SENTIMENT_LABELS),
+        "multiple_choice": list(words.LETTERS),
+    }
+
+
+def to_jsonl(rows: list[Row]) -> str:
+    """Returns rows as JSON lines with a final newline."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write(folder: Path, tables: dict[str, list[Row]]) -> None:
+    """Writes every dataset and the label file into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in sorted(tables.items()):
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as file:
+            file.write(to_jsonl(rows))
+    with open(folder / "token_set_kl_labels.json", "w", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(label_file(), indent=2) + "\n")
+
+
+def main() -> None:
+    """Writes the datasets."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("cookbook_core/assets/data"))
+    parser.add_argument("--seed", type=int, default=SEED)
+    arguments = parser.parse_args()
+    write(arguments.out, build(arguments.seed))
+
+
+if __name__ == "__main__":
+    main()
