@@ -1,7 +1,13 @@
 """Post-training with your own loss function, on your own machine. See README.md."""
 
-from cookbook_core import tinker
-from cookbook_core.alignment import align_weights, check_alignment, weighted_mean, weighted_sum
+from cookbook_core import chat, runs, tinker
+from cookbook_core.alignment import (
+    align_weights,
+    check_alignment,
+    weighted_mean,
+    weighted_sum,
+    weighted_sums,
+)
 from cookbook_core.datums import (
     datum_from_prompt_completion,
     datum_from_tokens_weights,
@@ -11,12 +17,15 @@ from cookbook_core.datums import (
 
 __all__ = [
     "align_weights",
+    "chat",
     "check_alignment",
     "datum_from_prompt_completion",
     "datum_from_tokens_weights",
+    "runs",
     "shift_tokens",
     "tinker",
     "weighted_mean",
     "weighted_sum",
+    "weighted_sums",
     "with_inputs",
 ]

@@ -34,6 +34,26 @@ def input_tensor(datum: Datum, key: str, like: torch.Tensor) -> torch.Tensor:
     return _tensor(value, like)
 
 
+def input_tensors(data: Sequence[Datum], key: str) -> list[torch.Tensor]:
+    """`loss_fn_inputs[key]` of every datum as tensors of the shapes and dtypes they have.
+
+    Raises:
+        DatumError: a datum has no such input.
+    """
+    missing = [
+        message(
+            f'data[{i}].loss_fn_inputs["{key}"]',
+            "missing",
+            "an array of this name",
+            ", ".join(datum.loss_fn_inputs) or "nothing",
+        )
+        for i, datum in enumerate(data)
+        if key not in datum.loss_fn_inputs
+    ]
+    raise_all(DatumError, missing)
+    return [datum.loss_fn_inputs[key].to_torch() for datum in data]
+
+
 def align_weights(
     logprobs: torch.Tensor,
     weights: Any,
@@ -135,6 +155,34 @@ def weighted_sum(logprobs: torch.Tensor, weights: Any, **align: Any) -> torch.Te
     logprobs, w = align_weights(logprobs, weights, **align)
     w = w.reshape(w.shape + (1,) * (logprobs.dim() - w.dim())).expand_as(logprobs)
     return (logprobs.masked_fill(w == 0, 0.0) * w).sum()
+
+
+def weighted_sums(
+    data: Sequence[Datum], values: Sequence[torch.Tensor] | str, weights: str = "weights"
+) -> torch.Tensor:
+    """sum_t weights[t] * values[t] of every datum: `(D,)`, nats for logprobs.
+
+    Args:
+        data: D datums that carry an input named `weights`.
+        values: D tensors `(N_i,)` or `(N_i, K)`, such as the logprobs a loss is given; or the name
+            of an input of the datums, such as "ref_logprobs".
+        weights: the name of the input to weigh by.
+    Raises:
+        DatumError: an input that is missing or not as long as the values: datum, field, lengths.
+
+    >>> from cookbook_core import datum_from_tokens_weights
+    >>> import torch
+    >>> pair = [datum_from_tokens_weights([1, 2, 3], w) for w in ([0, 1, 1], [0, 0, 2])]
+    >>> weighted_sums(pair, [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -4.0])])
+    tensor([-3., -8.])
+    """
+    import torch
+
+    if isinstance(values, str):
+        values = input_tensors(data, values)
+    check_alignment(data, values, weights)
+    pairs = zip(data, values, strict=True)
+    return torch.stack([weighted_sum(v, datum.loss_fn_inputs[weights]) for datum, v in pairs])
 
 
 def weighted_mean(logprobs: torch.Tensor, weights: Any, **align: Any) -> torch.Tensor:

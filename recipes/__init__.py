@@ -1,0 +1,1 @@
+"""Recipes: single files, each one objective, read from top to bottom. See recipes/README.md."""

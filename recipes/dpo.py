@@ -1,0 +1,236 @@
+"""Direct Preference Optimization: make chosen answers likelier than rejected ones.
+
+    L = -mean over pairs of log sigmoid(beta * margin)
+    margin = [log p(chosen) - log p_ref(chosen)] - [log p(rejected) - log p_ref(rejected)]
+
+p is the policy in training, p_ref a frozen reference, beta (1/nats) how closely to stay to it. Log
+probabilities are summed over the completion's tokens (nats); the loss is a mean over pairs.
+
+Paper: Rafailov et al. 2023, arXiv 2305.18290, equation 7. Left out: label smoothing and
+length normalisation; both are one line in `dpo_loss`.
+
+The reference is the model as it stands when the run starts: the base model, or the adapter given
+as --init_from. It is saved under the name "reference" and read back from there, so the run that
+continues tomorrow has the same reference. Both sides go through the same scoring path, so before
+the first step the margin is exactly 0 and the loss exactly ln 2.
+
+Data: columns prompt, chosen, rejected; each plain text, or lists of messages as TRL has them
+    {"prompt": [{"role": "user", "content": "..."}],
+     "chosen": [{"role": "assistant", "content": "..."}], "rejected": [...]}
+
+    python -m recipes.dpo                       # bundled tiny model, about a minute on two cores
+    python -m recipes.dpo --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized
+
+What you should see: loss starts at ln 2 = 0.693 and accuracy at 0.5 (all ties); on the bundled
+data, held-out accuracy ends above 0.85. A loss that stays at 0.69 means nothing was trained. Watch
+chosen_logprob too: if it falls together with rejected_logprob, the model is unlearning both.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from cookbook_core import (
+    chat,
+    datum_from_prompt_completion,
+    runs,
+    tinker,
+    weighted_sums,
+    with_inputs,
+)
+from cookbook_core.data import batch_indices, train_test
+
+# ---- config --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "tiny"
+    """Hugging Face causal LM: hub name or local folder; "tiny" is the bundled one."""
+    dataset: str = "tiny/dpo"
+    """Hub name, local file or folder with columns prompt, chosen, rejected."""
+    init_from: str = ""
+    """LoRA folder (saved here or by peft) to start from; it is then the reference too."""
+    beta: float = 0.1
+    """Strength of the pull to the reference, 1/nats. Larger stays closer."""
+    num_steps: int = 80
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Pairs per step."""
+    learning_rate: float = 1e-3
+    """Adam's step size at the first step; falls linearly to 0."""
+    lora_rank: int = 32
+    """Rank of the adapter (alpha is 32)."""
+    max_length: int = 512
+    """Longest prompt + completion, tokens; a pair with a longer one is dropped and counted."""
+    test_rows: int = 100
+    """Held-out pairs."""
+    eval_every: int = 20
+    """Steps between evaluations on the held-out pairs."""
+    seed: int = 0
+    """Of the adapter, the order of the data and the samples."""
+    device: str = "auto"
+    """cuda, mps or cpu; auto takes the first there is."""
+    dtype: str = "auto"
+    """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
+    log_path: str = ""
+    """Run folder; empty takes the next free runs/dpo-N."""
+
+
+# ---- loss ------------------------------------------------------------------------ change me ----
+
+
+def dpo_loss(
+    data: list[tinker.Datum], logprobs: list[torch.Tensor], *, beta: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """DPO's loss over pairs, which lie interleaved: chosen, rejected, chosen, rejected, ...
+
+        L = -mean_p log sigmoid(beta * (logratio[2p] - logratio[2p + 1]))
+
+    Source: Rafailov et al. 2023, arXiv 2305.18290, equation 7. Differs: nothing.
+
+    Args:
+        data: D = 2P datums with "weights" (1 on the completion) and "ref_logprobs", both `(N_i,)`.
+        logprobs: D tensors `(N_i,)`, nats; gradient flows here.
+        beta: > 0, 1/nats.
+    Returns:
+        loss: 0-d, nats; sum over tokens, mean over pairs.
+        metrics: accuracy in [0, 1] (a tie counts one half), reward_margin (times beta),
+            chosen_logprob and rejected_logprob (nats per sequence).
+    Raises:
+        ValueError: odd number of datums. DatumError: ref_logprobs or weights missing, misaligned.
+    """
+    if len(data) % 2:
+        raise ValueError(f"dpo_loss: {len(data)} datums do not pair up; data[{len(data) - 1}] is "
+                         "left over. Expected chosen, rejected, chosen, rejected, ...")
+    policy = weighted_sums(data, logprobs)  # (D,) log p of each completion
+    reference = weighted_sums(data, "ref_logprobs").to(policy)
+    logratio = policy - reference
+    margin = logratio[0::2] - logratio[1::2]  # (P,)
+    loss = -F.logsigmoid(beta * margin).mean()
+    wins = (margin > 0).float() + 0.5 * (margin == 0).float()
+    return loss, {
+        "accuracy": wins.mean().item(),
+        "reward_margin": beta * margin.mean().item(),
+        "chosen_logprob": policy[0::2].mean().item(),
+        "rejected_logprob": policy[1::2].mean().item(),
+    }
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def build_pairs(rows: list[dict], tokenizer, max_length: int) -> tuple[list[tinker.Datum], int]:
+    """Rows -> interleaved datums (chosen, rejected, ...), and how many rows were dropped as too
+    long. Both members of a pair stay together or go together."""
+    data, dropped = [], 0
+    for row in rows:
+        pair = [
+            chat.render_completion(tokenizer, row["prompt"], row[side])
+            for side in ("chosen", "rejected")
+        ]
+        if max(len(prompt) + len(completion) for prompt, completion in pair) > max_length:
+            dropped += 1
+            continue
+        data += [datum_from_prompt_completion(*tokens) for tokens in pair]
+    return data, dropped
+
+
+def score(client: tinker.TrainingClient, data: list[tinker.Datum]) -> list[torch.Tensor]:
+    """Logprobs of the datums' target_tokens under a client's present weights, no gradient."""
+    outputs = client.forward(data, "cross_entropy").result().loss_fn_outputs
+    return [output["logprobs"].to_torch() for output in outputs]
+
+
+def add_ref_logprobs(
+    reference: tinker.TrainingClient, data: list[tinker.Datum]
+) -> list[tinker.Datum]:
+    """The same datums, each carrying the reference's logprobs of its own tokens."""
+    ref_logprobs = score(reference, data)
+    return [with_inputs(d, ref_logprobs=lp) for d, lp in zip(data, ref_logprobs, strict=True)]
+
+
+# ---- train ---------------------------------------------------------------------------------------
+
+
+def train(config: Config) -> dict[str, float]:
+    """The whole run; returns the held-out metrics at its end."""
+    train_rows, test_rows = train_test(
+        config.dataset, ("prompt", "chosen", "rejected"), config.test_rows, config.seed
+    )
+    panels = [
+        runs.Panel("loss", "loss (nats)", ["loss", "test_loss"], math.log(2), "untrained: ln 2"),
+        runs.Panel("held-out accuracy", "share of pairs", ["test_accuracy"], 0.5, "chance"),
+        runs.Panel("held-out margin", "beta * nats", ["test_reward_margin"], 0.0, "untrained"),
+        runs.Panel("held-out logprobs", "nats per sequence",
+                   ["test_chosen_logprob", "test_rejected_logprob"]),
+    ]
+    with runs.Run("dpo", config, config.num_steps, progress=("loss", "accuracy")) as run:
+        service = tinker.ServiceClient(
+            device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
+        )
+        if config.init_from:
+            client = service.create_training_client_from_state(config.init_from, config.model)
+        else:
+            client = service.create_lora_training_client(
+                config.model, config.lora_rank, config.seed, train_unembed=False
+            )
+        client = client.result()
+        saved = client.save_state("reference").result()
+        reference = service.create_training_client_from_state(saved.path, config.model).result()
+
+        tokenizer = client.get_tokenizer()
+        data, dropped = build_pairs(train_rows, tokenizer, config.max_length)
+        test_data, test_dropped = build_pairs(test_rows, tokenizer, config.max_length)
+        print(f"pairs: {len(data) // 2} to train on, {len(test_data) // 2} held out; "
+              f"dropped as longer than {config.max_length} tokens: {dropped + test_dropped}")
+        test_data = add_ref_logprobs(reference, test_data)
+        loss_fn = partial(dpo_loss, beta=config.beta)
+
+        def evaluate() -> dict[str, float]:
+            loss, metrics = loss_fn(test_data, score(client, test_data))
+            return {f"test_{k}": v for k, v in {"loss": loss.item(), **metrics}.items()}
+
+        before, shown_before = evaluate(), sample(client, test_rows[:3], config.seed)
+        run.log(0, before)
+        for step in range(config.num_steps):
+            rows = batch_indices(len(data) // 2, config.batch_size, step, config.seed)
+            batch = [data[2 * row + side] for row in rows for side in (0, 1)]
+            batch = add_ref_logprobs(reference, batch)
+            adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
+            backward = client.forward_backward_custom(batch, loss_fn)
+            stepped = client.optim_step(adam)  # submitted before waiting: no gap between the two
+            metrics = {**backward.result().metrics, **stepped.result().metrics}
+            if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
+                metrics |= evaluate()
+            run.log(step, metrics)
+
+        after, shown_after = evaluate(), sample(client, test_rows[:3], config.seed)
+        adapter = client.save_weights_for_sampler("final").result().path
+        run.save_table("Held-out pairs, before and after", [
+            {"metric": name.removeprefix("test_"), "before": before[name], "after": after[name]}
+            for name in after
+        ])
+        run.save_samples([
+            {"prompt": str(row["prompt"]), "before": b, "after": a, "chosen": str(row["chosen"])}
+            for row, b, a in zip(test_rows[:3], shown_before, shown_after, strict=True)
+        ])
+        print(f"adapter: {adapter}\nplot: {run.plot(panels)}")
+        return after
+
+
+def sample(client: tinker.TrainingClient, rows: list[dict], seed: int) -> list[str]:
+    """One completion of each row's prompt at temperature 1."""
+    tokenizer, sampler = client.get_tokenizer(), client.save_weights_and_get_sampling_client()
+    params = tinker.SamplingParams(max_tokens=64, seed=seed, stop=chat.stop_tokens(tokenizer))
+    prompts = [chat.render_prompt(tokenizer, row["prompt"]) for row in rows]
+    futures = [sampler.sample(tinker.ModelInput.from_ints(p), 1, params) for p in prompts]
+    tokens = [future.result().sequences[0].tokens for future in futures]
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+
+
+if __name__ == "__main__":
+    train(runs.parse_config(Config))

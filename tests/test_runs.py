@@ -1,0 +1,252 @@
+"""The command line, and what a run leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cookbook_core.errors import ConfigError, DataError, LossError
+from cookbook_core.runs import Panel, Run, parse_config, read_metrics
+
+
+@dataclass
+class Config:
+    """Parameters."""
+
+    num_steps: int = 30
+    """Optimizer steps."""
+    learning_rate: float = 1e-3
+    """Adam step size [none]."""
+    shuffle: bool = True
+    """Draw rows at random."""
+    log_path: str = ""
+    """Run folder."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ConfigError("Config.num_steps: too few")
+
+
+# ---- command line --------------------------------------------------------------------------
+
+
+def test_flags_set_fields() -> None:
+    argv = ["--num_steps", "7", "--learning-rate=1e-4", "--no_shuffle", "--log_path", "a b"]
+    assert parse_config(Config, argv) == Config(7, 1e-4, False, "a b")
+    assert parse_config(Config, []) == Config()
+
+
+def test_help_shows_each_docstring_default_and_the_recipe(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parse_config(Config, ["--help"])
+    shown = capsys.readouterr().out
+    assert "The command line, and what a run leaves in its folder." in shown
+    for text in ("--num_steps", "Optimizer steps. (default: 30)", "Adam step size [none]."):
+        assert text in shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--num_step", "3"], '--num_step: no such flag. Did you mean "num_steps"?'),
+        (["--learning-rat=3"], '--learning-rat: no such flag. Did you mean "learning_rate"?'),
+        (["--zzz"], "Known: learning_rate, log_path, num_steps, shuffle."),
+        (["--num_steps", "many"], "--num_steps"),
+        (["--num_steps", "0"], "Config.num_steps: too few"),
+    ],
+)
+def test_bad_flags_exit_with_2(argv: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_config(Config, argv)
+    assert says in capsys.readouterr().err
+
+
+def test_the_command_line_needs_no_heavy_import() -> None:
+    """Chat, data and runs, with a config parsed, load neither torch nor the libraries on top."""
+    code = (
+        "import sys, dataclasses\n"
+        "import cookbook_core.chat, cookbook_core.data, cookbook_core.runs as runs\n"
+        "runs.parse_config(dataclasses.make_dataclass('C', [('a', int, 1)]), ['--a', '2'])\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'pandas', 'tqdm'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+# ---- folder --------------------------------------------------------------------------------
+
+
+def test_first_free_folder_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [Run("dpo", Config(num_steps=n), 3).path for n in (1, 2)]
+    assert [path.as_posix() for path in paths] == ["runs/dpo-1", "runs/dpo-2"]
+    held = json.loads((paths[1] / "config.json").read_text(encoding="utf-8"))
+    assert (held["recipe"], Config(**held["config"])) == ("dpo", Config(num_steps=2))
+    assert [path.name for path in paths[1].iterdir()] == ["config.json"]
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(tmp_path: Path) -> None:
+    config = Config(log_path=str(tmp_path / "mine"))
+    with Run("sft", config, 3) as run:
+        run.log(0, {"loss": 1.0})
+    before = {path.name: path.read_bytes() for path in run.path.iterdir()}
+    with pytest.raises(ConfigError, match=r"Config\.log_path: holds a run already"):
+        Run("sft", Config(9, log_path=config.log_path), 3)
+    assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
+
+
+def test_resume_drops_the_steps_that_run_again(tmp_path: Path) -> None:
+    """Also a last line cut short by a crash; the first config stays beside the second."""
+    config = Config(log_path=str(tmp_path / "a"))
+    run = Run("sft", config, 4)
+    for step in range(3):
+        run.log(step, {"loss": float(step)})
+    with open(run.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 3, "lo')
+    assert len(read_metrics(run.path)) == 3
+    again = Run("sft", Config(5, log_path=config.log_path), 5, start_step=2)
+    assert again.path == run.path
+    again.log(2, {"loss": 20.0})
+    assert [(row["step"], row["loss"]) for row in read_metrics(run.path)] == [
+        (0, 0.0),
+        (1, 1.0),
+        (2, 20.0),
+    ]
+    assert (run.path / "config.json").exists()
+    assert (run.path / "config_from_step_2.json").exists()
+    for nowhere in ("", str(tmp_path / "b")):
+        with pytest.raises(ConfigError, match="no run to resume"):
+            Run("sft", Config(log_path=nowhere), 5, start_step=2)
+    assert not (tmp_path / "b").exists()
+
+
+# ---- metrics -------------------------------------------------------------------------------
+
+
+def make_run(tmp_path: Path, num_steps: int = 30, **kwargs: object) -> Run:
+    return Run("sft", Config(log_path=str(tmp_path / "run")), num_steps, **kwargs)
+
+
+def test_metrics_are_strict_json_and_nan_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    import numpy
+
+    run = make_run(tmp_path)
+    run.log(0, {"loss": numpy.array(0.5), "kl": math.inf})
+    run.log(1, {"loss": 1, "kl": math.nan})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    text = (run.path / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    assert rows == [{"step": 0, "loss": 0.5, "kl": None}, {"step": 1, "loss": 1.0, "kl": None}]
+    assert capsys.readouterr().out.count('metric "kl" is') == 1
+
+
+@pytest.mark.parametrize("value", ["x", None, [1.0, 2.0]])
+def test_a_metric_that_is_no_number_is_refused(tmp_path: Path, value: object) -> None:
+    run = make_run(tmp_path)
+    with pytest.raises(LossError, match=r'metrics\["kl"\]: not a number'):
+        run.log(0, {"loss": 1.0, "kl": value})  # type: ignore[dict-item]
+    with pytest.raises(LossError, match='"step"'):
+        run.log(0, {"step": 1.0})
+    assert read_metrics(run.path) == []
+
+
+def test_broken_metrics_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"st\n{"step": 2}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"metrics.jsonl:2: broken"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(("num_steps", "least", "most"), [(3, 3, 3), (30, 9, 12), (1000, 9, 12)])
+def test_plain_progress_lines(
+    tmp_path: Path, num_steps: int, least: int, most: int, capsys: pytest.CaptureFixture
+) -> None:
+    """Without a terminal about ten lines, first and last step among them."""
+    with make_run(tmp_path, num_steps, progress=("loss", "accuracy")) as run:
+        for step in range(num_steps):
+            run.log(step, {"loss": 0.5, "accuracy": 0.25, "grad_norm": 9.0})
+            run.log(step, {"test_loss": 1.0})
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert least <= len(lines) <= most
+    assert lines[0] == f"step 1/{num_steps}  loss 0.5  accuracy 0.25"
+    assert lines[-1].startswith(f"step {num_steps}/{num_steps}  ")
+
+
+def test_progress_bar_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with make_run(tmp_path, 4) as run:
+        for step in range(4):
+            run.log(step, {"loss": 0.125})
+    streams = capsys.readouterr()
+    assert "4/4" in streams.err
+    assert "loss=0.125" in streams.err
+    assert "step 1/4" not in streams.out
+
+
+# ---- what is kept --------------------------------------------------------------------------
+
+
+def test_plot_draws_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every metric as a line, evaluation metrics with points, the null as a labelled line."""
+    from matplotlib import figure
+
+    figures = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
+    )
+    run = make_run(tmp_path)
+    for step in range(30):
+        run.log(step, {"loss": 1 / (step + 1), "kl": math.nan if step == 3 else 0.1})
+        if step % 10 == 0:
+            run.log(step, {"test_loss": 0.5})
+    panels = [
+        Panel("Loss", "loss (nats)", ["loss", "test_loss", "nope"], math.log(2), "nothing learnt"),
+        Panel("KL", "KL (nats per token)", ["kl"]),
+        Panel("Empty", "none", ["nope"]),
+        Panel("More", "loss (nats)", ["loss"]),
+    ]
+    for count in (2, 3, 4):
+        path = run.plot(panels[:count])
+        assert path.read_bytes().startswith(b"\x89PNG")
+    axes = figures[-1].axes
+    assert [axis.get_title() for axis in axes] == ["Loss", "KL", "Empty", "More"]
+    lines = {line.get_label(): line for line in axes[0].get_lines()}
+    assert list(lines) == ["loss", "test_loss", "nope (not logged)", "nothing learnt: 0.693"]
+    assert list(lines["test_loss"].get_xdata()) == [0, 10, 20]
+    assert lines["test_loss"].get_marker() != "None"
+    assert lines["loss"].get_marker() == "None"
+    assert lines["nothing learnt: 0.693"].get_ydata()[0] == math.log(2)
+    assert axes[0].get_ylabel() == "loss (nats)"
+    assert 3 not in axes[1].get_lines()[0].get_xdata()
+    with pytest.raises(ConfigError, match=r"panels: .*2 to 4, got 1"):
+        run.plot(panels[:1])
+
+
+def test_summary_and_samples_are_markdown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = make_run(tmp_path)
+    run.save_table("Held-out pairs", [{"metric": "accuracy", "before": 0.5, "after": 0.97123456}])
+    run.save_table("Second", [{"metric": "a|b", "before": 1, "after": 2}])
+    summary = (run.path / "summary.md").read_text(encoding="utf-8")
+    assert "| accuracy | 0.5    | 0.9712 |" in summary
+    assert "a\\|b" in summary
+    assert "Held-out pairs" in capsys.readouterr().out
+    run.save_samples([{"prompt": "a|b\nc", "after": "<think>`é`"}])
+    samples = (run.path / "samples.md").read_text(encoding="utf-8")
+    assert "| ` a\\|b\\nc ` | `` <think>`é` `` |" in samples
