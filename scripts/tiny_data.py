@@ -156,9 +156,20 @@ def label_file() -> dict[str, object]:
     }
 
 
+ROLES = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+
+
+def conversational(row: Row) -> Row:
+    """Returns the row as TRL has it for chat models: a list of one message for each turn."""
+    return {
+        key: [{"role": ROLES[key], "content": value}] if key in ROLES else value
+        for key, value in row.items()
+    }
+
+
 def to_jsonl(rows: list[Row]) -> str:
     """Returns rows as JSON lines with a final newline."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(json.dumps(conversational(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def write(folder: Path, tables: dict[str, list[Row]]) -> None:

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 import tiny_text as text
+from tiny_data import ROLES
 import torch
 
 Row = dict[str, object]
@@ -17,9 +18,16 @@ Pair = tuple[list[int], list[int]]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Returns the rows of a JSON-lines file."""
+    """Returns the rows of a JSON-lines file, each one-message turn as its plain text."""
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        rows = [json.loads(line) for line in file]
+    return [
+        {
+            key: value[0]["content"] if key in ROLES and isinstance(value, list) else value
+            for key, value in row.items()
+        }
+        for row in rows
+    ]
 
 
 def prompt_ids(tokenizer, user: str) -> list[int]:

@@ -17,9 +17,15 @@ SPLITS = ("sft", "dpo", "grpo", "bradley_terry", "token_set_kl", "multiple_choic
 pytest.importorskip("transformers")
 
 
+def plain(value):
+    """Returns the text of a turn that is a list of one message; anything else as it is."""
+    one_turn = isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict)
+    return value[0]["content"] if one_turn else value
+
+
 def read(name: str) -> list[dict]:
     with open(DATA / f"{name}.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [{k: plain(v) for k, v in json.loads(line).items()} for line in file]
 
 
 def user_turn(row: dict) -> str:

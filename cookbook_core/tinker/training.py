@@ -130,7 +130,7 @@ class TrainingClient:
         since the last step failed and its error was never read.
 
         Returns:
-            metrics: grad_norm (before clipping), update_norm, lr, step.
+            metrics: grad_norm (before clipping), update_norm, lr.
         Raises:
             ConfigError: at once, for values AdamW cannot use. RequestError: from the future.
         """

@@ -331,7 +331,7 @@ class ForwardBackwardOutput:
 
 @dataclass(frozen=True)
 class OptimStepResponse:
-    """metrics: "grad_norm" (before clipping), "update_norm" (of the change made), "lr", "step"."""
+    """metrics: "grad_norm" (before clipping), "update_norm" (of the change made), "lr"."""
 
     metrics: dict[str, float] | None = None
 

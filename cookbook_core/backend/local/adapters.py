@@ -74,7 +74,7 @@ class Adapter:
         """One AdamW step on the accumulated gradient, which is then gone.
 
         Returns:
-            grad_norm (before clipping), update_norm (of the change made), lr, step.
+            grad_norm (before clipping), update_norm (of the change made), lr.
         Raises:
             RequestError: nothing accumulated; nothing is changed.
         """
@@ -111,7 +111,6 @@ class Adapter:
             "grad_norm": float(grad_norm),
             "update_norm": float(update_norm),
             "lr": adam.learning_rate,
-            "step": float(self.step),
         }
 
     def ready_optimizer(self) -> torch.optim.AdamW:
