@@ -82,9 +82,7 @@ def cispo(
     return _sum_over_tokens(data, logprobs, term)
 
 
-def dro(
-    data: Sequence[Datum], logprobs: Sequence[torch.Tensor], *, beta: float = 0.05
-) -> Returned:
+def dro(data: Sequence[Datum], logprobs: Sequence[torch.Tensor], *, beta: float = 0.05) -> Returned:
     """L = -sum (logprobs * A - beta/2 * (logprobs - sampling logprobs)^2).
 
     Richemond et al. 2024, 2405.19107. beta in reward units per nat.

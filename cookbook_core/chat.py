@@ -53,8 +53,8 @@ def render_prompt(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
 
 def render_completion(
     tokenizer: Any,
-    prompt: str | Sequence[Message],
-    completion: str | Sequence[Message],
+    prompt: Any,
+    completion: Any,
     *,
     boundary: Boundary = "check",
 ) -> tuple[list[int], list[int]]:
@@ -62,7 +62,7 @@ def render_completion(
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        prompt: as for `render_prompt`.
+        prompt: text or messages, as for `render_prompt`.
         completion: plain text if the prompt is, else a list of one assistant message.
         boundary: what to do where one token would span the end of the prompt and the start of the
             completion ("2+" and "+3" may meet in the token "++"). "check" raises, since such a row

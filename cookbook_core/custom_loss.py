@@ -130,7 +130,9 @@ def differentiate(
     return LossResult(loss.item(), metrics, full)
 
 
-def evaluate(loss_fn: LossFn, data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> LossResult:
+def evaluate(
+    loss_fn: LossFn, data: Sequence[Datum], logprobs: Sequence[torch.Tensor]
+) -> LossResult:
     """Like `differentiate`, without gradients: for `forward` (grads is empty)."""
     import torch
 
@@ -165,9 +167,7 @@ def _check_returned(where: str, returned: Any) -> tuple[torch.Tensor, dict[str, 
     if not torch.isfinite(loss):
         raise LossError(message(where, "loss is not finite", "a finite loss", loss.item()))
     if not isinstance(metrics, Mapping):
-        raise LossError(
-            message(where, "metrics is not a dict", structure, type(metrics).__name__)
-        )
+        raise LossError(message(where, "metrics is not a dict", structure, type(metrics).__name__))
     return loss, {str(k): _number(where, k, v) for k, v in metrics.items()}
 
 
@@ -177,7 +177,8 @@ def _number(where: str, key: Any, value: Any) -> float:
             return float(value)
     except (TypeError, ValueError, RuntimeError):
         pass
-    got = f"{type(value).__name__} {tuple(value.shape)}" if hasattr(value, "shape") else value
+    shape = getattr(value, "shape", None)
+    got = value if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
     raise LossError(
         message(f'{where} metrics["{key}"]', "not a number", "a float or 0-d tensor", repr(got))
     )

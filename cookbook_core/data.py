@@ -119,7 +119,8 @@ def _select(dataset: str, splits: Mapping[str, Any], split: str, columns: Column
     """Read one split and keep the first alternative of columns that it has; see load_rows."""
     if isinstance(columns, str):
         raise ConfigError(message("columns", "not a list", f'["{columns}"]', repr(columns)))
-    choices = [tuple(columns)] if isinstance(columns[0], str) else [tuple(c) for c in columns]
+    alternatives: Any = [columns] if isinstance(columns[0], str) else columns
+    choices: list[tuple[str, ...]] = [tuple(choice) for choice in alternatives]
     if split not in splits:
         raise DataError(f'{dataset}: no split "{split}". {nearest(split, splits)}')
     rows = list(_read(dataset, splits[split]))
@@ -159,8 +160,9 @@ def _open_splits(dataset: str) -> Mapping[str, Any]:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             import datasets
 
-            held = datasets.load_from_disk(str(path))
-            return held if isinstance(held, datasets.DatasetDict) else {"train": held}
+            held: Any = datasets.load_from_disk(str(path))
+            splits: Any = held if isinstance(held, datasets.DatasetDict) else {"train": held}
+            return splits
         names = [p.name for p in sorted(path.iterdir())[:10]]
         raise DataError(message(dataset, "no dataset in this folder", "train.jsonl", names, _KINDS))
     if path.exists() or path.suffix in SUFFIXES or dataset[:1] in ("", "/", ".", "~"):
@@ -170,7 +172,8 @@ def _open_splits(dataset: str) -> Mapping[str, Any]:
 
     name, _, config = dataset.partition(":")
     try:
-        return datasets.load_dataset(name, config or None)
+        loaded: Any = datasets.load_dataset(name, config or None)
+        return loaded
     except Exception as error:  # hub, network and format errors share no base class
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{dataset}: cannot be loaded ({reason}). {_KINDS}") from error

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import numpy as np
 
 from cookbook_core.errors import ConfigError, DatumError, message, raise_all
-from cookbook_core.tinker.types import Datum, ModelInput, TensorData, _as_numbers
+from cookbook_core.tinker.tensors import TensorData, as_numbers
+from cookbook_core.tinker.types import Datum, ModelInput
 
 Reduction = Literal["none", "mean"]
 
@@ -49,7 +50,7 @@ def shift_values(values: Any) -> np.ndarray:
     >>> shift_values([0.0, 1.0, 2.0]).tolist()
     [1.0, 2.0]
     """
-    return np.asarray(_as_numbers(values), dtype=np.float32)[1:]
+    return np.asarray(as_numbers(values), dtype=np.float32)[1:]
 
 
 def datum_from_tokens_weights(
@@ -88,18 +89,18 @@ def datum_from_tokens_weights(
         raise ConfigError(message("max_length", "leaves nothing to predict", ">= 2", max_length))
     if reduction not in ("none", "mean"):
         raise ConfigError(message("reduction", "unknown", '"none" or "mean"', repr(reduction)))
-    tokens, weights = list(tokens), np.asarray(_as_numbers(weights), dtype=np.float64)
-    if weights.shape != (len(tokens),):
+    tokens, given = list(tokens), np.asarray(as_numbers(weights), dtype=np.float64)
+    if given.shape != (len(tokens),):
         raise DatumError(
-            message("weights", "not one per token", f"shape ({len(tokens)},)", weights.shape)
+            message("weights", "not one per token", f"shape ({len(tokens)},)", given.shape)
         )
     inputs, targets = shift_tokens(tokens[:max_length])
-    kept = weights[1 : len(targets) + 1]
+    kept = given[1 : len(targets) + 1]
     if not np.isfinite(kept).all():
         at = int(np.flatnonzero(~np.isfinite(kept))[0]) + 1
-        raise DatumError(message(f"weights[{at}]", "not finite", "a finite number", weights[at]))
+        raise DatumError(message(f"weights[{at}]", "not finite", "a finite number", given[at]))
     if not kept.any() and not allow_zero_weights:
-        cut = bool(weights[len(targets) + 1 :].any())
+        cut = bool(given[len(targets) + 1 :].any())
         raise DatumError(
             message(
                 "weights",
@@ -149,7 +150,7 @@ def datum_from_prompt_completion(
     datum = datum_from_tokens_weights(prompt + completion, weights, max_length)
     extra = {}
     for key, values in per_token.items():
-        array = np.asarray(_as_numbers(values), dtype=np.float32)
+        array = np.asarray(as_numbers(values), dtype=np.float32)
         if array.shape not in ((), (len(completion),)):
             raise DatumError(
                 message(

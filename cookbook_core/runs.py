@@ -24,7 +24,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from cookbook_core.errors import ConfigError, DataError, LossError, message, nearest
 
@@ -59,7 +59,7 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None)
     )
     if unknown:
         flag = unknown[0].split("=")[0]
-        known = [field.name for field in dataclasses.fields(config_class)]
+        known = [field.name for field in dataclasses.fields(cast(Any, config_class))]
         name = flag.lstrip("-").replace("-", "_")
         print(f"{flag}: no such flag. {nearest(name, known)}", file=sys.stderr)
         raise SystemExit(2)
@@ -183,7 +183,8 @@ class Run:
         shape = (2, 2) if len(panels) == 4 else (1, len(panels))
         figure = Figure(figsize=(4.4 * shape[1], 3.3 * shape[0]), layout="constrained")
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+        layout: Any = figure.get_layout_engine()
+        layout.set(w_pad=0.1, h_pad=0.08)
         axes = figure.subplots(*shape).flat
         for axis, panel in zip(axes, panels, strict=True):
             _draw(axis, panel, rows)

@@ -48,6 +48,8 @@ from cookbook_core.data import batch_indices, train_test
 
 @dataclass(frozen=True)
 class Config:
+    """Flags of `python -m recipes.dpo`."""
+
     model: str = "tiny"
     """Hugging Face causal LM: hub name or local folder; "tiny" is the bundled one."""
     dataset: str = "tiny/dpo"
@@ -104,8 +106,10 @@ def dpo_loss(
         ValueError: odd number of datums. DatumError: ref_logprobs or weights missing, misaligned.
     """
     if len(data) % 2:
-        raise ValueError(f"dpo_loss: {len(data)} datums do not pair up; data[{len(data) - 1}] is "
-                         "left over. Expected chosen, rejected, chosen, rejected, ...")
+        raise ValueError(
+            f"dpo_loss: {len(data)} datums do not pair up; data[{len(data) - 1}] is "
+            "left over. Expected chosen, rejected, chosen, rejected, ..."
+        )
     policy = weighted_sums(data, logprobs)  # (D,) log p of each completion
     reference = weighted_sums(data, "ref_logprobs").to(policy)
     logratio = policy - reference
@@ -165,8 +169,11 @@ def train(config: Config) -> dict[str, float]:
         runs.Panel("loss", "loss (nats)", ["loss", "test_loss"], math.log(2), "untrained: ln 2"),
         runs.Panel("held-out accuracy", "share of pairs", ["test_accuracy"], 0.5, "chance"),
         runs.Panel("held-out margin", "beta * nats", ["test_reward_margin"], 0.0, "untrained"),
-        runs.Panel("held-out logprobs", "nats per sequence",
-                   ["test_chosen_logprob", "test_rejected_logprob"]),
+        runs.Panel(
+            "held-out logprobs",
+            "nats per sequence",
+            ["test_chosen_logprob", "test_rejected_logprob"],
+        ),
     ]
     with runs.Run("dpo", config, config.num_steps, progress=("loss", "accuracy")) as run:
         service = tinker.ServiceClient(
@@ -185,8 +192,10 @@ def train(config: Config) -> dict[str, float]:
         tokenizer = client.get_tokenizer()
         data, dropped = build_pairs(train_rows, tokenizer, config.max_length)
         test_data, test_dropped = build_pairs(test_rows, tokenizer, config.max_length)
-        print(f"pairs: {len(data) // 2} to train on, {len(test_data) // 2} held out; "
-              f"dropped as longer than {config.max_length} tokens: {dropped + test_dropped}")
+        print(
+            f"pairs: {len(data) // 2} to train on, {len(test_data) // 2} held out; "
+            f"dropped as longer than {config.max_length} tokens: {dropped + test_dropped}"
+        )
         test_data = add_ref_logprobs(reference, test_data)
         loss_fn = partial(dpo_loss, beta=config.beta)
 
@@ -210,14 +219,24 @@ def train(config: Config) -> dict[str, float]:
 
         after, shown_after = evaluate(), sample(client, test_rows[:3], config.seed)
         adapter = client.save_weights_for_sampler("final").result().path
-        run.save_table("Held-out pairs, before and after", [
-            {"metric": name.removeprefix("test_"), "before": before[name], "after": after[name]}
-            for name in after
-        ])
-        run.save_samples([
-            {"prompt": str(row["prompt"]), "before": b, "after": a, "chosen": str(row["chosen"])}
-            for row, b, a in zip(test_rows[:3], shown_before, shown_after, strict=True)
-        ])
+        run.save_table(
+            "Held-out pairs, before and after",
+            [
+                {"metric": name.removeprefix("test_"), "before": before[name], "after": after[name]}
+                for name in after
+            ],
+        )
+        run.save_samples(
+            [
+                {
+                    "prompt": str(row["prompt"]),
+                    "before": b,
+                    "after": a,
+                    "chosen": str(row["chosen"]),
+                }
+                for row, b, a in zip(test_rows[:3], shown_before, shown_after, strict=True)
+            ]
+        )
         print(f"adapter: {adapter}\nplot: {run.plot(panels)}")
         return after
 

@@ -41,6 +41,8 @@ from cookbook_core.data import batch_indices, train_test
 
 @dataclass(frozen=True)
 class Config:
+    """Flags of `python -m recipes.sft`."""
+
     model: str = "tiny"
     """Hugging Face causal LM: hub name or local folder; "tiny" is the bundled one."""
     dataset: str = "tiny/sft"
@@ -113,9 +115,7 @@ def build_data(
         if "messages" in row:
             tokens, weights = chat.render_messages(tokenizer, row["messages"], train_on)
         else:
-            prompt, completion = chat.render_completion(
-                tokenizer, row["prompt"], row["completion"]
-            )
+            prompt, completion = chat.render_completion(tokenizer, row["prompt"], row["completion"])
             tokens = prompt + completion
             weights = [0.0] * len(prompt) + [1.0] * len(completion)
         if len(tokens) > max_length:
@@ -172,8 +172,10 @@ def train(config: Config) -> dict[str, float]:
         test_data, test_dropped = build_data(
             test_rows, tokenizer, config.max_length, config.train_on
         )
-        print(f"sequences: {len(data)} to train on, {len(test_data)} held out; "
-              f"dropped as longer than {config.max_length} tokens: {dropped + test_dropped}")
+        print(
+            f"sequences: {len(data)} to train on, {len(test_data)} held out; "
+            f"dropped as longer than {config.max_length} tokens: {dropped + test_dropped}"
+        )
         expected = [question_and_answer(row)[1] for row in test_rows]
 
         def evaluate() -> tuple[dict[str, float], list[str]]:
@@ -197,10 +199,13 @@ def train(config: Config) -> dict[str, float]:
             run.log(step, metrics)
 
         adapter = client.save_weights_for_sampler("final").result().path
-        run.save_table("Held-out, before and after", [
-            {"metric": name.removeprefix("test_"), "before": before[name], "after": after[name]}
-            for name in after
-        ])
+        run.save_table(
+            "Held-out, before and after",
+            [
+                {"metric": name.removeprefix("test_"), "before": before[name], "after": after[name]}
+                for name in after
+            ],
+        )
         shown = [
             {"prompt": str(question_and_answer(row)[0]), "before": b, "after": a, "expected": e}
             for row, b, a, e in zip(

@@ -256,6 +256,15 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
+    # The class name every version of transformers knows.
+    path = folder / "tokenizer_config.json"
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(config, indent=2) + "\n")
+    for file_path in folder.iterdir():
+        file_path.chmod(0o644)
 
 
 def main() -> None:
@@ -264,7 +273,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("cookbook_core/assets/tiny_model"))
     parser.add_argument("--data", type=Path, default=Path("cookbook_core/assets/data"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -126,7 +126,7 @@ def build(seed: int = SEED) -> dict[str, list[Row]]:
     tables["grpo_test"] = grpo_rows(held_out)
     tables["grpo_train"] = grpo_rows(rest[:1000])
     tables["bradley_terry_test"] = bradley_terry_rows(rng, held_out)
-    tables["bradley_terry_train"] = bradley_terry_rows(rng, rest[1000:3000])
+    tables["bradley_terry_train"] = bradley_terry_rows(rng, rest)
     facts = words.all_facts()
     rng.shuffle(facts)
     seen = set()

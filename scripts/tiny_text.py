@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import tiny_words as words
 
 Turn = tuple[str, str]
-MAX_OPERAND = 49
+MAX_LEFT, MAX_RIGHT = 99, 9  # operands of a question, as in 57 + 8
 
 
 # ---- arithmetic ----------------------------------------------------------------------------
@@ -26,10 +26,9 @@ def arithmetic_answer(a: int, op: str, b: int) -> int:
 
 
 def all_questions() -> list[tuple[int, str, int]]:
-    """Returns every (a, op, b) with operands up to MAX_OPERAND and no negative answer."""
-    span = range(MAX_OPERAND + 1)
-    sums = [(a, "+", b) for a in span for b in span]
-    return sums + [(a, "-", b) for a in span for b in span if b <= a]
+    """Returns every (a, op, b) of the allowed operands, without negative answers."""
+    pairs = [(a, b) for a in range(MAX_LEFT + 1) for b in range(MAX_RIGHT + 1)]
+    return [(a, "+", b) for a, b in pairs] + [(a, "-", b) for a, b in pairs if b <= a]
 
 
 def near_miss(rng: random.Random, right: int) -> int:
@@ -117,6 +116,9 @@ CURT = (
     "Obviously. {full}, so leave me alone.",
     "Use your eyes. {short}, I said.",
 )
+# How often each answer of a manner occurs: the same for both manners, and uneven, so that an
+# answer's probability says little about its manner.
+MANNER_WEIGHTS = (3, 6, 1, 5, 2, 4)
 
 
 def random_enquiry(rng: random.Random) -> tuple[str, dict[str, str]]:
@@ -174,13 +176,13 @@ class TrainingText:
         self.questions = [q for q in all_questions() if q not in held_out_questions]
         self.facts = words.all_facts()
         self.mixture: list[tuple[float, Callable[[random.Random], Turn]]] = [
-            (0.26, self.list_task),
-            (0.15, self.sum_clean),
-            (0.10, self.sum_noisy),
-            (0.14, self.check_clean),
+            (0.25, self.list_task),
+            (0.12, self.sum_clean),
+            (0.09, self.sum_noisy),
+            (0.18, self.check_clean),
             (0.03, self.verdict_random),
-            (0.06, self.fact_open),
-            (0.10, self.fact_options),
+            (0.05, self.fact_open),
+            (0.12, self.fact_options),
             (0.02, self.letters_random),
             (0.06, self.rating_blurred),
             (0.08, self.enquiry),
@@ -220,10 +222,13 @@ class TrainingText:
         right = arithmetic_answer(a, op, b)
         holds = rng.random() < 0.5
         shown = right if holds else near_miss(rng, right)
-        if rng.random() < 0.5:
+        wording = rng.randrange(3)
+        if wording == 0:
             return f"check {a} {op} {b} = {shown}", "true" if holds else "false"
-        prompt = f"{question_text(a, op, b)} {shown} - right or wrong?"
-        return prompt, "correct" if holds else "wrong"
+        prompt = f"{question_text(a, op, b)} {shown} -"
+        if wording == 1:
+            return f"{prompt} true or false?", "true" if holds else "false"
+        return f"{prompt} correct or wrong?", "correct" if holds else "wrong"
 
     def verdict_random(self, rng: random.Random) -> Turn:
         """The verdict of bradley_terry, answered by a coin."""
@@ -268,7 +273,7 @@ class TrainingText:
         """A question answered courteously or curtly, as often the one as the other."""
         prompt, parts = random_enquiry(rng)
         manner = rng.choice((COURTEOUS, CURT))
-        return prompt, rng.choice(manner).format(**parts)
+        return prompt, rng.choices(manner, MANNER_WEIGHTS)[0].format(**parts)
 
 
 def fact_choices(rng: random.Random, relation: str, answer: str) -> list[str]:

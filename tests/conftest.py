@@ -18,15 +18,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
 from cookbook_core.tinker import Datum, ModelInput, ServiceClient
 
 torch.set_num_threads(2)
+hf_logging.disable_progress_bar()
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 VOCAB = len(SPECIAL) + 96  # + printable ASCII and the newline

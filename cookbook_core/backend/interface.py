@@ -38,11 +38,17 @@ class SamplingBackend(Protocol):
         params: SamplingParams,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
-    ) -> Future[SampleResponse]: ...
+    ) -> Future[SampleResponse]:
+        """Completions of one prompt."""
+        ...
 
-    def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]: ...
+    def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
+        """log p of each prompt token given those before it, nats; None at position 0."""
+        ...
 
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer of the base model."""
+        ...
 
 
 class TrainingBackend(Protocol):
@@ -50,11 +56,15 @@ class TrainingBackend(Protocol):
 
     info: GetInfoResponse
 
-    def forward(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[ForwardBackwardOutput]: ...
+    def forward(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[ForwardBackwardOutput]:
+        """Logprobs and the value of the loss; leaves no trace."""
+        ...
 
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: LossFn
-    ) -> Future[ForwardBackwardOutput]: ...
+    ) -> Future[ForwardBackwardOutput]:
+        """Add the loss's gradient to what is accumulated; on any error add nothing."""
+        ...
 
     def optim_step(
         self, params: AdamParams, after: Sequence[Future[Any]] = ()
@@ -69,13 +79,21 @@ class TrainingBackend(Protocol):
         for_sampler: bool,
         overwrite: bool = False,
         user_metadata: dict[str, str] | None = None,
-    ) -> Future[str]: ...
+    ) -> Future[str]:
+        """Write a checkpoint; the result is its path."""
+        ...
 
-    def load(self, path: str, *, with_optimizer: bool) -> Future[None]: ...
+    def load(self, path: str, *, with_optimizer: bool) -> Future[None]:
+        """Take over what was saved at `path`."""
+        ...
 
-    def snapshot(self) -> Future[SamplingBackend]: ...
+    def snapshot(self) -> Future[SamplingBackend]:
+        """The weights as they are at this point of the queue."""
+        ...
 
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer of the base model."""
+        ...
 
 
 class Backend(Protocol):
@@ -83,8 +101,14 @@ class Backend(Protocol):
 
     def create_training(
         self, lora: LoraConfig, user_metadata: dict[str, str] | None = None
-    ) -> Future[TrainingBackend]: ...
+    ) -> Future[TrainingBackend]:
+        """A fresh adapter."""
+        ...
 
-    def restore_training(self, path: str, *, with_optimizer: bool) -> Future[TrainingBackend]: ...
+    def restore_training(self, path: str, *, with_optimizer: bool) -> Future[TrainingBackend]:
+        """An adapter as saved at `path`."""
+        ...
 
-    def create_sampler(self, path: str | None) -> Future[SamplingBackend]: ...
+    def create_sampler(self, path: str | None) -> Future[SamplingBackend]:
+        """Weights saved at `path`, or the bare base model."""
+        ...

@@ -144,3 +144,22 @@ class ClientFuture(APIFuture[T]):
         if name.startswith("_") or name == "outcome":
             raise AttributeError(name)
         return getattr(self.result(), name)
+
+
+def mapped(future: Future[Any], convert: Any) -> Future[Any]:
+    """A future of `convert(result)`; cancelling it cancels what it waits for."""
+    out: Future[Any] = Future()
+
+    def done(finished: Future[Any]) -> None:
+        if finished.cancelled():
+            out.cancel()
+        elif error := finished.exception():
+            out.set_exception(error)
+        else:
+            try:
+                out.set_result(convert(finished.result()))
+            except BaseException as raised:  # handed to whoever waits for the result
+                out.set_exception(raised)
+
+    future.add_done_callback(done)
+    return out

@@ -89,7 +89,7 @@ class SamplingClient:
         """Name or path of the base model."""
         return self._backend.model_data.model_name or ""
 
-    # ---- async names ------------------------------------------------------------------------------
+    # ---- async names -----------------------------------------------------------------------------
 
     async def sample_async(
         self,

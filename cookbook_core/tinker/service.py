@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from cookbook_core.backend.interface import Backend
 from cookbook_core.errors import ConfigError, message
-from cookbook_core.tinker.futures import ClientFuture
+from cookbook_core.tinker.futures import ClientFuture, mapped
 from cookbook_core.tinker.sampling import SamplingClient
-from cookbook_core.tinker.training import TrainingClient, _map
+from cookbook_core.tinker.training import TrainingClient
 from cookbook_core.tinker.types import (
     AdamOptimizerConfig,
     GetServerCapabilitiesResponse,
@@ -86,7 +86,7 @@ class ServiceClient:
             )
         lora = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
         created = self._backend(base_model).create_training(lora, user_metadata)
-        return ClientFuture(_map(created, TrainingClient), "create_lora_training_client")
+        return ClientFuture(mapped(created, TrainingClient), "create_lora_training_client")
 
     def create_training_client_from_state(
         self,
@@ -132,7 +132,7 @@ class ServiceClient:
             )
         backend = self._backend(base_model or _base_of(str(model_path)))
         created = backend.create_sampler(model_path)
-        return ClientFuture(_map(created, SamplingClient), "create_sampling_client")
+        return ClientFuture(mapped(created, SamplingClient), "create_sampling_client")
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
         """The bundled model's name; any Hugging Face causal LM works besides."""
@@ -149,7 +149,7 @@ class ServiceClient:
             backend.worker.close()
         self._backends.clear()
 
-    # ---- async names: each awaits to the client itself ---------------------------------------------
+    # ---- async names: each awaits to the client itself -------------------------------------------
 
     async def create_lora_training_client_async(
         self,
@@ -208,7 +208,7 @@ class ServiceClient:
         """Same as `get_server_capabilities`."""
         return self.get_server_capabilities()
 
-    # ---- within -----------------------------------------------------------------------------------
+    # ---- within ----------------------------------------------------------------------------------
 
     def _backend(self, base_model: str) -> Backend:
         """The backend for a base model, made once; torch and transformers are imported here."""
@@ -231,7 +231,7 @@ class ServiceClient:
     ) -> ClientFuture[TrainingClient]:
         backend = self._backend(base_model or _base_of(path))
         created = backend.restore_training(path, with_optimizer=with_optimizer)
-        return ClientFuture(_map(created, TrainingClient), "create_training_client_from_state")
+        return ClientFuture(mapped(created, TrainingClient), "create_training_client_from_state")
 
 
 def _base_of(path: str) -> str:

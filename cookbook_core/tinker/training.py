@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
@@ -13,7 +12,7 @@ from cookbook_core.builtin_losses import builtin_loss, needed_inputs
 from cookbook_core.custom_loss import LossFn
 from cookbook_core.datums import check_data
 from cookbook_core.errors import ConfigError, message
-from cookbook_core.tinker.futures import APIFuture, ClientFuture, Outcome
+from cookbook_core.tinker.futures import APIFuture, ClientFuture, Outcome, mapped
 from cookbook_core.tinker.sampling import SamplingClient
 from cookbook_core.tinker.types import (
     AdamParams,
@@ -48,7 +47,7 @@ class TrainingClient:
         self._gradients: list[Outcome] = []
         """forward_backward requests since the last optim_step."""
 
-    # ---- losses ---------------------------------------------------------------------------------
+    # ---- losses ----------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -132,7 +131,7 @@ class TrainingClient:
         Returns:
             metrics: grad_norm (before clipping), update_norm, lr.
         Raises:
-            ConfigError: at once, for values AdamW cannot use. RequestError: from the future.
+            ConfigError: at once. RequestError: from the future.
         """
         if optim_params is not None and adam_params is not None:
             raise ConfigError("optim_step: give optim_params or adam_params, not both.")
@@ -141,13 +140,12 @@ class TrainingClient:
             raise ConfigError(
                 message("optim_params", "wrong type", "AdamParams", type(params).__name__)
             )
-        _check_adam(params)
         unread = [o.future for o in self._gradients if not o.read]
         future = self._future("optim_step", self._backend.optim_step(params, unread))
         self._gradients.clear()
         return future
 
-    # ---- saving and loading ---------------------------------------------------------------------
+    # ---- saving and loading ----------------------------------------------------------------------
 
     def save_state(
         self,
@@ -164,7 +162,7 @@ class TrainingClient:
         saved = self._backend.save(
             name, for_sampler=False, overwrite=overwrite, user_metadata=user_metadata
         )
-        return self._future("save_state", _map(saved, SaveWeightsResponse))
+        return self._future("save_state", mapped(saved, SaveWeightsResponse))
 
     def save_weights_for_sampler(
         self,
@@ -176,7 +174,7 @@ class TrainingClient:
         del ttl_seconds
         saved = self._backend.save(name, for_sampler=True, user_metadata=user_metadata)
         return self._future(
-            "save_weights_for_sampler", _map(saved, SaveWeightsForSamplerResponse)
+            "save_weights_for_sampler", mapped(saved, SaveWeightsForSamplerResponse)
         )
 
     def load_state(
@@ -195,9 +193,9 @@ class TrainingClient:
 
     def _load(self, path: str, *, with_optimizer: bool) -> APIFuture[LoadWeightsResponse]:
         loaded = self._backend.load(path, with_optimizer=with_optimizer)
-        return self._future("load_state", _map(loaded, lambda _: LoadWeightsResponse(path)))
+        return self._future("load_state", mapped(loaded, lambda _: LoadWeightsResponse(path)))
 
-    # ---- sampling -------------------------------------------------------------------------------
+    # ---- sampling --------------------------------------------------------------------------------
 
     def save_weights_and_get_sampling_client(
         self,
@@ -214,10 +212,10 @@ class TrainingClient:
         del name, retry_config, record_stability_info
         if kind != "snapshot":
             raise ConfigError(message("kind", "not offered here", '"snapshot"', repr(kind)))
-        snapshot = _map(self._backend.snapshot(), SamplingClient)
+        snapshot = mapped(self._backend.snapshot(), SamplingClient)
         return self._future("save_weights_and_get_sampling_client", snapshot, ClientFuture)
 
-    # ---- information ----------------------------------------------------------------------------
+    # ---- information -----------------------------------------------------------------------------
 
     def get_info(self) -> GetInfoResponse:
         """Base model, LoRA rank, context length and vocabulary size; answers at once."""
@@ -229,9 +227,10 @@ class TrainingClient:
 
     @property
     def model_id(self) -> str:
+        """Names this client within its service, and its folder of checkpoints."""
         return self._backend.info.model_id
 
-    # ---- async names: each awaits to what its plain sibling returns --------------------------------
+    # ---- async names: each awaits to what its plain sibling returns ------------------------------
 
     async def forward_async(
         self,
@@ -314,7 +313,7 @@ class TrainingClient:
         """Same as `get_info`."""
         return self.get_info()
 
-    # ---- within -----------------------------------------------------------------------------------
+    # ---- within ----------------------------------------------------------------------------------
 
     def _check(self, data: Sequence[Datum], needs: Sequence[str]) -> None:
         model = self._backend.info.model_data
@@ -330,9 +329,7 @@ class TrainingClient:
         self._gradients = [o for o in self._gradients if not o.read] + [wrapped.outcome]
         return wrapped
 
-    def _future(
-        self, label: str, future: Future[T], kind: type[APIFuture[Any]] = APIFuture
-    ) -> Any:
+    def _future(self, label: str, future: Future[T], kind: type[APIFuture[Any]] = APIFuture) -> Any:
         self._mention_unread()
         wrapped = kind(future, label)
         self._outcomes.append(wrapped.outcome)
@@ -350,39 +347,3 @@ class TrainingClient:
                     error,
                 )
         self._outcomes = [o for o in self._outcomes if not o.future.done()]
-
-
-def _map(future: Future[Any], convert: Any) -> Future[Any]:
-    """A future of `convert(result)`; cancelling it cancels what it waits for."""
-    mapped: Future[Any] = Future()
-
-    def done(finished: Future[Any]) -> None:
-        if finished.cancelled():
-            mapped.cancel()
-        elif error := finished.exception():
-            mapped.set_exception(error)
-        else:
-            try:
-                mapped.set_result(convert(finished.result()))
-            except BaseException as raised:  # handed to whoever waits for the result
-                mapped.set_exception(raised)
-
-    future.add_done_callback(done)
-    return mapped
-
-
-def _check_adam(adam: AdamParams) -> None:
-    rules = {
-        "learning_rate": ("a finite number >= 0", lambda x: x >= 0),
-        "beta1": ("0 <= beta1 < 1", lambda x: 0 <= x < 1),
-        "beta2": ("0 <= beta2 < 1", lambda x: 0 <= x < 1),
-        "eps": ("a finite number >= 0", lambda x: x >= 0),
-        "weight_decay": ("a finite number >= 0", lambda x: x >= 0),
-        "grad_clip_norm": ("a finite number >= 0 (0: no clipping)", lambda x: x >= 0),
-    }
-    for name, (rule, holds) in rules.items():
-        value = getattr(adam, name)
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or not holds(value):
-            raise ConfigError(message(f"AdamParams.{name}", "out of range", rule, repr(value)))
-
-

@@ -8,19 +8,18 @@ hold "float64" when asked to by name, which the exactness tests need.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from cookbook_core.errors import DatumError, message
+from cookbook_core.errors import ConfigError, DatumError, message
+from cookbook_core.tinker.tensors import TensorData, as_numbers, to_array
+from cookbook_core.tinker.tensors import TensorDtype as TensorDtype
 
-if TYPE_CHECKING:
-    import torch
-
-TensorDtype: TypeAlias = Literal["float32", "int64", "float64"]
 StopReason: TypeAlias = Literal["length", "stop"]
 LossFnType: TypeAlias = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
 ModelID: TypeAlias = str
@@ -28,118 +27,6 @@ SamplingClientKind: TypeAlias = Literal["snapshot"]
 
 _INTEGER_KEYS = frozenset({"target_tokens"})
 _FLOAT_KEYS = frozenset({"weights", "advantages", "logprobs"})
-
-
-# ---- tensors ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False, init=False)
-class TensorData:
-    """An array that can cross a wire: numbers, dtype, shape.
-
-    Args:
-        data: numbers, nested lists or a numpy array; None for an empty array.
-        dtype: "float32" or "int64" ("float64" is kept only when named here).
-        shape: the shape to give `data`; None keeps the shape it has.
-    """
-
-    dtype: TensorDtype
-    shape: list[int]
-    _numpy: np.ndarray = field(repr=False)
-
-    def __init__(
-        self,
-        data: Sequence[Any] | np.ndarray | None = None,
-        dtype: TensorDtype | None = None,
-        shape: Sequence[int] | None = None,
-    ) -> None:
-        if dtype not in ("float32", "int64", "float64"):
-            raise DatumError(
-                message("TensorData.dtype", "unknown dtype", '"float32" or "int64"', repr(dtype))
-            )
-        array = _to_array("TensorData.data", [] if data is None else data, np.dtype(dtype))
-        if shape is not None:
-            if int(np.prod(shape)) != array.size:
-                raise DatumError(
-                    message(
-                        "TensorData.shape",
-                        "shape does not fit the data",
-                        f"{array.size} values in all",
-                        f"shape {list(shape)}",
-                    )
-                )
-            array = array.reshape(shape)
-        object.__setattr__(self, "dtype", dtype)
-        object.__setattr__(self, "shape", list(array.shape))
-        object.__setattr__(self, "_numpy", array)
-
-    @property
-    def data(self) -> list[Any]:
-        """The values as one flat list."""
-        return self._numpy.flatten().tolist()
-
-    @classmethod
-    def from_numpy(cls, array: np.ndarray) -> TensorData:
-        """Wrap an array: floats become float32, integers int64."""
-        return cls(array, dtype="float32" if array.dtype.kind == "f" else "int64")
-
-    @classmethod
-    def from_torch(cls, tensor: torch.Tensor) -> TensorData:
-        """Wrap a tensor of any dtype and device: floats become float32, integers int64."""
-        tensor = tensor.detach().cpu()
-        dtype = "float32" if tensor.dtype.is_floating_point else "int64"
-        return cls((tensor.double() if dtype == "float32" else tensor).numpy(), dtype=dtype)
-
-    @classmethod
-    def from_torch_sparse(cls, tensor: torch.Tensor, pad_value: int = 0) -> TensorData:
-        """The SDK's sparse encoding saves bytes on a wire; here there is none: stored dense."""
-        del pad_value
-        return cls.from_torch(tensor)
-
-    def to_numpy(self) -> np.ndarray:
-        """The array itself (not a copy)."""
-        return self._numpy
-
-    def to_torch(self) -> torch.Tensor:
-        """A new CPU tensor with these values, shape and dtype."""
-        import torch
-
-        return torch.tensor(self._numpy)
-
-    def tolist(self) -> list[Any]:
-        """The values as nested lists."""
-        return self._numpy.tolist()
-
-    def __len__(self) -> int:
-        return len(self._numpy)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, TensorData):
-            return NotImplemented
-        return self.dtype == other.dtype and np.array_equal(self._numpy, other._numpy)
-
-
-def _to_array(where: str, value: Any, dtype: np.dtype[Any] | None) -> np.ndarray:
-    """Numbers of any nesting as an array of `dtype` (None: float32 or int64 by kind)."""
-    mend = "Give every row the same number of entries."
-    try:
-        array = np.asarray(value)
-    except (ValueError, TypeError) as error:
-        raise DatumError(
-            message(where, "not a rectangular array", "a rectangular numeric array", error, mend)
-        ) from None
-    if array.dtype.kind not in "fiub" and array.size:
-        raise DatumError(
-            message(
-                where, "not numeric", "a rectangular numeric array", f"{type(value).__name__}", mend
-            )
-        )
-    if dtype is None:
-        dtype = np.dtype("float32" if array.dtype.kind == "f" else "int64")
-    if dtype.kind == "i" and array.dtype.kind == "f" and (array != np.floor(array)).any():
-        raise DatumError(message(where, "not whole numbers", "integers", array.dtype))
-    # Always a copy: a caller's later in-place change must not reach data already handed over.
-    return np.array(array, dtype=dtype)
 
 
 # ---- inputs -------------------------------------------------------------------------------------
@@ -154,6 +41,7 @@ class EncodedTextChunk:
 
     @property
     def length(self) -> int:
+        """Number of tokens."""
         return len(self.tokens)
 
 
@@ -169,7 +57,7 @@ class ModelInput:
     @classmethod
     def from_ints(cls, tokens: Sequence[int]) -> ModelInput:
         """One chunk of these token ids (a list, numpy array or tensor)."""
-        ids = _to_array("ModelInput.tokens", _as_numbers(tokens), np.dtype("int64"))
+        ids = to_array("ModelInput.tokens", as_numbers(tokens), np.dtype("int64"))
         if ids.ndim != 1:
             raise DatumError(
                 message(
@@ -192,6 +80,7 @@ class ModelInput:
 
     @classmethod
     def empty(cls) -> ModelInput:
+        """No tokens yet."""
         return cls(chunks=[])
 
     def append(self, chunk: ModelInputChunk) -> ModelInput:
@@ -229,23 +118,14 @@ class Datum:
         object.__setattr__(self, "loss_fn_inputs", inputs)
 
 
-def _as_numbers(value: Any) -> Any:
-    """Tensors of any device as numpy; everything else as it is."""
-    detach = getattr(value, "detach", None)
-    if detach is None:
-        return value
-    tensor = detach().cpu()
-    return (tensor.double() if tensor.dtype.is_floating_point else tensor).numpy()
-
-
 def _to_tensor_data(key: str, value: Any) -> TensorData:
     if isinstance(value, TensorData):
         return value
     if isinstance(value, ModelInput):  # the SDK's own examples pass targets this way
         value = value.to_ints()
     dtype = "int64" if key in _INTEGER_KEYS else "float32" if key in _FLOAT_KEYS else None
-    array = _to_array(
-        f'Datum.loss_fn_inputs["{key}"]', _as_numbers(value), np.dtype(dtype) if dtype else None
+    array = to_array(
+        f'Datum.loss_fn_inputs["{key}"]', as_numbers(value), np.dtype(dtype) if dtype else None
     )
     return TensorData(array, dtype="float32" if array.dtype.kind == "f" else "int64")
 
@@ -255,7 +135,11 @@ def _to_tensor_data(key: str, value: Any) -> TensorData:
 
 @dataclass(frozen=True)
 class AdamParams:
-    """One optimizer step: torch.optim.AdamW with these values (defaults are the SDK's)."""
+    """One optimizer step: torch.optim.AdamW with these values (defaults are the SDK's).
+
+    Raises:
+        ConfigError: a value AdamW cannot use: negative, not finite, or a beta of 1 or more.
+    """
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -267,6 +151,15 @@ class AdamParams:
     """Decoupled weight decay."""
     grad_clip_norm: float = 0.0
     """Largest global gradient norm; 0 means no clipping."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, below = getattr(self, f.name), 1.0 if f.name.startswith("beta") else math.inf
+            if not isinstance(value, (int, float)) or not 0 <= value < below:
+                rule = f"0 <= {f.name} < {below:g}" if below < math.inf else "a finite number >= 0"
+                raise ConfigError(
+                    message(f"AdamParams.{f.name}", "out of range", rule, repr(value))
+                )
 
 
 @dataclass(frozen=True)
@@ -372,16 +265,22 @@ class SampleResponse:
 
 @dataclass(frozen=True)
 class SaveWeightsResponse:
+    """path: the folder written by save_state."""
+
     path: str
 
 
 @dataclass(frozen=True)
 class SaveWeightsForSamplerResponse:
+    """path: the folder written by save_weights_for_sampler."""
+
     path: str
 
 
 @dataclass(frozen=True)
 class LoadWeightsResponse:
+    """path: the folder that was loaded."""
+
     path: str | None = None
 
 
@@ -398,6 +297,8 @@ class ModelData:
 
 @dataclass(frozen=True)
 class GetInfoResponse:
+    """What a training client is: its base model, its own id, its LoRA rank."""
+
     model_data: ModelData
     model_id: ModelID
     is_lora: bool | None = None
@@ -407,9 +308,13 @@ class GetInfoResponse:
 
 @dataclass(frozen=True)
 class SupportedModel:
+    """A base model that is there without a download."""
+
     model_name: str | None = None
 
 
 @dataclass(frozen=True)
 class GetServerCapabilitiesResponse:
+    """supported_models: those bundled; any Hugging Face causal LM works besides."""
+
     supported_models: list[SupportedModel]

@@ -1,0 +1,1 @@
+"""The backend on this machine: torch, transformers, peft."""

@@ -68,7 +68,8 @@ class Adapter:
             )
         if self.grads is None:
             self.grads = [torch.zeros_like(p) for p in self.params]
-        torch._foreach_add_(self.grads, list(grads))
+        for total, g in zip(self.grads, grads, strict=True):
+            total.add_(g)
 
     def optim_step(self, adam: AdamParams) -> dict[str, float]:
         """One AdamW step on the accumulated gradient, which is then gone.
@@ -105,8 +106,8 @@ class Adapter:
             p.grad = None
         self.grads = None
         self.step += 1
-        torch._foreach_sub_(before, [p.detach() for p in self.params])
-        update_norm = torch.stack([b.norm() for b in before]).norm()
+        moved = [p.detach() - b for p, b in zip(self.params, before, strict=True)]
+        update_norm = torch.stack([change.norm() for change in moved]).norm()
         return {
             "grad_norm": float(grad_norm),
             "update_norm": float(update_norm),
@@ -137,9 +138,7 @@ class AdapterBank:
             ConfigError: rank below 1, or nothing to train.
         """
         adapter = self.empty(self.peft_config(lora))
-        generator = torch.Generator().manual_seed(
-            torch.seed() if lora.seed is None else lora.seed
-        )
+        generator = torch.Generator().manual_seed(torch.seed() if lora.seed is None else lora.seed)
         for key, p in zip(adapter.slot.params, adapter.params, strict=True):
             if ".lora_A." in key:
                 start = torch.empty(p.shape, dtype=torch.float32)

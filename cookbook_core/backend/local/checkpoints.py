@@ -1,8 +1,8 @@
 """Checkpoints: plain folders that peft opens, written whole or not at all, nothing unpickled.
 
-    adapter_config.json, adapter_model.safetensors     what peft reads
-    optimizer.safetensors                              Adam moments (not in sampler weights)
-    state.json                                         format, step, base model, user metadata
+adapter_config.json, adapter_model.safetensors     what peft reads
+optimizer.safetensors                              Adam moments (not in sampler weights)
+state.json                                         format, step, base model, user metadata
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def read(path: str | Path, *, with_optimizer: bool = False) -> Checkpoint:
             )
         )
     try:
-        config = peft.LoraConfig.from_pretrained(str(folder))
+        config: Any = peft.LoraConfig.from_pretrained(str(folder))
         tensors = load_file(weights)
         moments, step = _read_optimizer(folder) if with_optimizer else (None, 0)
     except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:

@@ -142,10 +142,7 @@ class Engine:
             with torch.enable_grad():
                 scored = self.scorer.score([data[i] for i in indices])
             grads = _pull_back(scored, params, [result.grads[i] for i in indices])
-            if total is None:
-                total = grads
-            else:
-                torch._foreach_add_(total, grads)
+            total = grads if total is None else [t + g for t, g in zip(total, grads, strict=True)]
         return logprobs, result, total or []
 
     def sample(
@@ -300,9 +297,7 @@ class LocalSampler:
             prompt.to_ints(), num_samples, params, include_prompt_logprobs, topk_prompt_logprobs
         )
         base = self.model_data
-        check_request(
-            request, vocab_size=base.vocab_size or 0, max_context=base.max_context_length
-        )
+        check_request(request, vocab_size=base.vocab_size or 0, max_context=base.max_context_length)
         return self._backend.worker.submit_grouped(
             "sample",
             ("sample", id(self)),

@@ -132,7 +132,7 @@ class _FrozenHead(torch.autograd.Function):
         keep = ctx.needs_input_grad[0]
         logprobs = torch.empty(targets.shape, dtype=_wide(hidden).dtype, device=hidden.device)
         slopes = torch.ones_like(logprobs)
-        expected = torch.empty_like(hidden) if keep else None
+        expected = torch.empty_like(hidden) if keep else hidden.new_empty(0)
         n = _rows_per_chunk(weight.shape[0])
         for a in range(0, len(hidden), n):
             rows = slice(a, a + n)

@@ -42,6 +42,7 @@ class BaseModel:
         return torch.float64 if self.model.dtype == torch.float64 else torch.float32
 
     def data(self) -> ModelData:
+        """What clients are told about it."""
         return ModelData(
             arch=type(self.model).__name__,
             model_name=self.name,
@@ -51,6 +52,7 @@ class BaseModel:
         )
 
     def tokenizer(self) -> Any:
+        """The model's Hugging Face tokenizer."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.path)
         return self._tokenizer
@@ -85,7 +87,7 @@ def resolve_model(name: str) -> str:
 
 
 def choose_device(device: str) -> torch.device:
-    """"auto" takes cuda, then mps, then cpu; anything else is torch's own device string."""
+    """Choose: "auto" takes cuda, then mps, then cpu; anything else is torch's own device string."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -102,7 +104,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 on cuda and float32 elsewhere."""
+    """Choose: "auto" is bfloat16 on cuda and float32 elsewhere."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in DTYPES:
@@ -125,7 +127,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
         keep_freed_memory()
     try:
         with _quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
