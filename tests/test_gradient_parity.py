@@ -26,8 +26,15 @@ from cookbook_core.custom_loss import forward_backward_two_pass
 from cookbook_core.tinker import Datum, ServiceClient, TrainingClient
 
 ARCHS = ["qwen3", "llama", "mistral", "gemma2", "granite", "gpt2", "bert"]
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 SECONDS = 60
+
+
+def tolerance(arch: str, dtype: str = "float64") -> float:
+    """Relative error allowed. transformers computes Gemma 2's attention softmax in float32 even
+    in a float64 model, so there padding shows in the eighth digit."""
+    if dtype == "float32":
+        return 1e-4
+    return 1e-6 if arch == "gemma2" else 1e-9
 
 
 # ---- losses ---------------------------------------------------------------------------------
@@ -77,9 +84,7 @@ def data_for(loss_name: str, random_data: Callable[..., list[Datum]]) -> list[Da
             for d, s in zip(data, shapes, strict=True)
         ]
     data = random_data(6, seed=4)
-    return [
-        with_inputs(d, ref_logprobs=-rng.uniform(1, 5, d.model_input.length)) for d in data
-    ]
+    return [with_inputs(d, ref_logprobs=-rng.uniform(1, 5, d.model_input.length)) for d in data]
 
 
 # ---- clients ----------------------------------------------------------------------------------
@@ -137,7 +142,7 @@ def check_parity(
     model: Any,
     data: list[Datum],
     loss_fn: Any,
-    tolerance: float,
+    rel: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Loss, logprobs and gradient of the three ways against the slow one."""
@@ -159,12 +164,12 @@ def check_parity(
         (surrogate, surrogate_grads),
         (two, two_grads),
     ):
-        assert output.metrics["loss"] == pytest.approx(value, rel=tolerance)
-        assert_close(double(grads), expected, tolerance)
+        assert output.metrics["loss"] == pytest.approx(value, rel=rel)
+        assert_close(double(grads), expected, rel)
         for out, datum in zip(output.loss_fn_outputs, data, strict=True):
             want = slow_logprobs(model, datum).detach()
             torch.testing.assert_close(
-                out["logprobs"].to_torch().double(), want, rtol=tolerance, atol=tolerance
+                out["logprobs"].to_torch().double(), want, rtol=rel, atol=rel
             )
 
 
@@ -185,7 +190,7 @@ def test_three_ways_equal_autograd_in_float64(
     client = connect(arch)
     data = data_for(loss_name, random_data)
     check_parity(
-        client, oracle(arch, client), data, LOSSES[loss_name], TOLERANCE["float64"], monkeypatch
+        client, oracle(arch, client), data, LOSSES[loss_name], tolerance(arch), monkeypatch
     )
 
 
@@ -203,7 +208,12 @@ def test_three_ways_equal_autograd_in_float32(
     client = connect(arch, "float32")
     data = data_for(loss_name, random_data)
     check_parity(
-        client, oracle(arch, client), data, LOSSES[loss_name], TOLERANCE["float32"], monkeypatch
+        client,
+        oracle(arch, client),
+        data,
+        LOSSES[loss_name],
+        tolerance(arch, "float32"),
+        monkeypatch,
     )
 
 
@@ -223,7 +233,7 @@ def test_lora_on_the_unembedding_tied_and_untied(
     assert any("lm_head" in key or "decoder" in key for key in trained)
     data = data_for(loss_name, random_data)
     check_parity(
-        client, oracle(arch, client), data, LOSSES[loss_name], TOLERANCE["float64"], monkeypatch
+        client, oracle(arch, client), data, LOSSES[loss_name], tolerance(arch), monkeypatch
     )
 
 
@@ -305,9 +315,10 @@ def test_a_step_along_the_gradient_changes_the_loss_as_the_gradient_says(
 ) -> None:
     """Central difference along a random direction: (L(+h) - L(-h)) / 2h == gradient . direction.
 
-    Independent of autograd altogether. h = 1e-5 in float64: error of order h^2 = 1e-10.
+    Independent of autograd altogether. GPT-2, because its norms stay in float64; h = 1e-4, so the
+    error is of order h^2 = 1e-8.
     """
-    client, data = connect("llama"), data_for("dpo_like", random_data)
+    client, data = connect("gpt2"), data_for("dpo_like", random_data)
     _, grads = gradient(client, data, dpo_like)
     params = adapter_of(client).params
     start = [p.detach().clone() for p in params]
@@ -320,7 +331,7 @@ def test_a_step_along_the_gradient_changes_the_loss_as_the_gradient_says(
         output, _ = gradient(client, data, dpo_like)
         return output.loss
 
-    slope = (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5
+    slope = (loss_at(1e-4) - loss_at(-1e-4)) / 2e-4
     loss_at(0.0)
     expected = sum(float((g * d).sum()) for g, d in zip(grads.values(), along, strict=True))
     assert slope == pytest.approx(expected, rel=1e-5)

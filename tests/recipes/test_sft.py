@@ -1,0 +1,67 @@
+"""The SFT recipe: its loss in closed form, its errors, and that it learns."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from cookbook_core import datum_from_tokens_weights, tinker
+from cookbook_core.custom_loss import differentiate
+from cookbook_core.errors import DatumError
+from recipes.sft import Config, build_data, question_and_answer, sft_loss, train
+
+
+def test_value_by_hand():
+    """Weights 0, 1 and 1, 1: loss = -(-2 - 1 - 3) / 3 = 2 nats per token."""
+    data = [datum_from_tokens_weights([1, 2, 3], w) for w in ([0, 0, 1], [0, 1, 1])]
+    logprobs = [torch.tensor([-9.0, -2.0]), torch.tensor([-1.0, -3.0])]
+    loss, metrics = sft_loss(data, logprobs)
+    assert loss.item() == pytest.approx(2.0)
+    assert metrics["perplexity"] == pytest.approx(torch.tensor(2.0).exp().item())
+
+
+def test_gradient_is_minus_one_over_the_tokens_and_zero_on_the_prompt():
+    """Pitfalls 1 and 32: the mean is over the batch's weighted tokens, lengths apart."""
+    data = [datum_from_tokens_weights([1, 2, 3], w) for w in ([0, 0, 1], [0, 1, 1])]
+    logprobs = [torch.tensor([-9.0, -2.0]), torch.tensor([-1.0, -3.0])]
+    grads = differentiate(sft_loss, data, logprobs).grads
+    assert torch.cat(grads).tolist() == pytest.approx([0.0, -1 / 3, -1 / 3, -1 / 3])
+
+
+def test_errors_say_where():
+    data = [datum_from_tokens_weights([1, 2, 3], [0, 1, 1])]
+    with pytest.raises(DatumError, match=r'data\[0\].*"weights".*got 2'):
+        sft_loss(data, [torch.zeros(3)])
+
+
+def test_messages_and_plain_rows_become_datums_and_long_ones_are_counted():
+    """Pitfalls 7 and 12: one end token, trained; nothing dropped in silence."""
+    client = tinker.ServiceClient().create_lora_training_client("tiny", rank=1).result()
+    tokenizer = client.get_tokenizer()
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "red cat"}]
+    rows = [{"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}]
+    data, dropped = build_data(rows, tokenizer, 64, "last")
+    assert dropped == 0
+    for datum in data:
+        targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
+        trained = targets[datum.loss_fn_inputs["weights"].to_numpy() > 0].tolist()
+        assert tokenizer.decode(trained) == "red cat" + tokenizer.eos_token
+    assert build_data(rows, tokenizer, 4, "last") == ([], 2)
+    assert question_and_answer(rows[0]) == (turns[:1], "red cat")
+
+
+def test_learns(tmp_path):
+    """Pitfall 39: the saved adapter is not the one the run began with."""
+    config = Config(num_steps=30, eval_every=30, test_rows=60, log_path=tmp_path / "run")
+    after = train(config)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    before = json.loads(lines[0])
+    assert after["test_loss"] < 0.4 * before["test_loss"]
+    folder = tmp_path / "run" / "checkpoints" / "model-0" / "sampler_weights" / "final"
+    fresh = tinker.ServiceClient(checkpoint_dir=tmp_path / "fresh")
+    start = fresh.create_lora_training_client("tiny", 32, 0, train_unembed=False).result()
+    saved = start.save_weights_for_sampler("start").result().path
+    weights = "adapter_model.safetensors"
+    assert (folder / weights).read_bytes() != (tmp_path / saved / weights).read_bytes()
