@@ -231,6 +231,15 @@ def _datum_problems(
                     "Build datums with datum_from_tokens_weights(), then with_inputs().",
                 )
             )
+        elif key != "target_tokens" and datum.loss_fn_inputs[key].shape[:1] != [n]:
+            found.append(
+                message(
+                    f'{where}.loss_fn_inputs["{key}"]',
+                    "length does not match model_input",
+                    f"({n},)",
+                    tuple(datum.loss_fn_inputs[key].shape),
+                )
+            )
     targets = datum.loss_fn_inputs.get("target_tokens")
     if targets is not None:
         field = f'{where}.loss_fn_inputs["target_tokens"]'

@@ -66,6 +66,18 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None)
     return config
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """Refuse a config in which one of these fields is not a finite number above 0.
+
+    Raises:
+        ConfigError: naming the first such field.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            raise ConfigError(message(f"Config.{name}", "out of range", "> 0", value))
+
+
 @dataclasses.dataclass(frozen=True)
 class Panel:
     """One panel of a run's plot.

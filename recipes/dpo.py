@@ -19,7 +19,7 @@ Data: columns prompt, chosen, rejected; each plain text, or lists of messages as
      "chosen": [{"role": "assistant", "content": "..."}], "rejected": [...]}
 
     python -m recipes.dpo                       # bundled tiny model, about a minute on two cores
-    python -m recipes.dpo --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized
+    python -m recipes.dpo --model Qwen/Qwen3-0.6B --dataset my_pairs.jsonl
 
 What you should see: loss starts at ln 2 = 0.693 and accuracy at 0.5 (all ties); on the bundled
 data, held-out accuracy ends above 0.85. A loss that stays at 0.69 means nothing was trained. Watch
@@ -80,6 +80,10 @@ class Config:
     """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
     log_path: str = ""
     """Run folder; empty takes the next free runs/dpo-N."""
+
+    def __post_init__(self) -> None:
+        sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
+        runs.check_positive(self, "beta", "learning_rate", *sizes)
 
 
 # ---- loss ------------------------------------------------------------------------ change me ----

@@ -76,6 +76,10 @@ class Config:
     log_path: str = ""
     """Run folder; empty takes the next free runs/sft-N."""
 
+    def __post_init__(self) -> None:
+        sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
+        runs.check_positive(self, "max_tokens", "learning_rate", *sizes)
+
 
 # ---- loss ------------------------------------------------------------------------ change me ----
 

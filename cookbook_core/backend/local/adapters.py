@@ -24,6 +24,8 @@ from cookbook_core.tinker.types import AdamParams, LoraConfig
 ALPHA = 32
 """LoRA alpha whatever the rank, as the `tinker` service has it: the scale is 32 / rank."""
 
+_NOT_LAYOUT = ("base_model_name_or_path", "inference_mode", "revision", "task_type")
+
 
 @dataclass
 class Slot:
@@ -232,7 +234,8 @@ class AdapterBank:
     def _slot(self, config: Any) -> Slot:
         import peft
 
-        key = json.dumps(plain_config(config), sort_keys=True)
+        layout = {k: v for k, v in plain_config(config).items() if k not in _NOT_LAYOUT}
+        key = json.dumps(layout, sort_keys=True)
         if key in self._slots:
             return self._slots[key]
         name = f"slot{len(self._slots)}"
