@@ -87,6 +87,10 @@ class TrainingBackend(Protocol):
         """Take over what was saved at `path`."""
         ...
 
+    def open_sampler(self, path: str) -> Future[SamplingBackend]:
+        """Weights saved at `path`."""
+        ...
+
     def snapshot(self) -> Future[SamplingBackend]:
         """The weights as they are at this point of the queue."""
         ...

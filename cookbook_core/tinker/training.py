@@ -215,6 +215,14 @@ class TrainingClient:
         snapshot = mapped(self._backend.snapshot(), SamplingClient)
         return self._future("save_weights_and_get_sampling_client", snapshot, ClientFuture)
 
+    def create_sampling_client(
+        self, model_path: str, retry_config: Any = None, record_stability_info: bool = False
+    ) -> ClientFuture[SamplingClient]:
+        """A sampling client of weights saved at `model_path`; see ServiceClient for the rest."""
+        del retry_config, record_stability_info
+        opened = mapped(self._backend.open_sampler(model_path), SamplingClient)
+        return self._future("create_sampling_client", opened, ClientFuture)
+
     # ---- information -----------------------------------------------------------------------------
 
     def get_info(self) -> GetInfoResponse:
@@ -308,6 +316,12 @@ class TrainingClient:
         return await self.save_weights_and_get_sampling_client(
             name, retry_config, record_stability_info, kind
         )
+
+    async def create_sampling_client_async(
+        self, model_path: str, retry_config: Any = None, record_stability_info: bool = False
+    ) -> SamplingClient:
+        """Awaits to the SamplingClient itself."""
+        return await self.create_sampling_client(model_path, retry_config, record_stability_info)
 
     async def get_info_async(self) -> GetInfoResponse:
         """Same as `get_info`."""

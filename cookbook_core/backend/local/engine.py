@@ -264,6 +264,9 @@ class LocalTraining:
 
         return self._submit("load_state", load)
 
+    def open_sampler(self, path: str) -> Future[LocalSampler]:
+        return self._backend.create_sampler(path)
+
     def snapshot(self) -> Future[LocalSampler]:
         return self._submit(
             "save_weights_and_get_sampling_client",

@@ -1,0 +1,88 @@
+"""Our client against the `tinker` SDK's recorded signatures: same names, parameters, defaults.
+
+Recorded by scripts/record_sdk_signatures.py from SDK 0.38. Every deliberate difference is named
+below with its reason; the test fails on one that is not named and on one that is named in vain.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.record_sdk_signatures import describe
+
+RECORDED = json.loads(
+    (Path(__file__).parent / "data" / "tinker_0_38.json").read_text(encoding="utf-8")
+)
+OURS = describe("cookbook_core.tinker")
+
+SERVICE_ONLY = "needs the hosted service: its console, telemetry, REST interface or storage"
+DIFFERENT_METHODS = {
+    ("SamplingClient", "create"): "how the SDK builds itself; clients come from ServiceClient",
+    ("SamplingClient", "from_sampler_handle"): SERVICE_ONLY,
+    ("SamplingClient", "get_sampler_handle"): SERVICE_ONLY,
+    ("SamplingClient", "get_telemetry"): SERVICE_ONLY,
+    ("SamplingClient", "on_queue_state_change"): SERVICE_ONLY,
+    ("ServiceClient", "__init__"): "adds device, dtype, checkpoint_dir; unknown names are errors",
+    ("ServiceClient", "close"): "status has a default: there is no session to account for",
+    ("ServiceClient", "copy_weights"): SERVICE_ONLY,
+    ("ServiceClient", "create_custom_loss"): "uploads a loss; here any loss runs in one pass",
+    ("ServiceClient", "create_rest_client"): SERVICE_ONLY,
+    ("ServiceClient", "get_console_url"): SERVICE_ONLY,
+    ("ServiceClient", "get_telemetry"): SERVICE_ONLY,
+    ("ServiceClient", "holder"): "internal to the SDK",
+    ("TrainingClient", "get_console_url"): SERVICE_ONLY,
+    ("TrainingClient", "get_telemetry"): SERVICE_ONLY,
+    ("TrainingClient", "save_weights_external"): "checkpoints are peft folders already",
+    ("TrainingClient", "save_weights_external_async"): "checkpoints are peft folders already",
+}
+# Parameters of the SDK's types that ours lack, and ours that the SDK's lack.
+TYPE_TAG = "a tag of the wire format"
+MISSING_FIELDS = {
+    ("Datum", "model_input_spans"): "provenance is for the hosted service's bookkeeping",
+    ("Datum", "loss_fn_input_spans"): "provenance is for the hosted service's bookkeeping",
+    ("GetInfoResponse", "type"): TYPE_TAG,
+    ("GetInfoResponse", "optimizer_config"): "AdamW is the only optimizer",
+    ("LoadWeightsResponse", "model_id"): "the client knows its own",
+    ("LoadWeightsResponse", "type"): TYPE_TAG,
+    ("SampleResponse", "prompt_alt_tokens"): "not offered; refused when asked for",
+    ("SampleResponse", "prompt_cache_hit_tokens"): "billing",
+    ("SampleResponse", "prompt_logprobs_np"): "given as the list prompt_logprobs",
+    ("SampleResponse", "target_prompt_logprobs"): "not offered; refused when asked for",
+    ("SampleResponse", "topk_prompt_logprobs_np"): "given as the list topk_prompt_logprobs",
+    ("SampledSequence", "topk_logprobs_np"): "not offered; refused when asked for",
+    ("SaveWeightsForSamplerResponse", "type"): TYPE_TAG,
+    ("SaveWeightsResponse", "type"): TYPE_TAG,
+    ("TensorData", "sparse_col_indices"): "sparse saves bytes on a wire; stored dense here",
+    ("TensorData", "sparse_crow_indices"): "sparse saves bytes on a wire; stored dense here",
+}
+EXTRA_FIELDS = {
+    ("ModelData", "max_context_length"): "bad data is refused before it is queued",
+    ("ModelData", "vocab_size"): "bad data is refused before it is queued",
+    ("SampleResponse", "prompt_logprobs"): "a property in the SDK",
+    ("SampleResponse", "topk_prompt_logprobs"): "a property in the SDK",
+}
+
+
+@pytest.mark.parametrize("client", RECORDED["clients"])
+def test_methods_are_the_sdks(client):
+    theirs, ours = RECORDED["clients"][client], OURS["clients"][client]
+    differ = {
+        name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)
+    } - {"model_id"}  # an attribute in the SDK, a property here
+    assert differ == {name for cls, name in DIFFERENT_METHODS if cls == client}
+
+
+@pytest.mark.parametrize("name", RECORDED["types"])
+def test_fields_are_the_sdks(name):
+    """The SDK's models take keywords only; ours take them by position too, in the same order."""
+    theirs = [p.removeprefix("keyword-only ") for p in RECORDED["types"][name]]
+    theirs = [p for p in theirs if not p.startswith("_")]
+    ours = OURS["types"][name]
+    missing = {p.split(" ")[0] for p in theirs if p not in ours}
+    extra = {p.split(" ")[0] for p in ours if p not in theirs}
+    assert missing == {f for cls, f in MISSING_FIELDS if cls == name}
+    assert extra == {f for cls, f in EXTRA_FIELDS if cls == name}
+    assert [p for p in theirs if p in ours] == [p for p in ours if p in theirs]
