@@ -174,7 +174,7 @@ def _check_returned(where: str, returned: Any) -> tuple[torch.Tensor, dict[str, 
 def _number(where: str, key: Any, value: Any) -> float:
     try:
         if not isinstance(value, (str, bytes)):
-            return float(value)
+            return float(value.detach() if hasattr(value, "detach") else value)
     except (TypeError, ValueError, RuntimeError):
         pass
     shape = getattr(value, "shape", None)
