@@ -283,7 +283,7 @@ def test_a_reserved_metric_that_is_nan_is_refused() -> None:
         merge_metrics(LossResult(2.0, {"loss": math.nan}, []), {})
 
 
-# ---- through a client -----------------------------------------------------------------------------
+# ---- through a client ---------------------------------------------------------------------------
 
 
 def test_the_loss_runs_exactly_once(

@@ -315,8 +315,8 @@ def test_a_step_along_the_gradient_changes_the_loss_as_the_gradient_says(
 ) -> None:
     """Central difference along a random direction: (L(+h) - L(-h)) / 2h == gradient . direction.
 
-    Independent of autograd altogether. GPT-2, because its norms stay in float64; h = 1e-5, where the
-    error of the difference is below 1e-6.
+    Independent of autograd altogether. GPT-2, because its norms stay in float64; h = 1e-5, where
+    the error of the difference is below 1e-6.
     """
     client, data = connect("gpt2"), data_for("dpo_like", random_data)
     _, grads = gradient(client, data, dpo_like)

@@ -62,7 +62,8 @@ class Scorer:
     def _score_batch(self, data: Sequence[Datum]) -> list[torch.Tensor]:
         ids = [datum.model_input.to_ints() for datum in data]
         longest = max(map(len, ids))
-        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+        # any id will do; a row's own last token keeps transformers from warning of a missing mask
+        padded = torch.tensor([row + row[-1:] * (longest - len(row)) for row in ids])
         inputs = {
             "input_ids": padded.to(self.device),
             "use_cache": False,

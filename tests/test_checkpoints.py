@@ -1,0 +1,265 @@
+"""Checkpoints: whole or not at all, opened by peft, nothing unpickled, nothing lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM
+
+from cookbook_core.errors import CheckpointError, ConfigError
+from cookbook_core.tinker import AdamParams
+from tests.test_client_contract import logprobs_of, train, weights_of
+
+
+@pytest.fixture
+def client(service, model_folder):
+    return service.create_lora_training_client(model_folder("qwen3"), rank=4, seed=0).result()
+
+
+def moments_of(client) -> list[bytes]:
+    adapter = client._backend._adapter
+    state = adapter.optimizer.state
+    keys = ("exp_avg", "exp_avg_sq", "step")
+    return [state[p][key].numpy().tobytes() for p in adapter.params for key in keys]
+
+
+def files_of(folder: str | Path) -> dict[str, str]:
+    """Name -> hash of every file below a folder."""
+    paths = sorted(p for p in Path(folder).rglob("*") if p.is_file())
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gpt2"])
+def test_four_steps_are_two_steps_saved_loaded_and_two_more(
+    make_service, model_folder, random_data, arch
+):
+    """Pitfall 36: parameters, Adam moments and step, byte-equal."""
+    folder, data = model_folder(arch), random_data(3)
+    whole = make_service().create_lora_training_client(folder, rank=4, seed=0).result()
+    train(whole, data, 4)
+    half = make_service().create_lora_training_client(folder, rank=4, seed=0).result()
+    train(half, data, 2)
+    path = half.save_state("half").result().path
+    service = make_service()
+    resumed = service.create_training_client_from_state_with_optimizer(path).result()
+    train(resumed, data, 2)
+    assert weights_of(resumed) == weights_of(whole)
+    assert moments_of(resumed) == moments_of(whole)
+    assert resumed._backend._adapter.step == 4
+    loaded = service.create_lora_training_client(folder, rank=4, seed=5).result()
+    loaded.load_state_with_optimizer(path).result()
+    train(loaded, data, 2)
+    assert weights_of(loaded) == weights_of(whole)
+
+
+def test_loading_without_the_optimizer_starts_it_afresh(client, service, random_data):
+    data = random_data(3)
+    train(client, data, 3)
+    path = client.save_state("three").result().path
+    fresh = service.create_training_client_from_state(path).result()
+    assert weights_of(fresh) == weights_of(client)
+    assert fresh._backend._adapter.optimizer is None
+    client.forward_backward(data, "cross_entropy").result()
+    client.load_state(path).result()
+    assert client._backend._adapter.grads is None
+    assert client._backend._adapter.optimizer is None
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "llama", "gpt2"])
+def test_peft_opens_what_we_save(make_service, model_folder, random_data, arch):
+    """Pitfalls 23 and 24: same logprobs through peft, unmerged and merged, with B != 0."""
+    client = make_service().create_lora_training_client(model_folder(arch), rank=4).result()
+    data = random_data(3)
+    train(client, data, 3)
+    path = client.save_weights_for_sampler("final").result().path
+    ours = logprobs_of(client, data)
+    base = AutoModelForCausalLM.from_pretrained(model_folder(arch))
+    model = peft.PeftModel.from_pretrained(base, path).eval()
+
+    def scored() -> list[torch.Tensor]:
+        found = []
+        for datum in data:
+            ids = torch.tensor([datum.model_input.to_ints()])
+            with torch.no_grad():
+                table = model(input_ids=ids).logits[0].log_softmax(-1)
+            targets = datum.loss_fn_inputs["target_tokens"].to_torch()
+            found.append(table.gather(1, targets[:, None])[:, 0])
+        return found
+
+    for a, b in zip(ours, scored(), strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+    if arch == "llama":  # its unembedding is its own; a tied one cannot be merged in place
+        model = model.merge_and_unload()
+        for a, b in zip(ours, scored(), strict=True):
+            assert torch.allclose(a, b, atol=2e-4)
+
+
+def test_we_open_what_peft_saves(service, model_folder, random_data, tmp_path):
+    """Pitfall 24: another rank and alpha than ours keep their scale."""
+    name, data = model_folder("qwen3"), random_data(3)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(name), config).eval()
+    for key, p in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(tmp_path / "elsewhere")
+    path = str(tmp_path / "elsewhere")
+    client = service.create_training_client_from_state(path, base_model=name).result()
+    assert client.get_info().lora_rank == 3
+    datum = data[0]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([datum.model_input.to_ints()])).logits[0]
+    targets = datum.loss_fn_inputs["target_tokens"].to_torch()
+    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert torch.allclose(logprobs_of(client, data)[0], expected, atol=1e-5)
+    train(client, data, 1)
+    saved = client.save_state("more").result().path
+    assert json.loads(Path(saved, "adapter_config.json").read_text(encoding="utf-8"))[
+        "lora_alpha"
+    ] == 7
+
+
+def test_the_saved_file_changes_with_training(client, random_data):
+    """Pitfall 39: adapter trained, saved file unchanged."""
+    first = files_of(client.save_weights_for_sampler("first").result().path)
+    train(client, random_data(2), 1)
+    second = files_of(client.save_weights_for_sampler("second").result().path)
+    weights = "adapter_model.safetensors"
+    assert first[weights] != second[weights]
+    assert first["adapter_config.json"] == second["adapter_config.json"]
+    assert "optimizer.safetensors" not in first
+
+
+def test_an_existing_name_is_refused_and_kept(client, random_data):
+    path = client.save_state("one").result().path
+    before = files_of(path)
+    train(client, random_data(2), 1)
+    with pytest.raises(CheckpointError, match=r"one: already exists.*overwrite=True"):
+        client.save_state("one").result()
+    assert files_of(path) == before
+    assert client.save_state("one", overwrite=True).result().path == path
+    assert files_of(path) != before
+    assert [p.name for p in Path(path).parent.iterdir()] == ["one"], "no leftovers"
+
+
+def test_a_failed_write_leaves_nothing_and_keeps_the_old(client, random_data, monkeypatch):
+    path = client.save_state("one").result().path
+    before = files_of(path)
+    train(client, random_data(2), 1)
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    for name, overwrite in (("one", True), ("two", False)):
+        with pytest.raises(CheckpointError, match="cannot be written.*No space left"):
+            client.save_state(name, overwrite=overwrite).result()
+    assert files_of(path) == before
+    assert [p.name for p in Path(path).parent.iterdir()] == ["one"]
+    monkeypatch.undo()
+    client.save_state("two").result()
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "../x", "a/b", "/etc/x", "", ".hidden", "a\0b", "x" * 10_000, None, "a\n"]
+)
+def test_names_cannot_leave_the_folder(client, name):
+    with pytest.raises(CheckpointError, match="name: not usable"):
+        client.save_state(name)
+    with pytest.raises(CheckpointError, match="name: not usable"):
+        client.save_weights_for_sampler(name)
+
+
+def damaged(client, tmp_path: Path, damage) -> str:
+    path = Path(client.save_state("whole").result().path)
+    copy = tmp_path / "damaged"
+    shutil.copytree(path, copy)
+    damage(copy)
+    return str(copy)
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickled(folder: Path) -> None:
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    torch.save(tensors, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def edit_config(**changes):
+    def edit(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**config, **changes}), encoding="utf-8")
+
+    return edit
+
+
+DAMAGE = {
+    "truncated": (truncate, "cannot be read"),
+    "pickled": (pickled, "pickled ones are never opened.*adapter_model.bin"),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "not a checkpoint"),
+    "DoRA": (edit_config(use_dora=True), "use_dora: not supported"),
+    "saved modules": (edit_config(modules_to_save=["lm_head"]), "modules_to_save: not supported"),
+    "other rank": (edit_config(r=8), "r: differs from this client's adapter.*Expected 4, got 8"),
+    "other alpha": (edit_config(lora_alpha=8), "lora_alpha: differs.*Expected 32, got 8"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_or_foreign_folders_are_refused(client, random_data, tmp_path, name):
+    damage, match = DAMAGE[name]
+    train(client, random_data(2), 1)
+    before = weights_of(client), moments_of(client)
+    path = damaged(client, tmp_path, damage)
+    with pytest.raises(CheckpointError, match=match):
+        client.load_state(path).result()
+    assert (weights_of(client), moments_of(client)) == before
+
+
+def test_an_adapter_of_another_base_or_layout_is_refused(client, service, model_folder):
+    other = service.create_lora_training_client(model_folder("llama"), rank=4).result()
+    path = other.save_state("llama").result().path
+    few = service.create_lora_training_client(
+        model_folder("qwen3"), rank=4, train_mlp=False
+    ).result()
+    few_path = few.save_state("few").result().path
+    before = weights_of(client)
+    with pytest.raises(CheckpointError, match=r"does not fit.*tensors differ"):
+        client.load_state(few_path).result()
+    with pytest.raises(CheckpointError, match=r"does not fit.*tensors differ"):
+        service.create_training_client_from_state(
+            path, base_model=model_folder("gpt2")
+        ).result()
+    assert weights_of(client) == before
+
+
+def test_sampler_weights_hold_no_optimizer(client, service):
+    path = client.save_weights_for_sampler("s").result().path
+    with pytest.raises(CheckpointError, match="holds no optimizer state"):
+        service.create_training_client_from_state_with_optimizer(path).result()
+    sampler = service.create_sampling_client(model_path=path).result()
+    assert sampler.get_base_model()
+    assert client.create_sampling_client(path).result().get_base_model()
+    with pytest.raises(ConfigError, match="model_path or base_model"):
+        service.create_sampling_client()
+
+
+def test_user_metadata_is_kept(client):
+    path = client.save_state("m", user_metadata={"note": "é"}).result().path
+    state = json.loads(Path(path, "state.json").read_text(encoding="utf-8"))
+    assert state["user_metadata"] == {"note": "é"}
+    assert state["step"] == 0
+    assert AdamParams().learning_rate == 1e-4
