@@ -73,8 +73,7 @@ def check_positive(config: Any, *names: str) -> None:
         ConfigError: naming the first such field.
     """
     for name in names:
-        value = getattr(config, name)
-        if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        if not 0 < (value := getattr(config, name)) < math.inf:
             raise ConfigError(message(f"Config.{name}", "out of range", "> 0", value))
 
 
@@ -195,8 +194,7 @@ class Run:
         shape = (2, 2) if len(panels) == 4 else (1, len(panels))
         figure = Figure(figsize=(4.4 * shape[1], 3.3 * shape[0]), layout="constrained")
         FigureCanvasAgg(figure)
-        layout: Any = figure.get_layout_engine()
-        layout.set(w_pad=0.1, h_pad=0.08)
+        cast(Any, figure.get_layout_engine()).set(w_pad=0.1, h_pad=0.08)
         axes = figure.subplots(*shape).flat
         for axis, panel in zip(axes, panels, strict=True):
             _draw(axis, panel, rows)
@@ -320,8 +318,7 @@ def _as_cell(value: Any) -> str:
 
 
 def _as_code(text: str) -> str:
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    ticks = "`" * (longest + 1)
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks} {text} {ticks}".replace("\n", "\\n")
 
 

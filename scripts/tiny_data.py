@@ -156,7 +156,12 @@ def label_file() -> dict[str, object]:
     }
 
 
-ROLES = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+ROLES = {
+    "prompt": "user",
+    "completion": "assistant",
+    "chosen": "assistant",
+    "rejected": "assistant",
+}
 
 
 def conversational(row: Row) -> Row:

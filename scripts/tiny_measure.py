@@ -10,8 +10,8 @@ import math
 from pathlib import Path
 
 import tiny_text as text
-from tiny_data import ROLES
 import torch
+from tiny_data import ROLES
 
 Row = dict[str, object]
 Pair = tuple[list[int], list[int]]

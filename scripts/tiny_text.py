@@ -57,8 +57,7 @@ def review_text(parts: list[tuple[str, str]], joint: str) -> str:
 def lettered_question(question: str, options: list[str]) -> str:
     """Returns the user turn of a multiple-choice question, one lettered option per line."""
     lines = [
-        f"{letter.strip()}. {option}"
-        for letter, option in zip(words.LETTERS, options, strict=True)
+        f"{letter.strip()}. {option}" for letter, option in zip(words.LETTERS, options, strict=True)
     ]
     return "\n".join([question, *lines])
 

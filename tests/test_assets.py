@@ -96,7 +96,15 @@ def test_model_and_tokenizer_agree_on_sizes(tokenizer, model):
 
 @pytest.mark.parametrize(
     "string",
-    ["hello world", " yes", "12 + 7 = 19", "äöü ñ 漢字 🙂", "a\n\n  b\t\u00a0c", "x" * 50, "\x00\x7f"],
+    [
+        "hello world",
+        " yes",
+        "12 + 7 = 19",
+        "äöü ñ 漢字 🙂",
+        "a\n\n  b\t\u00a0c",
+        "x" * 50,
+        "\x00\x7f",
+    ],
 )
 def test_any_text_round_trips(tokenizer, string):
     ids = tokenizer.encode(string, add_special_tokens=False)
@@ -151,7 +159,13 @@ def test_training_text_is_rendered_as_the_template_does(tokenizer, scripts):
         string = tokenizer.decode(ids)
         pieces = string.removeprefix("<|im_start|>").split("\n<|im_start|>")
         messages = [
-            dict(zip(("role", "content"), piece.removesuffix("<|im_end|>").split("\n", 1), strict=True))
+            dict(
+                zip(
+                    ("role", "content"),
+                    piece.removesuffix("<|im_end|>").split("\n", 1),
+                    strict=True,
+                )
+            )
             for piece in pieces
         ]
         assert render(tokenizer, messages) == ids

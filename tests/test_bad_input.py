@@ -187,9 +187,7 @@ def test_bad_losses(client, name):
 
     error = RequestError if name == "calls the client" else LossError
     data = [datum(), datum()]
-    untouched(
-        client, lambda: client.forward_backward_custom(data, loss).result(), error, match
-    )
+    untouched(client, lambda: client.forward_backward_custom(data, loss).result(), error, match)
 
 
 def test_a_partly_used_loss_that_changes_its_input_changes_nothing(client):
@@ -283,7 +281,7 @@ def test_nothing_trainable_is_refused(service, model_folder):
     none = {"train_mlp": False, "train_attn": False, "train_unembed": False}
     with pytest.raises(ConfigError, match="no layer would be trained"):
         service.create_lora_training_client(folder, **none).result()
-    with pytest.raises(ConfigError, match="rank: too small.*got 0"):
+    with pytest.raises(ConfigError, match=r"rank: too small.*got 0"):
         service.create_lora_training_client(folder, rank=0).result()
 
 
@@ -297,17 +295,17 @@ def test_a_folder_without_a_model_and_an_unreachable_name(service, tmp_path):
     with pytest.raises(ModelError, match=r"not a model folder.*config.json"):
         service.create_lora_training_client(str(tmp_path)).result()
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):
+    with pytest.raises(ModelError, match=r"cannot be loaded as a causal language model"):
         service.create_lora_training_client(str(tmp_path)).result()
-    with pytest.raises(ModelError, match="cannot be loaded.*nobody/nothing"):
+    with pytest.raises(ModelError, match=r"cannot be loaded.*nobody/nothing"):
         service.create_lora_training_client("nobody/nothing").result()
 
 
 def test_bad_device_dtype_and_url(make_service, model_folder):
     folder = model_folder("qwen3")
-    with pytest.raises(ConfigError, match='dtype: unknown dtype "float23".*"float32"'):
+    with pytest.raises(ConfigError, match=r'dtype: unknown dtype "float23".*"float32"'):
         make_service(dtype="float23").create_lora_training_client(folder).result()
-    with pytest.raises(ConfigError, match="device: not usable here.*warp"):
+    with pytest.raises(ConfigError, match=r"device: not usable here.*warp"):
         make_service(device="warp").create_lora_training_client(folder).result()
     with pytest.raises(ConfigError, match="base_url"):
         make_service(base_url="http://localhost:1")

@@ -123,9 +123,10 @@ def test_we_open_what_peft_saves(service, model_folder, random_data, tmp_path):
     assert torch.allclose(logprobs_of(client, data)[0], expected, atol=1e-5)
     train(client, data, 1)
     saved = client.save_state("more").result().path
-    assert json.loads(Path(saved, "adapter_config.json").read_text(encoding="utf-8"))[
-        "lora_alpha"
-    ] == 7
+    assert (
+        json.loads(Path(saved, "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"]
+        == 7
+    )
 
 
 def test_the_saved_file_changes_with_training(client, random_data):
@@ -161,7 +162,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(client, random_data, mo
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     for name, overwrite in (("one", True), ("two", False)):
-        with pytest.raises(CheckpointError, match="cannot be written.*No space left"):
+        with pytest.raises(CheckpointError, match=r"cannot be written.*No space left"):
             client.save_state(name, overwrite=overwrite).result()
     assert files_of(path) == before
     assert [p.name for p in Path(path).parent.iterdir()] == ["one"]
@@ -240,9 +241,7 @@ def test_an_adapter_of_another_base_or_layout_is_refused(client, service, model_
     with pytest.raises(CheckpointError, match=r"does not fit.*tensors differ"):
         client.load_state(few_path).result()
     with pytest.raises(CheckpointError, match=r"does not fit.*tensors differ"):
-        service.create_training_client_from_state(
-            path, base_model=model_folder("gpt2")
-        ).result()
+        service.create_training_client_from_state(path, base_model=model_folder("gpt2")).result()
     assert weights_of(client) == before
 
 

@@ -304,9 +304,7 @@ def test_reference_is_the_policy_at_step_0(client, service, data):
     ).result()
     assert not torch.equal(logprobs_of(base, pairs)[0], fixed[0]), "not the bare base model"
     train(client, data, 2)
-    assert all(
-        torch.equal(a, b) for a, b in zip(logprobs_of(reference, pairs), fixed, strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(logprobs_of(reference, pairs), fixed, strict=True))
 
 
 def test_dropout_never_runs(service, model_folder, data, tmp_path):

@@ -140,7 +140,7 @@ def test_optim_step_refuses_after_a_failure_nobody_read(client, random_data):
     client.forward_backward(data, "cross_entropy").result()
     failed = client.forward_backward_custom(data, failing)
     stepped = client.optim_step(tinker.AdamParams())
-    with pytest.raises(RequestError, match="forward_backward before it failed.*KeyError"):
+    with pytest.raises(RequestError, match=r"forward_backward before it failed.*KeyError"):
         stepped.result()
     with pytest.raises(LossError, match="raised KeyError"):
         failed.result()

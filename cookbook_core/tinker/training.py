@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from cookbook_core.backend.interface import TrainingBackend
 from cookbook_core.builtin_losses import builtin_loss, needed_inputs
@@ -27,6 +27,7 @@ from cookbook_core.tinker.types import (
 )
 
 T = TypeVar("T")
+LossConfig: TypeAlias = Mapping[str, float | str] | None
 logger = logging.getLogger("cookbook_core")
 
 
@@ -34,11 +35,9 @@ class TrainingClient:
     """One LoRA adapter in training.
 
     Every method that touches the model returns an `APIFuture` at once; requests run in the order
-    they were made, so an `optim_step` may be submitted before the `forward_backward` before it
-    is done. Bad data is refused before anything is queued; a request that fails later leaves
-    gradients, weights and optimizer as they were, and the client usable.
-
-    Made by `ServiceClient.create_lora_training_client` and its siblings.
+    they were made. Bad data is refused before anything is queued; a request that fails later
+    leaves gradients, weights and optimizer as they were, and the client usable.
+    `ServiceClient.create_lora_training_client` and its siblings make one.
     """
 
     def __init__(self, backend: TrainingBackend) -> None:
@@ -50,10 +49,7 @@ class TrainingClient:
     # ---- losses ----------------------------------------------------------------------------------
 
     def forward(
-        self,
-        data: list[Datum],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, float | str] | None = None,
+        self, data: list[Datum], loss_fn: str, loss_fn_config: LossConfig = None
     ) -> APIFuture[ForwardBackwardOutput]:
         """Logprobs and the value of a built-in loss; no gradient, no trace left.
 
@@ -69,10 +65,7 @@ class TrainingClient:
         return self._future("forward", self._backend.forward(list(data), loss))
 
     def forward_backward(
-        self,
-        data: list[Datum],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, float | str] | None = None,
+        self, data: list[Datum], loss_fn: str, loss_fn_config: LossConfig = None
     ) -> APIFuture[ForwardBackwardOutput]:
         """Like `forward`, and adds the loss's gradient to what `optim_step` will use."""
         loss = builtin_loss(loss_fn, loss_fn_config)
@@ -241,19 +234,13 @@ class TrainingClient:
     # ---- async names: each awaits to what its plain sibling returns ------------------------------
 
     async def forward_async(
-        self,
-        data: list[Datum],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, float | str] | None = None,
+        self, data: list[Datum], loss_fn: str, loss_fn_config: LossConfig = None
     ) -> APIFuture[ForwardBackwardOutput]:
         """Awaits to the APIFuture that `forward` returns."""
         return self.forward(data, loss_fn, loss_fn_config)
 
     async def forward_backward_async(
-        self,
-        data: list[Datum],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, float | str] | None = None,
+        self, data: list[Datum], loss_fn: str, loss_fn_config: LossConfig = None
     ) -> APIFuture[ForwardBackwardOutput]:
         """Awaits to the APIFuture that `forward_backward` returns."""
         return self.forward_backward(data, loss_fn, loss_fn_config)

@@ -18,9 +18,7 @@ from recipes.dpo import Config, build_pairs, dpo_loss, train
 def pair(ref_chosen=(-1.0, -1.0), ref_rejected=(-1.0, -1.0)):
     """One pair with a one-token prompt and completions of two tokens."""
     return [
-        with_inputs(
-            datum_from_prompt_completion([1], tokens), ref_logprobs=torch.tensor(reference)
-        )
+        with_inputs(datum_from_prompt_completion([1], tokens), ref_logprobs=torch.tensor(reference))
         for tokens, reference in (([2, 3], ref_chosen), ([2, 4], ref_rejected))
     ]
 

@@ -20,7 +20,8 @@ from cookbook_core.backend.local import checkpoints
 from cookbook_core.backend.local.adapters import Adapter, AdapterBank
 from cookbook_core.backend.local.memory import one_pass_tokens
 from cookbook_core.backend.local.model import BaseModel, load_base_model
-from cookbook_core.backend.local.sampler import SampleRequest, check_request, sample_batch
+from cookbook_core.backend.local.sampler import sample_batch
+from cookbook_core.backend.local.sampling_requests import SampleRequest, check_request
 from cookbook_core.backend.local.scoring import Scorer
 from cookbook_core.backend.local.worker import Worker
 from cookbook_core.custom_loss import LossFn, LossResult, differentiate, evaluate, merge_metrics

@@ -136,7 +136,9 @@ def score(logits: Tensor, targets: Tensor, top_k: int) -> tuple[Tensor, Tensor, 
     """Logprobs at temperature 1 of `targets`, and the `top_k` most likely ids.
 
     Args:
-        logits: `(P, N, V)`. targets: `(P, N)`.
+        logits: `(P, N, V)`.
+        targets: `(P, N)` ids.
+        top_k: how many ids, 0 for none.
 
     Returns:
         logprobs `(P, N)`, top ids `(P, N, top_k)` and their logprobs, most likely first; nats.
