@@ -79,6 +79,10 @@ def align_weights(
     if mode not in ("strict", "min_length"):
         raise ConfigError(message("mode", "unknown", '"strict" or "min_length"', repr(mode)))
     w = _tensor(weights, logprobs)
+    if w.dim() == 0:
+        raise DatumError(
+            message(where, "not one per logprob", f"{len(logprobs)} values", "a single number")
+        )
     n = min(len(w), len(logprobs))
     if len(w) != len(logprobs) and mode == "strict":
         raise DatumError(
@@ -135,13 +139,13 @@ def check_alignment(
             if value is None:
                 have = ", ".join(datum.loss_fn_inputs) or "nothing"
                 problems.append(message(where, "missing", "an array of this name", have))
-            elif len(value) != len(logprobs):
+            elif value.shape[:1] != [len(logprobs)]:
                 problems.append(
                     message(
                         where,
                         "length does not match logprobs",
                         f"{len(logprobs)} (len of logprobs)",
-                        len(value),
+                        value.shape[0] if value.shape else "a single number",
                     )
                 )
     raise_all(DatumError, problems)
@@ -191,10 +195,11 @@ def weighted_mean(logprobs: torch.Tensor, weights: Any, **align: Any) -> torch.T
     Raises:
         DatumError: the weights sum to zero.
     """
-    total = _tensor(weights, logprobs).sum()
+    logprobs, w = align_weights(logprobs, weights, **align)
+    total = w.sum()
     if float(total) == 0:
         raise DatumError(message("weights", "no mean exists", "a non-zero sum of weights", 0.0))
-    return weighted_sum(logprobs, weights, **align) / total
+    return weighted_sum(logprobs, w) / total
 
 
 def _tensor(values: Any, like: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cookbook_core.alignment import input_tensor, weighted_sum
-from cookbook_core.errors import ConfigError, message, nearest
+from cookbook_core.alignment import align_weights, input_tensor, weighted_sum
+from cookbook_core.errors import ConfigError, DatumError, message, nearest
 from cookbook_core.tinker.types import Datum
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def cross_entropy(data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> Re
 
 def importance_sampling(data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> Returned:
     """L = -sum ratio * A, with ratio = exp(logprobs - sampling logprobs), A the advantages."""
-    return _sum_over_tokens(data, logprobs, lambda lp, log_ratio, a: -log_ratio.exp() * a)
+    return _sum_over_tokens(data, logprobs, lambda lp, log_ratio, a: -_ratio(log_ratio) * a)
 
 
 def ppo(
@@ -59,7 +59,7 @@ def ppo(
 
     def term(lp: torch.Tensor, log_ratio: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         del lp
-        ratio = log_ratio.exp()
+        ratio = _ratio(log_ratio)
         clipped = ratio.clamp(clip_low_threshold, clip_high_threshold)
         return -torch.minimum(ratio * a, clipped * a)
 
@@ -76,7 +76,7 @@ def cispo(
     """L = -sum stopgrad(clip(ratio, low, high)) * logprobs * A. MiniMax 2025, 2506.13585."""
 
     def term(lp: torch.Tensor, log_ratio: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        ratio = log_ratio.detach().exp().clamp(clip_low_threshold, clip_high_threshold)
+        ratio = _ratio(log_ratio.detach()).clamp(clip_low_threshold, clip_high_threshold)
         return -ratio * lp * a
 
     return _sum_over_tokens(data, logprobs, term)
@@ -94,19 +94,35 @@ def dro(data: Sequence[Datum], logprobs: Sequence[torch.Tensor], *, beta: float 
     return _sum_over_tokens(data, logprobs, term)
 
 
+def _ratio(log_ratio: torch.Tensor) -> torch.Tensor:
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+
+
 def _sum_over_tokens(
     data: Sequence[Datum], logprobs: Sequence[torch.Tensor], term: Any
 ) -> Returned:
-    """Sum `term(logprobs, log_ratio, advantages)` over every token with a non-zero weight."""
+    """Sum `term(logprobs, log_ratio, advantages)` over every token with a non-zero weight.
+
+    What stands at a token without weight, NaN included, touches neither value nor gradient.
+
+    Raises:
+        DatumError: an input that has not the shape of the logprobs.
+    """
     import torch
 
     total = []
-    for datum, lp in zip(data, logprobs, strict=True):
-        sampled = input_tensor(datum, "logprobs", lp)
-        advantages = input_tensor(datum, "advantages", lp)
-        log_ratio = (lp - sampled).clamp(max=MAX_LOG_RATIO)
+    for i, (datum, lp) in enumerate(zip(data, logprobs, strict=True)):
+        inputs = [input_tensor(datum, key, lp) for key in ("logprobs", "advantages")]
+        for key, value in zip(("logprobs", "advantages"), inputs, strict=True):
+            if value.shape != lp.shape:
+                where = f'data[{i}].loss_fn_inputs["{key}"]'
+                what = "shape does not match target_tokens"
+                raise DatumError(message(where, what, tuple(lp.shape), tuple(value.shape)))
         weights = datum.loss_fn_inputs.get("weights", torch.ones_like(lp))
-        total.append(weighted_sum(term(lp, log_ratio, advantages), weights))
+        _, w = align_weights(lp, weights)
+        idle = (w == 0).reshape(w.shape + (1,) * (lp.dim() - w.dim()))
+        lp, sampled, advantages = (x.masked_fill(idle, 0.0) for x in (lp, *inputs))
+        total.append(weighted_sum(term(lp, lp - sampled, advantages), w))
     return torch.stack(total).sum(), {}
 
 

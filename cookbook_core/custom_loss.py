@@ -233,7 +233,7 @@ def merge_metrics(result: LossResult, backend_metrics: Mapping[str, float]) -> d
     """
     for key in RESERVED_METRICS:
         mine = result.metrics.get(key, result.loss)
-        if abs(mine - result.loss) > 1e-4 * max(1.0, abs(result.loss)):
+        if not abs(mine - result.loss) <= 1e-4 * max(1.0, abs(result.loss)):  # NaN too
             raise LossError(
                 message(
                     f'metrics["{key}"]',

@@ -62,7 +62,7 @@ class Config:
     """Optimizer steps."""
     batch_size: int = 16
     """Pairs per step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
     """Adam's step size at the first step; falls linearly to 0."""
     lora_rank: int = 32
     """Rank of the adapter (alpha is 32)."""

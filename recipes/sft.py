@@ -51,7 +51,7 @@ class Config:
     """Which assistant messages of a messages column are learnt."""
     init_from: str = ""
     """LoRA folder (saved here or by peft) to start from; empty starts a fresh adapter."""
-    num_steps: int = 120
+    num_steps: int = 200
     """Optimizer steps."""
     batch_size: int = 32
     """Sequences per step."""

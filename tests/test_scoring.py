@@ -128,6 +128,8 @@ def test_micro_batches_cover_every_datum_once_within_the_budget(
         padded = len(batch) * max(lengths[i] for i in batch)
         assert padded <= 30 or len(batch) == 1
     assert len(batches) < 45, "nothing was batched"
+    even = [Datum(ModelInput.from_ints([1] * 10), {"target_tokens": [2] * 10})] * 7
+    assert list(scorer.micro_batches(even)) == [[0, 1, 2], [3, 4, 5], [6]]
     same = list(scorer.micro_batches([data[0]] * 3))
     assert [i for batch in same for i in batch] == [0, 1, 2]
 

@@ -119,7 +119,8 @@ def to_array(where: str, value: Any, dtype: np.dtype[Any] | None) -> np.ndarray:
         )
     if dtype is None:
         dtype = np.dtype("float32" if array.dtype.kind == "f" else "int64")
-    if dtype.kind == "i" and array.dtype.kind == "f" and (array != np.floor(array)).any():
+    whole = array.dtype.kind != "f" or (np.isfinite(array) & (array == np.floor(array))).all()
+    if dtype.kind == "i" and not whole:
         raise DatumError(message(where, "not whole numbers", "integers", array.dtype))
     # Always a copy: a caller's later in-place change must not reach data already handed over.
     return np.array(array, dtype=dtype)

@@ -43,11 +43,12 @@ class Knobs:
         def column(values: list[Any], neutral: Any) -> Tensor | None:
             if all(value == neutral for value in values):
                 return None
-            return torch.tensor(values, device=device)
+            dtype = torch.float64 if isinstance(neutral, float) else None
+            return torch.tensor(values, dtype=dtype, device=device)
 
         scale = column([1.0 / p.temperature if p.temperature else 1.0 for p in params], 1.0)
         return cls(
-            scale=None if scale is None else scale.double()[:, None],
+            scale=None if scale is None else scale[:, None],
             greedy=column([p.temperature == 0 for p in params], False),
             top_k=column([max(p.top_k, 0) for p in params], 0),
             top_p=column([float(p.top_p) for p in params], 1.0),

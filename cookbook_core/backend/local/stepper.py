@@ -23,6 +23,7 @@ from transformers.cache_utils import (
 )
 
 from cookbook_core.backend.local.sampling_math import score
+from cookbook_core.errors import ModelError, message
 
 OPEN_ENDED = 1024  # tokens that max_tokens=None is taken to need when requests are batched
 _PREFILL_TOKENS = 8192  # most prompt tokens in one forward pass
@@ -150,6 +151,15 @@ class Stepper:
         self.config = core.config.get_text_config(decoder=True)
         self.device = core.get_input_embeddings().weight.device
         known = inspect.signature(core.forward).parameters
+        if "past_key_values" not in known:
+            raise ModelError(
+                message(
+                    "sample",
+                    f"{type(core).__name__} keeps its state in a way this sampler does not know",
+                    "a model that takes past_key_values",
+                    ", ".join(known),
+                )
+            )
         self._takes_position_ids = "position_ids" in known
         self._takes_logits_to_keep = "logits_to_keep" in known
         layers = DynamicCache(config=self.config).layers

@@ -1,0 +1,292 @@
+"""Sampling: exact logprobs, the right distribution, seeds, stop rules, bad input, no trace left."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
+
+from cookbook_core.backend.local.sampler import sample_batch
+from cookbook_core.backend.local.sampling_math import Knobs, draw_tokens, eos_ids, truncate
+from cookbook_core.backend.local.sampling_requests import SampleRequest, check_request
+from cookbook_core.errors import ConfigError, DatumError, ModelError
+from cookbook_core.tinker.types import SamplingParams
+
+VOCAB = 100
+ARCHES = ["qwen3", "llama", "mistral", "gemma2", "gpt2"]
+
+
+def load(folder: str, dtype: torch.dtype = torch.float64) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def ids(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([seed, length]).integers(4, VOCAB, length).tolist()
+
+
+def request(prompt: list[int], num_samples: int = 1, **params: Any) -> SampleRequest:
+    return SampleRequest(prompt, num_samples, SamplingParams(**{"stop": [], **params}))
+
+
+@torch.no_grad()
+def full_forward(model: Any, tokens: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """`(N, V)` logprobs of a plain pass without a cache."""
+    logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+    return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def rescored(model: Any, prompt: list[int], tokens: list[int], temperature: float) -> np.ndarray:
+    rows = full_forward(model, prompt + tokens, temperature)[len(prompt) - 1 : -1]
+    return rows.gather(1, torch.tensor(tokens)[:, None])[:, 0].numpy()
+
+
+def tokens_of(responses: list[Any]) -> list[list[list[int]]]:
+    return [[sequence.tokens for sequence in response.sequences] for response in responses]
+
+
+# ---- exactness ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("arch", ARCHES)
+def test_logprobs_equal_a_full_forward_pass(model_folder, arch, dtype, bound):
+    """Pitfalls 4, 5, 17: ragged prompts, rows that stop early, rescored at the temperature used."""
+    model = load(model_folder(arch), dtype)
+    shapes = [(1, 2, 9), (5, 3, 14), (17, 2, 12), (20, 1, 4)]  # prompt, samples, max_tokens
+    requests = [
+        request(ids(n), k, max_tokens=longest, temperature=0.6, seed=n) for n, k, longest in shapes
+    ]
+    at_one = 0.0
+    for asked, response in zip(requests, sample_batch(model, None, requests), strict=True):
+        for sequence in response.sequences:
+            assert len(sequence.tokens) == asked.params.max_tokens
+            assert sequence.stop_reason == "length"
+            expected = rescored(model, asked.prompt, sequence.tokens, 0.6)
+            assert np.abs(sequence.logprobs_np - expected).max() < bound
+            other = rescored(model, asked.prompt, sequence.tokens, 1.0)
+            at_one = max(at_one, np.abs(sequence.logprobs_np - other).max())
+    assert at_one > 1e-2
+
+
+def test_layers_that_are_not_attention_take_the_other_path():
+    """A convolution hybrid: prompts of one length at a time, rows still dropped as they stop."""
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        layer_types=["conv", "full_attention", "conv"],
+        block_auto_adjust_ff_dim=False,
+    )
+    model = Lfm2ForCausalLM(config).double().eval()
+    requests = [
+        request(ids(n, s), 2, max_tokens=m) for n, s, m in [(6, 0, 3), (6, 1, 9), (3, 0, 5)]
+    ]
+    for asked, response in zip(requests, sample_batch(model, None, requests), strict=True):
+        for sequence in response.sequences:
+            expected = rescored(model, asked.prompt, sequence.tokens, 1.0)
+            assert np.abs(sequence.logprobs_np - expected).max() < 1e-9
+
+
+def test_greedy_takes_the_argmax_and_reports_temperature_one(model_folder):
+    model, prompt = load(model_folder()), ids(6)
+    (sequence,) = sample_batch(model, None, [request(prompt, temperature=0, max_tokens=6)])[
+        0
+    ].sequences
+    rows = full_forward(model, prompt + sequence.tokens)[len(prompt) - 1 : -1]
+    assert rows.argmax(dim=1).tolist() == sequence.tokens
+    assert np.abs(rows.amax(dim=1).numpy() - sequence.logprobs_np).max() < 1e-9
+
+
+def test_prompt_logprobs(model_folder):
+    model, prompt = load(model_folder()), ids(7)
+    asked = SampleRequest(prompt, 1, SamplingParams(max_tokens=1, stop=[]), True, 3)
+    response = sample_batch(model, None, [asked, request(ids(4), max_tokens=2)])[0]
+    rows = full_forward(model, prompt)
+    assert response.prompt_logprobs[0] is None
+    assert response.topk_prompt_logprobs[0] is None
+    for i in range(1, len(prompt)):
+        assert response.prompt_logprobs[i] == pytest.approx(float(rows[i - 1, prompt[i]]), abs=1e-9)
+        values, best = rows[i - 1].topk(3)
+        found = response.topk_prompt_logprobs[i]
+        assert [token for token, _ in found] == best.tolist()
+        assert [value for _, value in found] == pytest.approx(values.tolist(), abs=1e-9)
+
+
+# ---- the distribution ---------------------------------------------------------------------------
+
+
+def test_generation_config_is_ignored(model_folder):
+    """Pitfall 18: chi-square of 3000 first tokens against the full softmax."""
+    model, prompt, draws = load(model_folder()), ids(5), 3000
+    model.generation_config.top_k = 1
+    model.generation_config.temperature = 0.1
+    model.generation_config.repetition_penalty = 5.0
+    response = sample_batch(model, None, [request(prompt, draws, max_tokens=1, seed=0)])[0]
+    counts = np.bincount([s.tokens[0] for s in response.sequences], minlength=VOCAB)
+    expected = full_forward(model, prompt)[-1].exp().numpy() * draws
+    usual = expected >= 5
+    counts = np.append(counts[usual], counts[~usual].sum())
+    expected = np.append(expected[usual], expected[~usual].sum())
+    freedom = len(counts) - 1
+    assert freedom >= 5
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_truncate_by_hand():
+    """top_k 2 leaves (4, 3); of their 7, top_p 0.5 needs only the 4 (4/7 = 0.57)."""
+    mass = torch.tensor([[3.0, 4.0, 1.0, 2.0]] * 3, dtype=torch.float64)
+    kept = truncate(mass, torch.tensor([2, 0, 2]), torch.tensor([1.0, 0.7, 0.5]))
+    assert kept.tolist() == [[3, 4, 0, 0], [3, 4, 0, 0], [0, 4, 0, 0]]
+
+
+def test_truncation_moves_tokens_but_not_logprobs():
+    """Logprobs are those before top_k: of the whole softmax."""
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]], dtype=torch.float64)
+    knobs = Knobs.of([SamplingParams(top_k=1)], logits.device)
+    token, logprob = draw_tokens(logits, torch.tensor([0.999], dtype=torch.float64), knobs)
+    assert token.tolist() == [1]
+    assert logprob.item() == pytest.approx(torch.log_softmax(logits, 1)[0, 1].item(), abs=1e-12)
+
+
+# ---- seeds --------------------------------------------------------------------------------------
+
+
+def test_a_seed_fixes_the_tokens_whatever_else_is_in_the_batch(model_folder):
+    """Pitfall 35, float64 so that batch shapes cannot move a draw."""
+    model = load(model_folder())
+    seeded = request(ids(6), 4, max_tokens=10, seed=7)
+    others = [request(ids(n), 2, max_tokens=n) for n in (3, 15)]
+    alone = tokens_of(sample_batch(model, None, [seeded]))[0]
+    assert tokens_of(sample_batch(model, None, [seeded, *others]))[0] == alone
+    assert tokens_of(sample_batch(model, None, [*others, seeded]))[-1] == alone
+    assert tokens_of(sample_batch(model, None, [seeded, *others], token_budget=1))[0] == alone
+    assert len({tuple(tokens) for tokens in alone}) == 4
+    other_seed = request(ids(6), 4, max_tokens=10, seed=8)
+    assert tokens_of(sample_batch(model, None, [other_seed]))[0] != alone
+
+
+def test_without_a_seed_the_generator_decides(model_folder):
+    model, asked = load(model_folder()), [request(ids(6), 2, max_tokens=8)]
+
+    def draw(seed: int) -> list[list[list[int]]]:
+        generator = torch.Generator().manual_seed(seed)
+        return tokens_of(sample_batch(model, None, asked, generator=generator))
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+# ---- stopping -----------------------------------------------------------------------------------
+
+
+def test_stop_ids_and_end_of_sequence(model_folder):
+    model = load(model_folder())
+    full = sample_batch(model, None, [request(ids(6), max_tokens=12, seed=3)])[0].sequences[0]
+    end = full.tokens[5]
+    expected = full.tokens[: full.tokens.index(end) + 1]
+    tokenizer = types.SimpleNamespace(eos_token_id=end)
+    for stop in ([end], None):
+        asked = request(ids(6), max_tokens=12, seed=3, stop=stop)
+        (found,) = sample_batch(model, tokenizer, [asked])[0].sequences
+        assert found.tokens == expected
+        assert found.stop_reason == "stop"
+        assert found.logprobs == pytest.approx(full.logprobs[: len(expected)], abs=1e-9)
+
+
+def test_stop_string_that_spans_tokens(model_folder, small_tokenizer):
+    """One token is one character here, so every longer string spans tokens."""
+    model = load(model_folder())
+    asked = request(ids(6), max_tokens=150, seed=3)
+    tokens = sample_batch(model, small_tokenizer, [asked])[0].sequences[0].tokens
+
+    def text(n: int) -> str:
+        return small_tokenizer.decode(tokens[:n], skip_special_tokens=False)
+
+    stop = text(120)[-3:]
+    length = next(n for n in range(len(tokens)) if stop in text(n))
+    stopped = request(ids(6), max_tokens=150, seed=3, stop=["never this", stop])
+    (found,) = sample_batch(model, small_tokenizer, [stopped])[0].sequences
+    assert found.tokens == tokens[:length]
+    assert found.stop_reason == "stop"
+
+
+def test_open_ended_requests_run_to_the_context_limit(model_folder):
+    asked = request(ids(4), 3, max_tokens=None)
+    sequences = sample_batch(load(model_folder()), None, [asked], max_context=10)[0].sequences
+    assert [len(s.tokens) for s in sequences] == [6, 6, 6]
+    assert len({s.sequence_id for s in sequences}) == 3
+
+
+def test_several_end_ids_count_only_if_the_tokenizer_agrees():
+    def ends(eos: int | None, listed: Any) -> frozenset[int]:
+        pair = (types.SimpleNamespace(eos_token_id=x) for x in (eos, listed))
+        return eos_ids(*pair)
+
+    assert ends(5, [5, 7]) == {5, 7}
+    assert ends(5, [2, 7]) == {5}
+    assert ends(5, 2) == {5}
+    assert ends(None, 2) == frozenset()
+
+
+# ---- errors and traces --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "field", "change"),
+    [
+        (DatumError, "prompt", {"prompt": []}),
+        (DatumError, r"prompt\[1\].*got 100", {"prompt": [5, VOCAB]}),
+        (ConfigError, "num_samples", {"num_samples": 0}),
+        (ConfigError, "max_tokens", {"max_tokens": 0}),
+        (ConfigError, r"at most 16 .*3 \(prompt\) \+ 14", {"max_tokens": 14}),
+        (ConfigError, "temperature", {"temperature": -0.1}),
+        (ConfigError, "temperature", {"temperature": float("nan")}),
+        (ConfigError, "top_p", {"top_p": 0.0}),
+        (ConfigError, "top_p", {"top_p": 1.1}),
+        (ConfigError, "top_k", {"top_k": 0}),
+        (ConfigError, "top_k", {"top_k": -2}),
+        (ConfigError, "stop", {"stop": ""}),
+        (ConfigError, "stop", {"stop": ["a", 5]}),
+        (ConfigError, "stop", {"stop": [-1]}),
+    ],
+)
+def test_bad_input_names_the_field(error, field, change):
+    values = {"prompt": [5, 6, 7], "num_samples": 1, "max_tokens": 4, **change}
+    with pytest.raises(error, match=field):
+        check_request(request(**values), vocab_size=VOCAB, max_context=16)
+    check_request(request([5, 6, 7], max_tokens=13), vocab_size=VOCAB, max_context=16)
+
+
+def test_output_that_is_not_finite_is_refused(model_folder):
+    model = load(model_folder())
+    next(iter(model.parameters())).data.fill_(float("nan"))
+    with pytest.raises(ModelError, match="not finite"):
+        sample_batch(model, None, [request(ids(4), max_tokens=2)])
+
+
+def test_sampling_leaves_no_trace(model_folder):
+    """Pitfall 29; a module left in evaluation mode on purpose stays so."""
+    model = load(model_folder()).train()
+    frozen = model.get_input_embeddings().eval()
+    before = [p.detach().clone() for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    sample_batch(model, None, [request(ids(5), 3, max_tokens=4, seed=1)])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert not frozen.training
+    assert torch.is_grad_enabled()
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+        assert parameter.grad is None
