@@ -142,8 +142,8 @@ def render_messages(
         raise ConfigError(f'train_on: got "{train_on}". {nearest(train_on, ("last", "all"))}')
     answers = [i for i, entry in enumerate(messages) if entry["role"] == "assistant"]
     if not answers or answers[0] == 0:
-        roles = [entry["role"] for entry in messages]
         rule = "an assistant message, with another before it"
+        roles = [entry["role"] for entry in messages]
         raise DataError(message("messages", "nothing to train on", rule, roles))
     trained = answers if train_on == "all" else answers[-1:]
 
@@ -176,6 +176,11 @@ def render_messages(
         raise DataError(message("messages", what, "a weight above 0", "none"))
     _check_generation_tags(tokenizer, messages, tokens, spans, everything=train_on == "all")
     return tokens, weights
+
+
+def last_text(turns: str | Sequence[Message]) -> str:
+    """Text as it is; of messages the content of the last: for showing to people."""
+    return turns if isinstance(turns, str) else turns[-1]["content"]
 
 
 def stop_tokens(tokenizer: Any) -> list[int]:
@@ -323,10 +328,9 @@ def _check_generation_tags(
     Blank tokens after the end token are ours to leave out, so they are not compared.
     """
     template = tokenizer.chat_template
-    if not isinstance(template, str) or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+    has_tags = isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template)
+    if not has_tags or not getattr(tokenizer, "is_fast", False):  # it needs character offsets
         return
-    if not getattr(tokenizer, "is_fast", False):
-        return  # the mask needs character offsets
     kept = [{key: m[key] for key in m if key != "weight"} for m in messages]
     tagged = tokenizer.apply_chat_template(
         kept, tokenize=True, return_dict=True, return_assistant_tokens_mask=True

@@ -67,11 +67,7 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None)
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Refuse a config in which one of these fields is not a finite number above 0.
-
-    Raises:
-        ConfigError: naming the first such field.
-    """
+    """Raise ConfigError for the first of these fields that is not a finite number above 0."""
     for name in names:
         if not 0 < (value := getattr(config, name)) < math.inf:
             raise ConfigError(message(f"Config.{name}", "out of range", "> 0", value))
@@ -209,12 +205,14 @@ class Run:
         self._say(f"\n{title}\n\n{table}")
 
     def save_samples(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Write samples.md: one row per held-out prompt, such as prompt, before, after, expected.
+        """Print and write to samples.md held-out rows such as prompt, before, after, expected.
 
         Texts are shown as code, with line breaks escaped, so that no markup in them is lost.
         """
         quoted = [{key: _as_code(str(value)) for key, value in row.items()} for row in rows]
         _write_atomically(self.path / "samples.md", f"## Samples\n\n{_markdown_table(quoted)}")
+        for row in rows:
+            self._say("\n" + "\n".join(f"{key:>8}: {value}" for key, value in row.items()))
 
     def _show(self, step: int, row: Mapping[str, float | int | None]) -> None:
         shown = {name: row[name] for name in self._progress if row.get(name) is not None}

@@ -233,10 +233,10 @@ def train(config: Config) -> dict[str, float]:
         run.save_samples(
             [
                 {
-                    "prompt": str(row["prompt"]),
+                    "prompt": chat.last_text(row["prompt"]),
                     "before": b,
                     "after": a,
-                    "chosen": str(row["chosen"]),
+                    "chosen": chat.last_text(row["chosen"]),
                 }
                 for row, b, a in zip(test_rows[:3], shown_before, shown_after, strict=True)
             ]

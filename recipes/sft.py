@@ -133,7 +133,7 @@ def question_and_answer(row: dict) -> tuple[str | list[dict], str]:
     """What to ask and the text expected back, for the exact match."""
     prompt = row["prompt"] if "prompt" in row else row["messages"][:-1]
     answer = row["completion"] if "completion" in row else row["messages"][-1:]
-    return prompt, answer if isinstance(answer, str) else answer[0]["content"]
+    return prompt, chat.last_text(answer)
 
 
 def generate(client: tinker.TrainingClient, rows: list[dict], max_tokens: int) -> list[str]:
@@ -211,7 +211,12 @@ def train(config: Config) -> dict[str, float]:
             ],
         )
         shown = [
-            {"prompt": str(question_and_answer(row)[0]), "before": b, "after": a, "expected": e}
+            {
+                "prompt": chat.last_text(question_and_answer(row)[0]),
+                "before": b,
+                "after": a,
+                "expected": e,
+            }
             for row, b, a, e in zip(
                 test_rows[:3], answers_before[:3], answers_after[:3], expected[:3], strict=True
             )

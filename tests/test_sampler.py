@@ -55,6 +55,8 @@ def tokens_of(responses: list[Any]) -> list[list[list[int]]]:
 @pytest.mark.parametrize("arch", ARCHES)
 def test_logprobs_equal_a_full_forward_pass(model_folder, arch, dtype, bound):
     """Pitfalls 4, 5, 17: ragged prompts, rows that stop early, rescored at the temperature used."""
+    if arch == "gemma2":  # transformers computes its soft-capped attention in float32
+        bound = max(bound, 1e-6)
     model = load(model_folder(arch), dtype)
     shapes = [(1, 2, 9), (5, 3, 14), (17, 2, 12), (20, 1, 4)]  # prompt, samples, max_tokens
     requests = [
