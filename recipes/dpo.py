@@ -21,8 +21,9 @@ Data: columns prompt, chosen, rejected; each plain text, or lists of messages as
     python -m recipes.dpo                       # bundled tiny model, about a minute on two cores
     python -m recipes.dpo --model Qwen/Qwen3-0.6B --dataset my_pairs.jsonl
 
-What you should see: loss starts at ln 2 = 0.693 and accuracy at 0.5 (all ties); on the bundled
-data, held-out accuracy ends above 0.85. A loss that stays at 0.69 means nothing was trained. Watch
+What you should see: loss starts at ln 2 = 0.6931 and accuracy at 0.5 (all ties). On the bundled
+data held-out accuracy ends above 0.95 with the loss near 0.66: the sign of the margin is learnt long
+before the margin is large. A loss that stays at 0.6931 means nothing was trained. Watch
 chosen_logprob too: if it falls together with rejected_logprob, the model is unlearning both.
 """
 
@@ -58,7 +59,7 @@ class Config:
     """LoRA folder (saved here or by peft) to start from; it is then the reference too."""
     beta: float = 0.1
     """Strength of the pull to the reference, 1/nats. Larger stays closer."""
-    num_steps: int = 80
+    num_steps: int = 70
     """Optimizer steps."""
     batch_size: int = 16
     """Pairs per step."""
