@@ -22,8 +22,8 @@ Data: columns prompt, chosen, rejected; each plain text, or lists of messages as
     python -m recipes.dpo --model Qwen/Qwen3-0.6B --dataset my_pairs.jsonl
 
 What you should see: loss starts at ln 2 = 0.6931 and accuracy at 0.5 (all ties). On the bundled
-data held-out accuracy ends above 0.95 with the loss near 0.66: the sign of the margin is learnt long
-before the margin is large. A loss that stays at 0.6931 means nothing was trained. Watch
+data held-out accuracy ends above 0.95 with the loss near 0.66: the sign of the margin is learnt
+long before the margin is large. A loss that stays at 0.6931 means nothing was trained. Watch
 chosen_logprob too: if it falls together with rejected_logprob, the model is unlearning both.
 """
 
@@ -249,9 +249,11 @@ def train(config: Config) -> dict[str, float]:
 def sample(client: tinker.TrainingClient, rows: list[dict], seed: int) -> list[str]:
     """One completion of each row's prompt at temperature 1."""
     tokenizer, sampler = client.get_tokenizer(), client.save_weights_and_get_sampling_client()
-    params = tinker.SamplingParams(max_tokens=64, seed=seed, stop=chat.stop_tokens(tokenizer))
-    prompts = [chat.render_prompt(tokenizer, row["prompt"]) for row in rows]
-    futures = [sampler.sample(tinker.ModelInput.from_ints(p), 1, params) for p in prompts]
+    stop, futures = chat.stop_tokens(tokenizer), []
+    for i, row in enumerate(rows):
+        prompt = tinker.ModelInput.from_ints(chat.render_prompt(tokenizer, row["prompt"]))
+        params = tinker.SamplingParams(max_tokens=64, seed=seed + i, stop=stop)
+        futures.append(sampler.sample(prompt, 1, params))
     tokens = [future.result().sequences[0].tokens for future in futures]
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
 
