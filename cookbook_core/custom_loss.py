@@ -16,15 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from cookbook_core.errors import CookbookError, DatumError, LossError, message, raise_all
 from cookbook_core.tinker.types import Datum, ForwardBackwardOutput, TensorData
 
 if TYPE_CHECKING:
     import torch
-
-    from cookbook_core.tinker.training import TrainingClient
 
 LossFn: TypeAlias = Callable[[list[Datum], "list[torch.Tensor]"], tuple[Any, Mapping[str, Any]]]
 """loss_fn(data, logprobs_list) -> (loss, metrics).
@@ -246,8 +244,20 @@ def merge_metrics(result: LossResult, backend_metrics: Mapping[str, float]) -> d
     return {**backend_metrics, **result.metrics, **dict.fromkeys(RESERVED_METRICS, result.loss)}
 
 
+class BuiltinClient(Protocol):
+    """Any client that can run built-in losses by name, such as a TrainingClient."""
+
+    def forward(self, data: list[Datum], loss_fn: str) -> Any:
+        """Logprobs, as the result of a future."""
+        ...
+
+    def forward_backward(self, data: list[Datum], loss_fn: str) -> Any:
+        """Gradients accumulated, logprobs as the result of a future."""
+        ...
+
+
 def forward_backward_two_pass(
-    client: TrainingClient, data: Sequence[Datum], loss_fn: LossFn
+    client: BuiltinClient, data: Sequence[Datum], loss_fn: LossFn
 ) -> ForwardBackwardOutput:
     """A custom loss through any client that offers only `forward` and `cross_entropy`.
 
