@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +12,6 @@ import torch
 
 from cookbook_core.errors import ConfigError, ModelError, message, nearest
 from cookbook_core.tinker.types import ModelData
-
-logger = logging.getLogger("cookbook_core")
 
 TINY_MODEL = "tiny"
 """The name under which the bundled model is known."""
@@ -123,8 +118,6 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     path = resolve_model(name)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
-    if chosen_device.type == "cpu":
-        keep_freed_memory()
     try:
         with _quiet_loading():
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype)
@@ -182,20 +175,3 @@ def load_tokenizer(path: str) -> Any:
         raise ModelError(
             message("base_model", "has no tokenizer", "tokenizer files beside it", path, first)
         ) from error
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks instead of giving them back every step.
-
-    A training step frees and takes the same large blocks again and again; by default glibc returns
-    each to the system and pays the page faults anew. Does nothing off Linux or off glibc.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    m_mmap_threshold, m_trim_threshold, one_gib = -3, -1, 1 << 30
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(m_mmap_threshold, one_gib)
-        mallopt(m_trim_threshold, one_gib)
-    except (OSError, AttributeError):
-        logger.debug("no glibc mallopt here; memory thresholds left as they are")
