@@ -270,6 +270,7 @@ def forward_backward_two_pass(
     ]
     output = client.forward(bare, "cross_entropy").result()
     result = differentiate(loss_fn, data, logprobs_from_output(output, data))
+    merge_metrics(result, {})  # a metric that is refused is refused before anything accumulates
     surrogates = surrogate_datums(data, result.grads)
     backward = client.forward_backward(surrogates, "cross_entropy").result()
     metrics = {k: v for k, v in backward.metrics.items() if k not in RESERVED_METRICS}

@@ -265,7 +265,7 @@ def _claim_folder(recipe: str, log_path: str, resume: bool) -> Path:
         path = Path(log_path).expanduser()
         exists = (path / "config.json").exists() or (path / "metrics.jsonl").exists()
         if exists and not resume:
-            mend = "Give another log_path, or resume that run."
+            mend = "Give another log_path."
             raise ConfigError(
                 message("Config.log_path", "holds a run already", "a new folder", path, mend)
             )

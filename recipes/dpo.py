@@ -10,11 +10,12 @@ Paper: Rafailov et al. 2023, arXiv 2305.18290, equation 7. Left out: label smoot
 length normalisation; both are one line in `dpo_loss`.
 
 The reference is the model as it stands when the run starts: the base model, or the adapter given
-as --init_from. It is saved under the name "reference" and read back from there, so the run that
-continues tomorrow has the same reference. Both sides go through the same scoring path, so before
-the first step the margin is exactly 0 and the loss exactly ln 2.
+as --init_from. It is saved under the name "reference", read back from there and never changed. Both
+sides go through the same scoring path, so before the first step the margin is exactly 0 and the
+loss exactly ln 2.
 
-Data: columns prompt, chosen, rejected; each plain text, or lists of messages as TRL has them
+Data: columns prompt, chosen, rejected (all three; splits train and, if there, test); each plain
+text, or lists of messages as TRL has them, chosen and rejected with the one answer
     {"prompt": [{"role": "user", "content": "..."}],
      "chosen": [{"role": "assistant", "content": "..."}], "rejected": [...]}
 
@@ -56,7 +57,8 @@ class Config:
     dataset: str = "tiny/dpo"
     """Hub name, local file or folder with columns prompt, chosen, rejected."""
     init_from: str = ""
-    """LoRA folder (saved here or by peft) to start from; it is then the reference too."""
+    """LoRA folder (saved here or by peft) to start from; it is then the reference too. Its rank and
+    alpha hold, not --lora_rank."""
     beta: float = 0.1
     """Strength of the pull to the reference, 1/nats. Larger stays closer."""
     num_steps: int = 70
@@ -132,20 +134,22 @@ def dpo_loss(
 # ---- data ----------------------------------------------------------------------------------------
 
 
-def build_pairs(rows: list[dict], tokenizer, max_length: int) -> tuple[list[tinker.Datum], int]:
-    """Rows -> interleaved datums (chosen, rejected, ...), and how many rows were dropped as too
-    long. Both members of a pair stay together or go together."""
-    data, dropped = [], 0
+def build_pairs(
+    rows: list[dict], tokenizer, max_length: int
+) -> tuple[list[tinker.Datum], list[dict]]:
+    """Rows -> interleaved datums (chosen, rejected, ...), and the rows that were kept. Those with a
+    member longer than max_length tokens are not: a pair stays together or goes together."""
+    data, kept = [], []
     for row in rows:
         pair = [
             chat.render_completion(tokenizer, row["prompt"], row[side])
             for side in ("chosen", "rejected")
         ]
         if max(len(prompt) + len(completion) for prompt, completion in pair) > max_length:
-            dropped += 1
             continue
+        kept.append(row)
         data += [datum_from_prompt_completion(*tokens) for tokens in pair]
-    return data, dropped
+    return data, kept
 
 
 def score(client: tinker.TrainingClient, data: list[tinker.Datum]) -> list[torch.Tensor]:
@@ -195,11 +199,13 @@ def train(config: Config) -> dict[str, float]:
         reference = service.create_training_client_from_state(saved.path, config.model).result()
 
         tokenizer = client.get_tokenizer()
-        data, dropped = build_pairs(train_rows, tokenizer, config.max_length)
-        test_data, test_dropped = build_pairs(test_rows, tokenizer, config.max_length)
+        given = len(train_rows) + len(test_rows)
+        data, train_rows = build_pairs(train_rows, tokenizer, config.max_length)
+        test_data, test_rows = build_pairs(test_rows, tokenizer, config.max_length)
+        dropped = given - len(train_rows) - len(test_rows)
         print(
             f"pairs: {len(data) // 2} to train on, {len(test_data) // 2} held out; "
-            f"dropped as longer than {config.max_length} tokens: {dropped + test_dropped}"
+            f"dropped as longer than {config.max_length} tokens: {dropped}"
         )
         test_data = add_ref_logprobs(reference, test_data)
         loss_fn = partial(dpo_loss, beta=config.beta)

@@ -50,7 +50,8 @@ class Config:
     train_on: Literal["last", "all"] = "last"
     """Which assistant messages of a messages column are learnt."""
     init_from: str = ""
-    """LoRA folder (saved here or by peft) to start from; empty starts a fresh adapter."""
+    """LoRA folder (saved here or by peft) to start from; its rank and alpha hold, not --lora_rank.
+    Empty starts a fresh adapter."""
     num_steps: int = 200
     """Optimizer steps."""
     batch_size: int = 32
@@ -102,8 +103,9 @@ def sft_loss(
     Raises:
         DatumError: weights missing, or not one for each logprob.
     """
+    sums = weighted_sums(data, logprobs)  # checks that every datum has its weights
     total = sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in data)
-    loss = -weighted_sums(data, logprobs).sum() / total
+    loss = -sums.sum() / total
     return loss, {"perplexity": loss.exp().item()}
 
 
@@ -112,9 +114,9 @@ def sft_loss(
 
 def build_data(
     rows: list[dict], tokenizer, max_length: int, train_on: Literal["last", "all"]
-) -> tuple[list[tinker.Datum], int]:
-    """Rows -> datums, and how many rows were dropped as too long."""
-    data, dropped = [], 0
+) -> tuple[list[tinker.Datum], list[dict]]:
+    """Rows -> datums, and the rows that were kept: those of at most max_length tokens."""
+    data, kept = [], []
     for row in rows:
         if "messages" in row:
             tokens, weights = chat.render_messages(tokenizer, row["messages"], train_on)
@@ -122,11 +124,10 @@ def build_data(
             prompt, completion = chat.render_completion(tokenizer, row["prompt"], row["completion"])
             tokens = prompt + completion
             weights = [0.0] * len(prompt) + [1.0] * len(completion)
-        if len(tokens) > max_length:
-            dropped += 1
-        else:
+        if len(tokens) <= max_length:
+            kept.append(row)
             data.append(datum_from_tokens_weights(tokens, weights))
-    return data, dropped
+    return data, kept
 
 
 def question_and_answer(row: dict) -> tuple[str | list[dict], str]:
@@ -172,13 +173,13 @@ def train(config: Config) -> dict[str, float]:
             )
         client = client.result()
         tokenizer = client.get_tokenizer()
-        data, dropped = build_data(train_rows, tokenizer, config.max_length, config.train_on)
-        test_data, test_dropped = build_data(
-            test_rows, tokenizer, config.max_length, config.train_on
-        )
+        given = len(train_rows) + len(test_rows)
+        data, train_rows = build_data(train_rows, tokenizer, config.max_length, config.train_on)
+        test_data, test_rows = build_data(test_rows, tokenizer, config.max_length, config.train_on)
+        dropped = given - len(train_rows) - len(test_rows)
         print(
             f"sequences: {len(data)} to train on, {len(test_data)} held out; "
-            f"dropped as longer than {config.max_length} tokens: {dropped + test_dropped}"
+            f"dropped as longer than {config.max_length} tokens: {dropped}"
         )
         expected = [question_and_answer(row)[1] for row in test_rows]
 

@@ -81,8 +81,9 @@ def test_long_pairs_are_dropped_whole_and_counted():
         {"prompt": "What?", "chosen": " yes", "rejected": " no" * 50},
         {"prompt": "What?", "chosen": " yes", "rejected": " no"},
     ]
-    data, dropped = build_pairs(rows, client.get_tokenizer(), max_length=20)
-    assert (len(data), dropped) == (2, 1)
+    data, kept = build_pairs(rows, client.get_tokenizer(), max_length=20)
+    assert len(data) == 2
+    assert kept == rows[1:]
 
 
 def test_learns_and_starts_at_the_identities(tmp_path):

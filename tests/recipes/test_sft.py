@@ -42,13 +42,13 @@ def test_messages_and_plain_rows_become_datums_and_long_ones_are_counted():
     tokenizer = client.get_tokenizer()
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "red cat"}]
     rows = [{"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}]
-    data, dropped = build_data(rows, tokenizer, 64, "last")
-    assert dropped == 0
+    data, kept = build_data(rows, tokenizer, 64, "last")
+    assert kept == rows
     for datum in data:
         targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
         trained = targets[datum.loss_fn_inputs["weights"].to_numpy() > 0].tolist()
         assert tokenizer.decode(trained) == "red cat" + tokenizer.eos_token
-    assert build_data(rows, tokenizer, 4, "last") == ([], 2)
+    assert build_data(rows, tokenizer, 4, "last") == ([], [])
     assert question_and_answer(rows[0]) == (turns[:1], "red cat")
 
 

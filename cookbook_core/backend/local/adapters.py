@@ -252,6 +252,7 @@ class AdapterBank:
                     self._peft.add_adapter(name, config)
                     self._peft.set_adapter(name)
         except (ValueError, TypeError) as error:
+            self._active = Slot("none", None, {})  # whatever peft left active, set it anew
             raise ModelError(
                 message("LoraConfig", "does not fit this model", "a LoRA peft can add", error)
             ) from error

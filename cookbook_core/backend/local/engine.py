@@ -115,11 +115,12 @@ class Engine:
     ) -> ForwardBackwardOutput:
         """Accumulate the gradient of `loss_fn`; on any error nothing is accumulated."""
         tokens = sum(datum.model_input.length for datum in data)
+        kept = self.scorer.padded_tokens(data)
         limit = self.one_pass_tokens
         if limit is None:
             limit = one_pass_tokens(self.base)
         with self.bank.active(adapter) as params:
-            if tokens <= limit:
+            if kept <= limit:
                 passes, (logprobs, result, grads) = 1, self._one_pass(params, data, loss_fn)
             else:
                 passes, (logprobs, result, grads) = 2, self._two_pass(params, data, loss_fn)

@@ -47,6 +47,11 @@ class Scorer:
                 logprobs[i] = lp
         return [lp for lp in logprobs if lp is not None]
 
+    def padded_tokens(self, data: Sequence[Datum]) -> int:
+        """Tokens that go through the model, padding included."""
+        longest_first = ((b, data[b[0]].model_input.length) for b in self.micro_batches(data))
+        return sum(len(batch) * longest for batch, longest in longest_first)
+
     def micro_batches(self, data: Sequence[Datum]) -> Iterator[list[int]]:
         """Indices of `data`, longest first, cut where padded tokens would exceed the budget."""
         lengths = [datum.model_input.length for datum in data]
