@@ -116,7 +116,14 @@ def differentiate(
                     "Look for .item(), .detach(), torch.tensor(...) or numpy on the way.",
                 )
             )
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        try:
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        except Exception as error:
+            raise LossError(
+                f"{where}: no gradient can be taken of what it returned "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}). Return the loss without "
+                "calling .backward() on it, and change no tensor in place."
+            ) from error
     if all(g is None for g in grads):
         raise LossError(
             message(where, "the loss uses no datum", "a loss computed from logprobs_list", loss)

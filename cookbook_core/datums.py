@@ -216,9 +216,7 @@ def _datum_problems(
                 "Truncate with max_length when building the datum.",
             )
         )
-    found += token_problems(
-        f"{where}.model_input", np.asarray(datum.model_input.to_ints()), vocab_size
-    )
+    found += _input_problems(f"{where}.model_input", datum.model_input.to_ints(), vocab_size)
     for key in needs:
         if key not in datum.loss_fn_inputs:
             have = ", ".join(datum.loss_fn_inputs) or "nothing"
@@ -257,6 +255,13 @@ def _datum_problems(
             found += token_problems(field, targets.to_numpy(), vocab_size)
             found += _weight_problems(where, datum, targets)
     return found
+
+
+def _input_problems(field: str, ids: list[int], vocab_size: int) -> list[str]:
+    for at, token in enumerate(ids):  # chunks take whatever list they are given
+        if not isinstance(token, (int, np.integer)):
+            return [message(f"{field}[{at}]", "not a token id", "an integer", repr(token))]
+    return token_problems(field, np.asarray(ids), vocab_size)
 
 
 def token_problems(field: str, ids: np.ndarray, vocab_size: int) -> list[str]:

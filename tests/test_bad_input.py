@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -76,6 +77,15 @@ def untouched(client: Any, act: Any, error: type[CookbookError], match: str) -> 
 
 
 BAD_DATA = {
+    "tokens that are not ids": (
+        lambda: [
+            tinker.Datum(
+                tinker.ModelInput([tinker.EncodedTextChunk([5, 6.5, 7])]),
+                {"target_tokens": [6, 7, 8]},
+            )
+        ],
+        r"data\[0\].model_input\[1\]: not a token id.*got 6.5",
+    ),
     "empty batch": (lambda: [], r"data: empty"),
     "not a list": (lambda: datum(), r"data: not a batch.*list of Datum.*Datum"),
     "not a datum": (lambda: [datum(), 3], r"data\[1\]: wrong type.*Datum.*int"),
@@ -149,6 +159,12 @@ def sum_loss(data, logprobs):
     return -sum(lp.sum() for lp in logprobs), {}
 
 
+def called_backward(logprobs):
+    loss = (logprobs[0] ** 2).sum()
+    loss.backward()
+    return loss, {}
+
+
 BAD_LOSSES = {
     "not a scalar": (lambda d, lp: (lp[0], {}), r"not a scalar.*0-d.*\(3,\)"),
     "one-element vector": (lambda d, lp: (lp[0].sum()[None], {}), r"not a scalar.*\(1,\)"),
@@ -165,6 +181,7 @@ BAD_LOSSES = {
     "metrics not a dict": (lambda d, lp: (lp[0].sum(), [1]), "metrics is not a dict"),
     "no metrics": (lambda d, lp: lp[0].sum(), "wrong return structure.*tuple.*Tensor"),
     "three values": (lambda d, lp: (lp[0].sum(), {}, 1), "wrong return structure"),
+    "calls backward": (lambda d, lp: called_backward(lp), r"backward"),
     "raises": (lambda d, lp: 1 / 0, "raised ZeroDivisionError"),
     "uses nothing": (
         lambda d, lp: (torch.ones((), requires_grad=True) * 2, {}),
@@ -309,3 +326,12 @@ def test_bad_device_dtype_and_url(make_service, model_folder):
         make_service(device="warp").create_lora_training_client(folder).result()
     with pytest.raises(ConfigError, match="base_url"):
         make_service(base_url="http://localhost:1")
+
+
+def test_a_truncated_base_model(service, model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("qwen3"), folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):
+        service.create_lora_training_client(str(folder)).result()

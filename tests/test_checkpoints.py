@@ -214,6 +214,7 @@ DAMAGE = {
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "not a checkpoint"),
     "DoRA": (edit_config(use_dora=True), "use_dora: not supported"),
     "saved modules": (edit_config(modules_to_save=["lm_head"]), "modules_to_save: not supported"),
+    "other alpha per layer": (edit_config(alpha_pattern={"q_proj": 320}), "alpha_pattern: differs"),
     "other rank": (edit_config(r=8), "r: differs from this client's adapter.*Expected 4, got 8"),
     "other alpha": (edit_config(lora_alpha=8), "lora_alpha: differs.*Expected 32, got 8"),
 }
@@ -262,3 +263,86 @@ def test_user_metadata_is_kept(client):
     assert state["user_metadata"] == {"note": "é"}
     assert state["step"] == 0
     assert AdamParams().learning_rate == 1e-4
+
+
+def test_a_swap_that_fails_keeps_the_old(client, random_data, monkeypatch):
+    path = Path(client.save_state("one").result().path)
+    before = files_of(path)
+    train(client, random_data(2), 1)
+    rename = Path.rename
+
+    def failing(self, target):
+        if Path(target) == path and "-old-" not in str(self):
+            raise OSError("Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        client.save_state("one", overwrite=True).result()
+    assert files_of(path) == before
+    assert [p.name for p in path.parent.iterdir()] == ["one"]
+
+
+def without_a_moment(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.pop(sorted(tensors)[-1])
+
+
+def with_a_cut_moment(tensors: dict[str, torch.Tensor]) -> None:
+    key = sorted(tensors)[-1]
+    tensors[key] = tensors[key][:1, :1].clone()
+
+
+@pytest.mark.parametrize("change", [without_a_moment, with_a_cut_moment])
+def test_moments_that_do_not_fit_change_nothing(client, random_data, tmp_path, change):
+    """Pitfall 36: all of a checkpoint or none of it."""
+
+    def damage(folder: Path) -> None:
+        file = folder / "optimizer.safetensors"
+        tensors = safetensors.torch.load_file(file)
+        change(tensors)
+        safetensors.torch.save_file(tensors, file)
+
+    train(client, random_data(2), 1)
+    path = damaged(client, tmp_path, damage)
+    train(client, random_data(2), 1)
+    before = weights_of(client), moments_of(client)
+    with pytest.raises(CheckpointError, match="optimizer"):
+        client.load_state_with_optimizer(path).result()
+    assert (weights_of(client), moments_of(client)) == before
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_loading_an_adapter_never_changes_the_base(
+    client, service, model_folder, random_data, tmp_path, start
+):
+    """Pitfall 28: starts that rewrite the base model would reach every client on it."""
+    name, data = model_folder("qwen3"), random_data(2)
+    before = logprobs_of(client, data)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(name), config).save_pretrained(
+        tmp_path / "foreign"
+    )
+    edit_config(init_lora_weights=start)(tmp_path / "foreign")
+    loading = service.create_training_client_from_state(str(tmp_path / "foreign"), base_model=name)
+    with pytest.raises(CheckpointError, match=f"init_lora_weights.*{start}"):
+        loading.result()
+    assert all(torch.equal(a, b) for a, b in zip(before, logprobs_of(client, data), strict=True))
+
+
+def test_what_is_not_a_lora_is_refused(service, model_folder, tmp_path):
+    name = model_folder("qwen3")
+    config = peft.IA3Config(
+        target_modules=["k_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(name), config).save_pretrained(
+        tmp_path / "ia3"
+    )
+    with pytest.raises(CheckpointError, match="not a LoRA"):
+        service.create_training_client_from_state(str(tmp_path / "ia3"), base_model=name).result()
+
+
+def test_metadata_that_is_not_json_is_refused(client):
+    with pytest.raises(CheckpointError, match="user_metadata"):
+        client.save_state("m", user_metadata={"a": object()}).result()

@@ -191,10 +191,12 @@ def test_optim_step_is_adamw(make_service, model_folder, data, adam):
 # ---- adapters -----------------------------------------------------------------------------------
 
 
-def test_clients_of_one_base_do_not_touch_each_other(make_service, model_folder, random_data):
+@pytest.mark.parametrize("ranks", [(4, 2), (4, 4)])  # equal ranks share one slot in the model
+def test_clients_of_one_base_do_not_touch_each_other(
+    make_service, model_folder, random_data, ranks
+):
     """Pitfall 28: two interleaved clients equal their isolated runs, byte for byte."""
     folder, batches = model_folder("qwen3"), [random_data(3, seed=s) for s in (1, 2)]
-    ranks = (4, 2)
 
     def isolated(i: int) -> list[bytes]:
         client = make_service().create_lora_training_client(folder, ranks[i], seed=i).result()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
+import weakref
 from concurrent.futures import CancelledError, Future
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from cookbook_core import tinker
 from cookbook_core.backend.local.worker import Worker
 from cookbook_core.errors import LossError, RequestError
-from cookbook_core.tinker.futures import APIFuture, ClientFuture
+from cookbook_core.tinker.futures import APIFuture, ClientFuture, mapped
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -200,3 +202,57 @@ def test_a_closed_client_says_so(service, model_folder, random_data):
     service.close()
     with pytest.raises(RequestError, match="forward: this client has been closed"):
         client.forward(random_data(1), "cross_entropy")
+
+
+def test_a_finished_job_is_let_go(worker):
+    """A batch must not stay in memory until the next request comes."""
+
+    class Batch:
+        pass
+
+    batch = Batch()
+    held = weakref.ref(batch)
+    worker.submit("use", lambda batch=batch: None).result()
+    del batch
+    for _ in range(100):  # the future is done a moment before the thread lets go
+        gc.collect()
+        if held() is None:
+            break
+        time.sleep(0.01)
+    assert held() is None
+
+
+def test_cancelling_a_mapped_future_cancels_what_it_waits_for(worker):
+    go, ran = threading.Event(), []
+    worker.submit("block", lambda: go.wait(30))
+    out = mapped(worker.submit("never", lambda: ran.append(1)), lambda value: value)
+    assert out.cancel()
+    go.set()
+    worker.close()
+    assert ran == []
+
+
+def test_a_mentioned_failure_still_logs_its_traceback_when_dropped(client, random_data, caplog):
+    failed = client.forward_backward_custom(random_data(2), failing)
+    for _ in range(2):
+        client.forward(random_data(2), "cross_entropy").result()
+    assert any("has not been read" in r.message for r in caplog.records)
+    del failed
+    gc.collect()
+    assert [r for r in caplog.records if r.exc_info and "never read" in r.message]
+
+
+def test_awaiting_inside_a_loss_is_refused_not_a_deadlock(client, random_data):
+    data = random_data(2)
+    go, later = threading.Event(), []
+
+    def waits(data, logprobs):
+        assert go.wait(30)
+        asyncio.run(asyncio.wait_for(later[0].result_async(), timeout=3))
+        return logprobs[0].sum(), {}
+
+    first = client.forward_backward_custom(data, waits)
+    later.append(client.forward(data, "cross_entropy"))
+    go.set()
+    with pytest.raises(RequestError, match="inside a loss function"):
+        first.result(timeout=30)

@@ -89,7 +89,8 @@ def test_text_files_name_their_encoding(path):
 @pytest.mark.parametrize("path", [*CORE, *RECIPES], ids=name_of)
 def test_nothing_is_unpickled(path):
     text = path.read_text(encoding="utf-8")
-    assert not re.search(r"\bpickle\b(?!d)|torch\.load\(|trust_remote_code=True", text)
+    forbidden = r"\bpickle\b(?!d)|allow_pickle|torch\.load\b|import load\b|trust_remote_code=True"
+    assert not re.search(rf"{forbidden}|\b(dill|cloudpickle|joblib|shelve|marshal)\b", text)
 
 
 def test_public_names_are_few_and_documented():

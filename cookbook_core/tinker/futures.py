@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import threading
 from collections.abc import Generator
@@ -31,17 +32,24 @@ class Outcome:
     """What became of one request, and whether anybody looked.
 
     read: the caller has had the result or the error in hand.
-    reported: the error has been logged, because nobody had read it.
+    mentioned: a later call of the client has said that nobody has read it.
+    reported: the error has been logged with its traceback, because nobody had read it.
     """
 
     def __init__(self, label: str, future: Future[Any]) -> None:
         self.label = label
         self.future = future
         self.read = False
+        self.mentioned = False
         self.reported = False
         self._dropped = False
         self._lock = threading.Lock()
         future.add_done_callback(lambda _: self._report())
+
+    @property
+    def known(self) -> bool:
+        """Whether the caller has heard of the error in any way."""
+        return self.read or self.mentioned or self.reported
 
     def error(self) -> BaseException | None:
         """The exception of a finished, failed request; None otherwise."""
@@ -86,31 +94,35 @@ class APIFuture(Generic[T]):
             RequestError: called inside a loss function on a request that has yet to run.
             Exception: whatever the request raised.
         """
+        self._refuse_to_wait_for_itself()
+        try:
+            value = self._future.result(timeout)
+        except BaseException as error:
+            self.outcome.read = self.outcome.read or self._future.done()
+            raise _builtin(error) from error.__cause__
+        self.outcome.read = True
+        return value
+
+    async def result_async(self, timeout: float | None = None) -> T:
+        """The same for async code; other tasks run while it waits."""
+        self._refuse_to_wait_for_itself()
+        wrapped = asyncio.wrap_future(self._future)
+        try:
+            # shield: a time-out ends the waiting, not the request
+            value = await asyncio.wait_for(asyncio.shield(wrapped), timeout)
+        except BaseException as error:
+            self.outcome.read = self.outcome.read or self._future.done()
+            raise _builtin(error) from error.__cause__
+        self.outcome.read = True
+        return value
+
+    def _refuse_to_wait_for_itself(self) -> None:
         if in_worker_thread() and not self._future.done():
             raise RequestError(
                 f"{self.outcome.label}.result(): waiting inside a loss function would wait for "
                 "itself, since requests run one after another. Compute what the loss needs before "
                 "the call and put it on the datums (with_inputs)."
             )
-        try:
-            value = self._future.result(timeout)
-        except BaseException:
-            self.outcome.read = self.outcome.read or self._future.done()
-            raise
-        self.outcome.read = True
-        return value
-
-    async def result_async(self, timeout: float | None = None) -> T:
-        """The same for async code; other tasks run while it waits."""
-        wrapped = asyncio.wrap_future(self._future)
-        try:
-            # shield: a time-out ends the waiting, not the request
-            value = await asyncio.wait_for(asyncio.shield(wrapped), timeout)
-        except BaseException:
-            self.outcome.read = self.outcome.read or self._future.done()
-            raise
-        self.outcome.read = True
-        return value
 
     def future(self) -> Future[T]:
         """The plain `concurrent.futures.Future`; from here on its errors are yours to look at."""
@@ -146,6 +158,14 @@ class ClientFuture(APIFuture[T]):
         return getattr(self.result(), name)
 
 
+def _builtin(error: BaseException) -> BaseException:
+    """Time-outs as the built-in TimeoutError, which they are only from Python 3.11 on."""
+    late = (concurrent.futures.TimeoutError, asyncio.TimeoutError)
+    if isinstance(error, late) and not isinstance(error, TimeoutError):
+        return TimeoutError(*error.args)
+    return error
+
+
 def mapped(future: Future[Any], convert: Any) -> Future[Any]:
     """A future of `convert(result)`; cancelling it cancels what it waits for."""
     out: Future[Any] = Future()
@@ -153,7 +173,9 @@ def mapped(future: Future[Any], convert: Any) -> Future[Any]:
     def done(finished: Future[Any]) -> None:
         if finished.cancelled():
             out.cancel()
-        elif error := finished.exception():
+        if not out.set_running_or_notify_cancel():
+            return
+        if error := finished.exception():
             out.set_exception(error)
         else:
             try:
@@ -161,5 +183,6 @@ def mapped(future: Future[Any], convert: Any) -> Future[Any]:
             except BaseException as raised:  # handed to whoever waits for the result
                 out.set_exception(raised)
 
+    out.add_done_callback(lambda _: out.cancelled() and future.cancel())
     future.add_done_callback(done)
     return out

@@ -340,8 +340,8 @@ class TrainingClient:
         """Log, once each, failures nobody has read yet; forget requests that are done."""
         for outcome in self._outcomes:
             error = outcome.error()
-            if error is not None and not outcome.read and not outcome.reported:
-                outcome.reported = True
+            if error is not None and not outcome.known:
+                outcome.mentioned = True
                 logger.warning(
                     "an earlier %s failed and its result has not been read: %s",
                     outcome.label,

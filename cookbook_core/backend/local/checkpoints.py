@@ -30,7 +30,18 @@ _UNSUPPORTED = {
     "bias": "none",
     "trainable_token_indices": None,
     "target_parameters": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "velora_config": None,
+    "monteclora_config": None,
+    "kasa_config": None,
 }
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""Ways to start an adapter that leave the base model, which all clients share, as it is. PiSSA,
+OLoRA, LoftQ and CorDA change it."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,12 @@ def write(
         "user_metadata": dict(user_metadata or {}),
     }
     try:
+        json.dumps(state)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            message("user_metadata", "cannot be written as JSON", "text by name", error)
+        ) from error
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
@@ -142,7 +159,11 @@ def read(path: str | Path, *, with_optimizer: bool = False) -> Checkpoint:
             )
         )
     try:
-        config: Any = peft.LoraConfig.from_pretrained(str(folder))
+        config: Any = peft.PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config, peft.LoraConfig):
+            raise CheckpointError(
+                message(f"{path}: peft_type", "not a LoRA", "LORA", config.peft_type)
+            )
         tensors = load_file(weights)
         moments, step = _read_optimizer(folder) if with_optimizer else (None, 0)
     except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
@@ -156,6 +177,18 @@ def read(path: str | Path, *, with_optimizer: bool = False) -> Checkpoint:
             raise CheckpointError(
                 message(f"{path}: {key}", "not supported", plain, getattr(config, key))
             )
+    start = getattr(config, "init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise CheckpointError(
+            message(
+                f"{path}: init_lora_weights",
+                "belongs to a changed base model",
+                "an adapter for the base model as it is",
+                repr(start),
+                "Convert it with peft's path_initial_model_for_weight_conversion.",
+            )
+        )
+    config.init_lora_weights = True  # every value is overwritten; nothing is to be computed
     config.inference_mode = False
     config.lora_dropout = 0.0  # see load_base_model: no dropout anywhere
     return Checkpoint(folder, config, tensors, moments, step)
@@ -178,8 +211,8 @@ def restore(adapter: Adapter, checkpoint: Checkpoint) -> None:
         CheckpointError: other keys, shapes, rank or alpha; the adapter is untouched.
     """
     ours, theirs = adapter.slot.config, checkpoint.config
-    for key in ("r", "lora_alpha", "use_rslora"):
-        if getattr(ours, key) != getattr(theirs, key):
+    for key in ("r", "lora_alpha", "use_rslora", "alpha_pattern"):
+        if (getattr(ours, key) or None) != (getattr(theirs, key) or None):
             raise CheckpointError(
                 message(
                     f"{checkpoint.path}: {key}",
@@ -202,6 +235,20 @@ def restore(adapter: Adapter, checkpoint: Checkpoint) -> None:
                 "Was it made for another base model, or with other train_attn/mlp/unembed?",
             )
         )
+    if checkpoint.moments:
+        kinds = ("exp_avg", "exp_avg_sq")
+        wanted = {f"{kind}.{key}": shape for key, shape in wanted.items() for kind in kinds}
+        found = {k: tuple(t.shape) for k, t in checkpoint.moments.items()}
+        if wanted != found:
+            odd = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+            raise CheckpointError(
+                message(
+                    f"{checkpoint.path}/optimizer.safetensors: {odd[0]}",
+                    "does not fit the weights beside it",
+                    wanted.get(odd[0], "no such tensor"),
+                    found.get(odd[0], "no such tensor"),
+                )
+            )
     for key, p in zip(adapter.slot.params, adapter.params, strict=True):
         p.data.copy_(checkpoint.tensors[key])
     adapter.grads, adapter.optimizer, adapter.step = None, None, checkpoint.step
@@ -266,7 +313,12 @@ def _replace(temporary: Path, folder: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
     folder.rename(old / folder.name)
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        (old / folder.name).rename(folder)
+        old.rmdir()
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -113,6 +113,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     Raises:
         ModelError: nothing there, or not a causal LM. ConfigError: bad device or dtype.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     path = resolve_model(name)
@@ -121,7 +122,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     try:
         with _quiet_loading():
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
             message(

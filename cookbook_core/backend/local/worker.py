@@ -85,17 +85,7 @@ class Worker:
     def _serve(self) -> None:
         mark_worker_thread()
         while (jobs := self._next()) is not None:
-            jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-            if not jobs:
-                continue
-            try:
-                results = jobs[0].run([job.item for job in jobs])
-            except BaseException as error:  # handed to whoever waits for the result
-                for job in jobs:
-                    job.future.set_exception(error)
-            else:
-                for job, result in zip(jobs, results, strict=True):
-                    job.future.set_result(result)
+            _run_together(jobs)
             del jobs  # what a job holds must not live until the next one comes
 
     def _next(self) -> list[_Job] | None:
@@ -113,6 +103,20 @@ class Worker:
                     break
                 jobs.append(self._jobs.popleft())
             return jobs
+
+
+def _run_together(jobs: list[_Job]) -> None:
+    jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+    if not jobs:
+        return
+    try:
+        results = jobs[0].run([job.item for job in jobs])
+    except BaseException as error:  # handed to whoever waits for the result
+        for job in jobs:
+            job.future.set_exception(error)
+    else:
+        for job, result in zip(jobs, results, strict=True):
+            job.future.set_result(result)
 
 
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
