@@ -15,10 +15,18 @@ Tinkex's modules use the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
-from cookbook_core.errors import CookbookError, DatumError, LossError, message, raise_all
+from cookbook_core.errors import (
+    ConfigError,
+    CookbookError,
+    DatumError,
+    LossError,
+    message,
+    nearest,
+    raise_all,
+)
 from cookbook_core.tinker.types import Datum, ForwardBackwardOutput, TensorData
 
 if TYPE_CHECKING:
@@ -27,20 +35,51 @@ if TYPE_CHECKING:
 LossFn: TypeAlias = Callable[[list[Datum], "list[torch.Tensor]"], tuple[Any, Mapping[str, Any]]]
 """loss_fn(data, logprobs_list) -> (loss, metrics).
 
-logprobs_list[i]: log p of data[i]'s target_tokens in nats, same shape, `(N,)` or `(N, K)`.
+logprobs_list[i]: log p of data[i]'s target_tokens in nats, same shape, `(N,)` or `(N, K)`; with
+loss_type_input="vocab_logprobs" log p of every token at every position, `(N, V)`.
 loss: 0-d tensor that depends on them. metrics: floats or 0-d tensors by name.
 """
+
+LossTypeInput: TypeAlias = Literal["logprobs", "vocab_logprobs"]
+"""What a custom loss is given for each datum: see `LossFn`."""
 
 RESERVED_METRICS = ("loss", "loss:sum")
 
 
 @dataclass(frozen=True)
 class LossResult:
-    """loss in the loss's own unit; grads[i] = d loss / d logprobs_list[i], same shape."""
+    """loss in the loss's own unit; grads[i] = d loss / d logprobs[i], same shape.
+
+    param_grads: d loss / d params of the parameters given to `differentiate`, None where unused.
+    """
 
     loss: float
     metrics: dict[str, float]
     grads: list[torch.Tensor]
+    param_grads: Sequence[torch.Tensor | None] = field(default_factory=list)
+
+
+def check_loss(loss_fn: Any, loss_type_input: str | None) -> LossTypeInput:
+    """The form of logprobs that `loss_fn` is to be given, None meaning "logprobs".
+
+    Raises:
+        ConfigError: an unknown form, or a loss that is not a function.
+    """
+    forms = get_args(LossTypeInput)
+    if loss_type_input not in (None, *forms):
+        known = nearest(str(loss_type_input), forms)
+        raise ConfigError(f"loss_type_input: {loss_type_input!r}. {known}")
+    if not callable(loss_fn):
+        raise ConfigError(
+            message(
+                "loss_fn",
+                "not a function",
+                "loss_fn(data, logprobs_list) -> (loss, metrics)",
+                repr(loss_fn),
+                "Built-in losses by name go to forward_backward().",
+            )
+        )
+    return "vocab_logprobs" if loss_type_input == "vocab_logprobs" else "logprobs"
 
 
 def name_of(loss_fn: Any) -> str:
@@ -76,14 +115,21 @@ def logprobs_from_output(
 
 
 def differentiate(
-    loss_fn: LossFn, data: Sequence[Datum], logprobs: Sequence[torch.Tensor]
+    loss_fn: LossFn,
+    data: Sequence[Datum],
+    logprobs: Sequence[torch.Tensor],
+    *,
+    view: Callable[[torch.Tensor], Any] | None = None,
+    params: Sequence[torch.Tensor] = (),
 ) -> LossResult:
     """Run the loss once on detached leaves and return its value, metrics and gradient.
 
     Args:
         loss_fn: see `LossFn`.
         data: D datums.
-        logprobs: D tensors, nats, any shape; not modified.
+        logprobs: D tensors, nats, any shape; not modified. With a `view`, whatever it takes.
+        view: the loss is given view(leaf) instead of the leaf (hidden states seen as logprobs).
+        params: further tensors that the view depends on.
     Returns:
         LossResult; a datum the loss did not use gets a zero gradient.
     Raises:
@@ -97,7 +143,7 @@ def differentiate(
     where = f"{name_of(loss_fn)}()"
     with torch.enable_grad():
         try:
-            returned = loss_fn(list(data), list(leaves))
+            returned = loss_fn(list(data), [view(leaf) if view else leaf for leaf in leaves])
         except CookbookError:
             raise
         except Exception as error:
@@ -117,13 +163,14 @@ def differentiate(
                 )
             )
         try:
-            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+            found = torch.autograd.grad(loss, [*leaves, *params], allow_unused=True)
         except Exception as error:
             raise LossError(
                 f"{where}: no gradient can be taken of what it returned "
                 f"({type(error).__name__}: {str(error).splitlines()[0]}). Return the loss without "
                 "calling .backward() on it, and change no tensor in place."
             ) from error
+    grads, param_grads = found[: len(leaves)], list(found[len(leaves) :])
     if all(g is None for g in grads):
         raise LossError(
             message(where, "the loss uses no datum", "a loss computed from logprobs_list", loss)
@@ -131,8 +178,8 @@ def differentiate(
     full = [
         torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)
     ]
-    _check_grads(where, full, leaves)
-    return LossResult(loss.item(), metrics, full)
+    _check_grads(where, full, None if view else leaves)
+    return LossResult(loss.item(), metrics, full, param_grads)
 
 
 def evaluate(
@@ -190,23 +237,28 @@ def _number(where: str, key: Any, value: Any) -> float:
 
 
 def _check_grads(
-    where: str, grads: Sequence[torch.Tensor], logprobs: Sequence[torch.Tensor]
+    where: str, grads: Sequence[torch.Tensor], logprobs: Sequence[torch.Tensor] | None
 ) -> None:
     import torch
 
     problems = []
-    for i, (g, lp) in enumerate(zip(grads, logprobs, strict=True)):
+    for i, g in enumerate(grads):
         bad = (~torch.isfinite(g)).nonzero()
         if len(bad):
             at = tuple(int(j) for j in bad[0])
+            mend = "look for log(0), 0 * inf or a division by zero."
+            if logprobs is None:
+                spot, mend = f"position {at[0]}", mend.capitalize()
+            else:
+                lp = float(logprobs[i][at].detach())
+                spot, mend = str(list(at)), f"The logprob there is {lp:.4g}; {mend}"
             problems.append(
                 message(
-                    f"{where} gradient of data[{i}] at {list(at)}",
+                    f"{where} gradient of data[{i}] at {spot}",
                     "not finite",
                     "a finite d loss / d logprob",
                     float(g[at]),
-                    f"The logprob there is {float(lp[at].detach()):.4g}; "
-                    "look for log(0), 0 * inf or a division by zero.",
+                    mend,
                 )
             )
     raise_all(LossError, problems)

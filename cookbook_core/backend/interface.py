@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from cookbook_core.custom_loss import LossFn
+from cookbook_core.custom_loss import LossFn, LossTypeInput
 from cookbook_core.tinker.types import (
     AdamParams,
     Datum,
@@ -61,7 +61,10 @@ class TrainingBackend(Protocol):
         ...
 
     def forward_backward(
-        self, data: Sequence[Datum], loss_fn: LossFn
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        loss_type_input: LossTypeInput = "logprobs",
     ) -> Future[ForwardBackwardOutput]:
         """Add the loss's gradient to what is accumulated; on any error add nothing."""
         ...

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from cookbook_core.backend.interface import TrainingBackend
 from cookbook_core.builtin_losses import builtin_loss, needed_inputs
-from cookbook_core.custom_loss import LossFn
+from cookbook_core.custom_loss import LossFn, LossTypeInput, check_loss
 from cookbook_core.datums import check_data
 from cookbook_core.errors import ConfigError, message
 from cookbook_core.tinker.futures import APIFuture, ClientFuture, Outcome, mapped
@@ -77,7 +77,7 @@ class TrainingClient:
         data: list[Datum],
         loss_fn: LossFn,
         *,
-        loss_type_input: Literal["logprobs"] | None = None,
+        loss_type_input: LossTypeInput | None = None,
     ) -> APIFuture[ForwardBackwardOutput]:
         """Add the gradient of your own loss: one forward, one backward, exact.
 
@@ -86,31 +86,20 @@ class TrainingClient:
             loss_fn: `loss_fn(data, logprobs_list) -> (loss, metrics)`; logprobs_list[i] has the
                 shape of data[i]'s target_tokens, in nats, on the CPU. It may mix datums freely.
                 It runs exactly once, in this request's place in the queue.
-            loss_type_input: None or "logprobs": what the loss gets.
+            loss_type_input: what the loss gets. "vocab_logprobs": logprobs_list[i] acts as a
+                tensor `(N, V)`, log p of every token at each position; rows are computed when
+                indexed (`[t][ids]` costs one), and no target_tokens are needed. None: "logprobs".
         Returns:
             metrics: "loss" (your loss), your own metrics, "passes" (1, or 2 when the graph did
-            not fit in memory), "tokens".
+            not fit in memory), "tokens". loss_fn_outputs is empty for "vocab_logprobs".
         Raises:
             DatumError, ConfigError: at once. LossError: from the future, when the loss raised or
             returned something without a finite gradient; nothing is accumulated then.
         """
-        if loss_type_input not in (None, "logprobs"):
-            raise ConfigError(
-                message("loss_type_input", "unknown", 'None or "logprobs"', repr(loss_type_input))
-            )
-        if not callable(loss_fn):
-            raise ConfigError(
-                message(
-                    "loss_fn",
-                    "not a function",
-                    "loss_fn(data, logprobs_list) -> (loss, metrics)",
-                    repr(loss_fn),
-                    "Built-in losses by name go to forward_backward().",
-                )
-            )
-        self._check(data, ("target_tokens",))
+        form = check_loss(loss_fn, loss_type_input)
+        self._check(data, ("target_tokens",) if form == "logprobs" else ())
         return self._gradient(
-            "forward_backward_custom", self._backend.forward_backward(list(data), loss_fn)
+            "forward_backward_custom", self._backend.forward_backward(list(data), loss_fn, form)
         )
 
     def optim_step(
@@ -250,7 +239,7 @@ class TrainingClient:
         data: list[Datum],
         loss_fn: LossFn,
         *,
-        loss_type_input: Literal["logprobs"] | None = None,
+        loss_type_input: LossTypeInput | None = None,
     ) -> APIFuture[ForwardBackwardOutput]:
         """Awaits to the APIFuture that `forward_backward_custom` returns."""
         return self.forward_backward_custom(data, loss_fn, loss_type_input=loss_type_input)

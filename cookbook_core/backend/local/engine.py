@@ -9,10 +9,10 @@ again, micro-batch by micro-batch, with the gradient known: same result, one mor
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -23,8 +23,16 @@ from cookbook_core.backend.local.model import BaseModel, load_base_model
 from cookbook_core.backend.local.sampler import sample_batch
 from cookbook_core.backend.local.sampling_requests import SampleRequest, check_request
 from cookbook_core.backend.local.scoring import Scorer
+from cookbook_core.backend.local.vocab_logprobs import VocabLogprobs
 from cookbook_core.backend.local.worker import Worker
-from cookbook_core.custom_loss import LossFn, LossResult, differentiate, evaluate, merge_metrics
+from cookbook_core.custom_loss import (
+    LossFn,
+    LossResult,
+    LossTypeInput,
+    differentiate,
+    evaluate,
+    merge_metrics,
+)
 from cookbook_core.datums import check_data, shift_tokens
 from cookbook_core.errors import RequestError
 from cookbook_core.tinker.types import (
@@ -111,38 +119,77 @@ class Engine:
         return _output(logprobs, evaluate(loss_fn, data, logprobs), {})
 
     def forward_backward(
-        self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn
+        self,
+        adapter: Adapter,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        loss_type_input: LossTypeInput = "logprobs",
     ) -> ForwardBackwardOutput:
         """Accumulate the gradient of `loss_fn`; on any error nothing is accumulated."""
+        form = self._vocab_form if loss_type_input == "vocab_logprobs" else self._target_form
         tokens = sum(datum.model_input.length for datum in data)
         kept = self.scorer.padded_tokens(data)
         limit = self.one_pass_tokens
         if limit is None:
             limit = one_pass_tokens(self.base)
         with self.bank.active(adapter) as params:
-            if kept <= limit:
-                passes, (logprobs, result, grads) = 1, self._one_pass(params, data, loss_fn)
-            else:
-                passes, (logprobs, result, grads) = 2, self._two_pass(params, data, loss_fn)
+            passes = 1 if kept <= limit else 2
+            run = self._one_pass if passes == 1 else self._two_pass
+            logprobs, result, grads = run(form, params, data, loss_fn)
+            grads = [
+                g if more is None else g + more
+                for g, more in zip(grads, result.param_grads or [None] * len(grads), strict=True)
+            ]
         output = _output(logprobs, result, {"passes": float(passes), "tokens": float(tokens)})
         adapter.accumulate(grads)
         return output
 
-    def _one_pass(self, params: list[Any], data: Sequence[Datum], loss_fn: LossFn) -> _Pass:
+    def _target_form(self, params: list[Any]) -> _Form:
+        """The loss sees logprobs of target_tokens, on the CPU."""
+        del params
+
+        def run(loss_fn: LossFn, data: Sequence[Datum], scored: _Tensors) -> _Scored:
+            logprobs = [lp.detach().cpu() for lp in scored]
+            return logprobs, differentiate(loss_fn, data, logprobs)
+
+        return self.scorer.score, run
+
+    def _vocab_form(self, params: list[Any]) -> _Form:
+        """The loss sees logprobs of the whole vocabulary, computed from hidden states on demand.
+
+        A trained unembedding takes part in the loss's own graph: hence `params`.
+        """
+        scorer, vocab_size = self.scorer, self.base.data().vocab_size or 0
+
+        def run(loss_fn: LossFn, data: Sequence[Datum], scored: _Tensors) -> _Scored:
+            def view(hidden: torch.Tensor) -> VocabLogprobs:
+                return VocabLogprobs(hidden, lambda h: scorer.vocab_logprobs(h).cpu(), vocab_size)
+
+            hidden = [h.detach() for h in scored]
+            return [], differentiate(loss_fn, data, hidden, view=view, params=params)
+
+        return scorer.hidden_states, run
+
+    def _one_pass(
+        self, form: _MakeForm, params: list[Any], data: Sequence[Datum], loss_fn: LossFn
+    ) -> _Pass:
+        score, run = form(params)
         with torch.enable_grad():
-            scored = self.scorer.score(data)
-        logprobs = [lp.detach().cpu() for lp in scored]
-        result = differentiate(loss_fn, data, logprobs)
+            scored = score(data)
+        logprobs, result = run(loss_fn, data, scored)
         return logprobs, result, _pull_back(scored, params, result.grads)
 
-    def _two_pass(self, params: list[Any], data: Sequence[Datum], loss_fn: LossFn) -> _Pass:
+    def _two_pass(
+        self, form: _MakeForm, params: list[Any], data: Sequence[Datum], loss_fn: LossFn
+    ) -> _Pass:
+        score, run = form(params)
         with torch.no_grad():
-            logprobs = [lp.cpu() for lp in self.scorer.score(data)]
-        result = differentiate(loss_fn, data, logprobs)
+            scored = score(data)
+        logprobs, result = run(loss_fn, data, scored)
         total: list[torch.Tensor] | None = None
         for indices in self.scorer.micro_batches(data):
             with torch.enable_grad():
-                scored = self.scorer.score([data[i] for i in indices])
+                scored = score([data[i] for i in indices])
             grads = _pull_back(scored, params, [result.grads[i] for i in indices])
             total = grads if total is None else [t + g for t, g in zip(total, grads, strict=True)]
         return logprobs, result, total or []
@@ -157,7 +204,14 @@ class Engine:
             return sample_batch(self.base.model, tokenizer, requests)
 
 
-_Pass = tuple[list[torch.Tensor], LossResult, list[torch.Tensor]]
+_Tensors: TypeAlias = Sequence[torch.Tensor]
+_Scored: TypeAlias = tuple[list[torch.Tensor], LossResult]
+_Pass: TypeAlias = tuple[list[torch.Tensor], LossResult, list[torch.Tensor]]
+_Form: TypeAlias = tuple[
+    Callable[[Sequence[Datum]], list[torch.Tensor]],
+    Callable[[LossFn, Sequence[Datum], _Tensors], _Scored],
+]
+_MakeForm: TypeAlias = Callable[[list[Any]], _Form]
 
 
 def _has_text(stop: Any) -> bool:
@@ -176,6 +230,8 @@ def _pull_back(
 def _output(
     logprobs: Sequence[torch.Tensor], result: LossResult, backend_metrics: dict[str, float]
 ) -> ForwardBackwardOutput:
+    """The answer to the caller; loss_fn_outputs is empty where the loss saw no target logprobs."""
+
     def pack(lp: torch.Tensor) -> TensorData:
         return TensorData(lp.numpy(), "float64" if lp.dtype == torch.float64 else "float32")
 
@@ -213,10 +269,14 @@ class LocalTraining:
         return self._submit("forward", lambda e: e.forward(self._adapter, data, loss_fn))
 
     def forward_backward(
-        self, data: Sequence[Datum], loss_fn: LossFn
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        loss_type_input: LossTypeInput = "logprobs",
     ) -> Future[ForwardBackwardOutput]:
         return self._submit(
-            "forward_backward", lambda e: e.forward_backward(self._adapter, data, loss_fn)
+            "forward_backward",
+            lambda e: e.forward_backward(self._adapter, data, loss_fn, loss_type_input),
         )
 
     def optim_step(

@@ -108,7 +108,7 @@ def _checkpointed(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> to
     module = head.module
 
     def chunk(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.log_softmax(head.finish(_wide(module(h))), dim=-1).gather(1, t)
+        return torch.log_softmax(head.finish(wide(module(h))), dim=-1).gather(1, t)
 
     n = _rows_per_chunk(module.weight.shape[0])
     return torch.cat(
@@ -119,7 +119,7 @@ def _checkpointed(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> to
     )
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor) -> torch.Tensor:
     """At least float32: softmax in bfloat16 is a well-known silent bug."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -130,14 +130,14 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, head: Head) -> Any:
         keep = ctx.needs_input_grad[0]
-        logprobs = torch.empty(targets.shape, dtype=_wide(hidden).dtype, device=hidden.device)
+        logprobs = torch.empty(targets.shape, dtype=wide(hidden).dtype, device=hidden.device)
         slopes = torch.ones_like(logprobs)
         expected = torch.empty_like(hidden) if keep else hidden.new_empty(0)
         n = _rows_per_chunk(weight.shape[0])
         for a in range(0, len(hidden), n):
             rows = slice(a, a + n)
             raw = torch.nn.functional.linear(hidden[rows], weight, bias)
-            y = head.finish(_wide(raw))
+            y = head.finish(wide(raw))
             top = y.gather(1, targets[rows])
             peak = y.amax(1, keepdim=True)
             if not keep:

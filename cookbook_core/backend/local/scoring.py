@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cookbook_core.backend.local.linear_logprobs import Head, find_head, target_logprobs
+from cookbook_core.backend.local.linear_logprobs import Head, find_head, target_logprobs, wide
 from cookbook_core.tinker.types import Datum
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
@@ -47,6 +47,24 @@ class Scorer:
                 logprobs[i] = lp
         return [lp for lp in logprobs if lp is not None]
 
+    def hidden_states(self, data: Sequence[Datum]) -> list[torch.Tensor]:
+        """What `vocab_logprobs` takes, of every datum in order: D tensors `(N, width)`.
+
+        The last hidden states; logits, `width` = V, where the head is not a plain one.
+        """
+        states: list[torch.Tensor] = [torch.empty(0)] * len(data)
+        for indices in self.micro_batches(data):
+            batch = self._states([data[i] for i in indices])
+            for i, row in zip(indices, batch, strict=True):
+                states[i] = row[: data[i].model_input.length]
+        return states
+
+    def vocab_logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(R, width)` of `hidden_states` -> log p of every token `(R, V)`, nats, by autograd."""
+        if self.head is None:
+            return torch.log_softmax(wide(hidden), dim=-1)
+        return torch.log_softmax(self.head.finish(wide(self.head.module(hidden))), dim=-1)
+
     def padded_tokens(self, data: Sequence[Datum]) -> int:
         """Tokens that go through the model, padding included."""
         longest_first = ((b, data[b[0]].model_input.length) for b in self.micro_batches(data))
@@ -64,7 +82,8 @@ class Scorer:
         if batch:
             yield batch
 
-    def _score_batch(self, data: Sequence[Datum]) -> list[torch.Tensor]:
+    def _states(self, data: Sequence[Datum]) -> torch.Tensor:
+        """`(B, longest, width)`: hidden states, or logits where the head is not a plain one."""
         ids = [datum.model_input.to_ints() for datum in data]
         longest = max(map(len, ids))
         # any id will do; a row's own last token keeps transformers from warning of a missing mask
@@ -74,15 +93,13 @@ class Scorer:
             "use_cache": False,
         }
         if self.head is None:
-            states = self.model(**inputs).logits
-        else:
-            states = self.backbone(**inputs).last_hidden_state
-        return self._read(data, states, longest)
+            return self.model(**inputs).logits
+        return self.backbone(**inputs).last_hidden_state
 
-    def _read(
-        self, data: Sequence[Datum], states: torch.Tensor, longest: int
-    ) -> list[torch.Tensor]:
-        """Logprobs out of `states` `(B, longest, D or V)`; datums of equal K go together."""
+    def _score_batch(self, data: Sequence[Datum]) -> list[torch.Tensor]:
+        """Logprobs of the targets of one micro-batch; datums of equal K go together."""
+        states = self._states(data)
+        longest = states.shape[1]
         targets = [datum.loss_fn_inputs["target_tokens"].to_torch() for datum in data]
         flat = states.flatten(0, 1)
         out: list[torch.Tensor] = [flat.new_empty(0)] * len(data)
@@ -92,8 +109,8 @@ class Scorer:
             wanted = torch.cat([targets[i].reshape(-1, k) for i in members]).to(self.device)
             rows = flat.index_select(0, at.to(self.device))
             if self.head is None:
-                wide = rows if rows.dtype == torch.float64 else rows.float()
-                found = wide.gather(1, wanted) - wide.logsumexp(1, keepdim=True)
+                logits = wide(rows)
+                found = logits.gather(1, wanted) - logits.logsumexp(1, keepdim=True)
             else:
                 found = target_logprobs(self.head, rows, wanted)
             pieces = found.split([len(targets[i]) for i in members])

@@ -1,0 +1,105 @@
+"""log p of the whole vocabulary at every position of a datum, computed for the rows asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_OPERATORS = (
+    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __matmul__ "
+    "__rmatmul__ __pow__ __neg__ __abs__ __lt__ __le__ __gt__ __ge__ __eq__ __ne__"
+).split()
+
+
+class VocabLogprobs:
+    """A tensor `(T, V)`, nats, float32 or better, of which only indexed rows are computed.
+
+    Row t is the log-distribution of the token after input position t. `lp[t]`, `lp[t][ids]`,
+    `lp[t, ids]`, `lp[rows]`, `lp[a:b]` cost the rows they name, each computed once per indexing
+    (`lp[t]` once in all); anything else a tensor can do (torch functions, methods, arithmetic)
+    computes all T rows first. Gradient flows back to the hidden states.
+
+    Args:
+        hidden: `(T, D)`, what the rows are computed from.
+        to_logprobs: `(R, D)` -> `(R, V)`.
+        vocab_size: V.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        to_logprobs: Callable[[torch.Tensor], torch.Tensor],
+        vocab_size: int,
+    ) -> None:
+        self._hidden, self._to_logprobs = hidden, to_logprobs
+        self._single: dict[int, torch.Tensor] = {}
+        self.shape = torch.Size((len(hidden), vocab_size))
+
+    def __len__(self) -> int:
+        return len(self._hidden)
+
+    def __repr__(self) -> str:
+        return f"VocabLogprobs(shape={tuple(self.shape)})"
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        first, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
+        if hasattr(first, "dim") and first.dim() == 0 and first.dtype != torch.bool:
+            first = int(first)
+        if isinstance(first, int) and not isinstance(first, bool):
+            row = self._row(first)
+            return row[rest] if rest else row
+        if isinstance(first, slice):
+            rows: Any = slice(None)
+            found = self._to_logprobs(self._hidden[first])
+        elif isinstance(first, (list, range, torch.Tensor)) or hasattr(first, "__array__"):
+            index = torch.arange(len(self))[torch.as_tensor(first).cpu()]
+            wanted, rows = index.unique(return_inverse=True)
+            found = self._to_logprobs(self._hidden[wanted.to(self._hidden.device)])
+        else:  # None, ..., a bool
+            return self.dense()[key]
+        return found[(rows, *rest)]
+
+    def _row(self, at: int) -> torch.Tensor:
+        if not -len(self) <= at < len(self):
+            raise IndexError(f"position {at} is out of range for {len(self)} positions")
+        at %= len(self)
+        if at not in self._single:
+            self._single[at] = self._to_logprobs(self._hidden[at : at + 1])[0]
+        return self._single[at]
+
+    def dense(self) -> torch.Tensor:
+        """All rows, as a plain tensor `(T, V)`."""
+        return self._to_logprobs(self._hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        return func(*_dense(args), **{k: _dense(v) for k, v in (kwargs or {}).items()})
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, VocabLogprobs):
+        return value.dense()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_dense(v) for v in value)
+    return value
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def apply(self: VocabLogprobs, *others: Any) -> Any:
+        return getattr(self.dense(), name)(*_dense(others))
+
+    return apply
+
+
+for _name in _OPERATORS:
+    setattr(VocabLogprobs, _name, _operator(_name))

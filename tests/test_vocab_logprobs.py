@@ -1,0 +1,238 @@
+"""loss_type_input="vocab_logprobs": the whole vocabulary, by rows, with the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cookbook_core.backend.local.vocab_logprobs import VocabLogprobs
+from cookbook_core.errors import ConfigError, DatumError, LossError
+from cookbook_core.tinker import Datum, ServiceClient, TrainingClient
+from tests.oracles.logprobs import (
+    adapter_of,
+    assert_close,
+    engine_of,
+    plain_model,
+    randomize,
+    take_gradient,
+)
+
+IDS = [5, 40, 7, 90]
+SECONDS = 60
+
+
+@pytest.fixture
+def lazy() -> tuple[VocabLogprobs, torch.Tensor, list[int]]:
+    """A VocabLogprobs of 6 rows and 9 columns, the same as a plain tensor, rows computed so far."""
+    weight = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    cost: list[int] = []
+
+    def to_logprobs(h: torch.Tensor) -> torch.Tensor:
+        cost.append(len(h))
+        return (h @ weight.T).log_softmax(-1)
+
+    return VocabLogprobs(hidden, to_logprobs, 9), (hidden @ weight.T).log_softmax(-1), cost
+
+
+# ---- indexing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("read", "rows"),
+    [
+        (lambda x: x[2], 1),
+        (lambda x: x[-1], 1),
+        (lambda x: x[torch.tensor(3)], 1),
+        (lambda x: x[np.int64(3)], 1),
+        (lambda x: x[2][[1, 5]], 1),
+        (lambda x: x[2, torch.tensor([1, 5])], 1),
+        (lambda x: x[2, 1:4], 1),
+        (lambda x: x[1:3], 2),
+        (lambda x: x[1:3, 4], 2),
+        (lambda x: x[::2, [1, 5]], 3),
+        (lambda x: x[[4, 1]], 2),
+        (lambda x: x[[4, 1, 4]], 2),
+        (lambda x: x[torch.tensor([4, 1]), torch.tensor([0, 8])], 2),
+        (lambda x: x[torch.tensor([[4], [1]]), torch.tensor([[0, 8]])], 2),
+        (lambda x: x[torch.tensor([True, False, True, False, False, False])], 2),
+        (lambda x: x[np.array([0, 5])], 2),
+        (lambda x: x[...], 6),
+        (lambda x: x[None], 6),
+    ],
+)
+def test_an_index_gives_what_a_tensor_gives_and_costs_its_rows(lazy, read, rows):
+    lp, plain, cost = lazy
+    assert torch.allclose(read(lp), read(plain), atol=1e-6)
+    assert sum(cost) == rows
+
+
+def test_one_row_indexed_again_and_again_costs_one(lazy):
+    lp, plain, cost = lazy
+    picked = torch.stack([lp[3][k] for k in (5, 0, 8)] + [lp[-3][2]])
+    assert torch.allclose(picked, plain[3, [5, 0, 8, 2]])
+    assert cost == [1]
+
+
+def test_out_of_range_and_iteration_are_those_of_a_tensor(lazy):
+    lp, plain, _ = lazy
+    with pytest.raises(IndexError, match="6"):
+        lp[6]
+    assert torch.allclose(torch.stack(list(lp)), plain)
+    assert (len(lp), lp.shape, lp.dim(), lp.dtype) == (6, (6, 9), 2, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x.exp().sum(-1),
+        lambda x: torch.exp(x),
+        lambda x: -x * 2 + x / 3,
+        lambda x: 1 - x,
+        lambda x: torch.stack([x, x]),
+        lambda x: x.gather(1, torch.tensor([[0], [1], [2], [3], [4], [5]])),
+        lambda x: torch.nn.functional.kl_div(x, x + 1, log_target=True, reduction="sum"),
+        lambda x: x > -2,
+    ],
+)
+def test_everything_else_acts_on_all_rows(lazy, use):
+    lp, plain, _ = lazy
+    assert torch.equal(use(lp), use(plain))
+
+
+# ---- the gradient -------------------------------------------------------------------------------
+
+
+def candidates(random_data: Callable[..., list[Datum]]) -> list[Datum]:
+    """Datums without target_tokens that carry a position, ids and a distribution over them."""
+    rng = np.random.default_rng(3)
+    made = []
+    for datum in random_data(5, seed=2):
+        inputs = {
+            "score_position": rng.integers(0, datum.model_input.length),
+            "target_token_ids": IDS,
+            "target_probs": rng.dirichlet(np.ones(len(IDS))),
+        }
+        made.append(Datum(datum.model_input, inputs))
+    return made
+
+
+def indexed_loss(data: list[Datum], logprobs: list[Any]) -> Any:
+    """As code written for whole-vocabulary logprobs has it."""
+    losses = []
+    for datum, lp in zip(data, logprobs, strict=True):
+        pos = int(datum.loss_fn_inputs["score_position"].to_torch())
+        ids = datum.loss_fn_inputs["target_token_ids"].to_torch()
+        probs = datum.loss_fn_inputs["target_probs"].to_torch()
+        chosen = lp[pos][ids]
+        losses.append((probs * (probs.log() - torch.log_softmax(chosen, dim=-1))).sum())
+    loss = torch.stack(losses).mean()
+    return loss, {"kl": loss}
+
+
+def multi_target_loss(data: list[Datum], logprobs: list[torch.Tensor]) -> Any:
+    """The same through `[N, K]` targets."""
+    return indexed_loss(
+        [
+            Datum(d.model_input, {**d.loss_fn_inputs, "target_token_ids": [0, 1, 2, 3]})
+            for d in data
+        ],
+        logprobs,
+    )
+
+
+def connect(make_service: Any, folder: str, train_unembed: bool, dtype: str) -> TrainingClient:
+    service: ServiceClient = make_service(dtype=dtype)
+    client = service.create_lora_training_client(folder, 4, 0, train_unembed=train_unembed)
+    made = client.result(SECONDS)
+    randomize(made)
+    return made
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(
+    ("arch", "train_unembed"),
+    [("qwen3", False), ("qwen3", True), ("llama", True), ("gemma2", False), ("bert", False)],
+)
+def test_indexed_rows_give_the_gradient_of_the_multi_target_form(
+    make_service, model_folder, random_data, arch, train_unembed, passes
+):
+    client = connect(make_service, model_folder(arch), train_unembed, "float32")
+    data = candidates(random_data)
+    wide = [
+        Datum(
+            d.model_input,
+            {**d.loss_fn_inputs, "target_tokens": [IDS] * d.model_input.length},
+        )
+        for d in data
+    ]
+    expected = client.forward_backward_custom(wide, multi_target_loss).result(SECONDS)
+    wanted = take_gradient(client)
+    engine_of(client).one_pass_tokens = 10**9 if passes == 1 else 0
+    found = client.forward_backward_custom(
+        data, indexed_loss, loss_type_input="vocab_logprobs"
+    ).result(SECONDS)
+    assert found.metrics["passes"] == passes
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert_close(take_gradient(client), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("train_unembed", [False, True])
+def test_an_entropy_bonus_against_plain_autograd(
+    make_service, model_folder, random_data, train_unembed
+):
+    """Exact entropy of every row, in float64, against backward() through everything."""
+    client = connect(make_service, model_folder("qwen3"), train_unembed, "float64")
+    data = [Datum(d.model_input) for d in random_data(4, seed=6)]
+
+    def entropy(data: list[Datum], logprobs: list[Any]) -> Any:
+        del data
+        rows = [lp[1:] for lp in logprobs]
+        return -sum((row.exp() * row).sum() for row in rows), {}
+
+    found = client.forward_backward_custom(data, entropy, loss_type_input="vocab_logprobs")
+    assert found.result(SECONDS).loss_fn_outputs == []
+    model = plain_model(model_folder("qwen3"), adapter_of(client))
+    ids = [torch.tensor([d.model_input.to_ints()]) for d in data]
+    rows = [model(input_ids=x, use_cache=False).logits[0].log_softmax(-1) for x in ids]
+    loss, _ = entropy(data, rows)
+    loss.backward()
+    expected = {
+        name.replace(".default.", "."): p.grad
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    assert found.result().loss == pytest.approx(loss.item(), rel=1e-12)
+    assert_close(take_gradient(client), expected, 1e-9)
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+def test_what_cannot_work_says_so_and_changes_nothing(service, model_folder, random_data):
+    client = service.create_lora_training_client(model_folder(), 4).result(SECONDS)
+    data = candidates(random_data)
+    with pytest.raises(ConfigError, match=r'"vocab_logprobs"'):
+        client.forward_backward_custom(data, indexed_loss, loss_type_input="vocab_logprob")
+    with pytest.raises(DatumError, match="target_tokens"):
+        client.forward_backward_custom(data, indexed_loss)
+
+    def divide(data: list[Datum], logprobs: list[Any]) -> Any:
+        del data
+        return logprobs[0][0].sum() + logprobs[2][1][3].sub(logprobs[2][1][3]).sqrt(), {}
+
+    future = client.forward_backward_custom(data, divide, loss_type_input="vocab_logprobs")
+    with pytest.raises(LossError, match=r"gradient of data\[2\] at position 1: not finite"):
+        future.result(SECONDS)
+    unused = client.forward_backward_custom(
+        data,
+        lambda d, lp: (torch.ones((), requires_grad=True), {}),
+        loss_type_input="vocab_logprobs",
+    )
+    with pytest.raises(LossError, match="uses no datum"):
+        unused.result(SECONDS)
+    assert adapter_of(client).grads is None
