@@ -14,15 +14,18 @@ from cookbook_core.datums import (
     shift_tokens,
     with_inputs,
 )
+from cookbook_core.token_set import datum_from_token_set, single_tokens
 
 __all__ = [
     "align_weights",
     "chat",
     "check_alignment",
     "datum_from_prompt_completion",
+    "datum_from_token_set",
     "datum_from_tokens_weights",
     "runs",
     "shift_tokens",
+    "single_tokens",
     "tinker",
     "weighted_mean",
     "weighted_sum",

@@ -27,13 +27,11 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from cookbook_core.errors import ConfigError, DataError, LossError, message, nearest
+from cookbook_core.plots import Panel, draw_panels
 
 ConfigT = TypeVar("ConfigT")
 
 _REPORTED_VERSIONS = ("torch", "transformers", "peft", "numpy")
-# Okabe and Ito's palette, told apart by every kind of colour vision; markers tell lines in print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_MARKERS = "osD^vX"
 
 
 def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
@@ -73,23 +71,11 @@ def check_positive(config: Any, *names: str) -> None:
             raise ConfigError(message(f"Config.{name}", "out of range", "> 0", value))
 
 
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """One panel of a run's plot.
-
-    Attributes:
-        title: what it shows.
-        ylabel: the quantity with its unit, such as "loss (nats)".
-        metrics: names in metrics.jsonl, each a line; at most 6.
-        null: the value that means "nothing learnt", drawn as a dashed line; None draws nothing.
-        null_label: how the legend calls it.
-    """
-
-    title: str
-    ylabel: str
-    metrics: Sequence[str]
-    null: float | None = None
-    null_label: str = "nothing learnt"
+def check_at_least(config: Any, low: float, *names: str) -> None:
+    """Raise ConfigError for the first of these fields that is not a finite number >= low."""
+    for name in names:
+        if not low <= (value := getattr(config, name)) < math.inf:
+            raise ConfigError(message(f"Config.{name}", "out of range", f">= {low}", value))
 
 
 class Run:
@@ -177,29 +163,22 @@ class Run:
         self._show(step, row)
 
     def plot(self, panels: Sequence[Panel]) -> Path:
-        """Draw 2-4 panels from metrics.jsonl into plot.png.
+        """Draw 2-4 panels from metrics.jsonl into plot.png."""
+        return draw_panels(panels, read_metrics(self.path), self.path / "plot.png")
 
-        A metric logged at few steps is drawn with its points; one never logged is named as such.
+    def save_before_after(
+        self, title: str, before: Mapping[str, float], after: Mapping[str, float]
+    ) -> None:
+        """Print a table of metrics before and after the run, and add it to summary.md.
+
+        Rows are the metrics of `after`, named without the "test_" of held-out ones.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        if not 2 <= len(panels) <= 4:
-            raise ConfigError(message("panels", "cannot be laid out", "2 to 4", len(panels)))
-        rows = read_metrics(self.path)
-        shape = (2, 2) if len(panels) == 4 else (1, len(panels))
-        figure = Figure(figsize=(4.4 * shape[1], 3.3 * shape[0]), layout="constrained")
-        FigureCanvasAgg(figure)
-        cast(Any, figure.get_layout_engine()).set(w_pad=0.1, h_pad=0.08)
-        axes = figure.subplots(*shape).flat
-        for axis, panel in zip(axes, panels, strict=True):
-            _draw(axis, panel, rows)
-        figure.savefig(self.path / "plot.png", dpi=150)
-        return self.path / "plot.png"
-
-    def save_table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Print a small table, headed by the first row's keys, and add it to summary.md."""
-        table = _markdown_table(rows)
+        table = _markdown_table(
+            [
+                {"metric": name.removeprefix("test_"), "before": before[name], "after": after[name]}
+                for name in after
+            ]
+        )
         self._tables.append(f"## {title}\n\n{table}")
         _write_atomically(self.path / "summary.md", "\n".join(self._tables))
         self._say(f"\n{title}\n\n{table}")
@@ -318,31 +297,3 @@ def _as_cell(value: Any) -> str:
 def _as_code(text: str) -> str:
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks} {text} {ticks}".replace("\n", "\\n")
-
-
-# ---- plot ----------------------------------------------------------------------------------
-
-
-def _draw(axis: Any, panel: Panel, rows: Sequence[Mapping[str, Any]]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    total = len({row["step"] for row in rows})
-    for i, name in enumerate(panel.metrics):
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        sparse = len(points) <= 12 or len(points) < total / 3
-        axis.plot(
-            [step for step, _ in points],
-            [value for _, value in points],
-            color=_COLOURS[i],
-            marker=_MARKERS[i] if sparse or i else None,
-            markevery=1 if sparse else max(1, len(points) // 8),
-            label=name if points else f"{name} (not logged)",
-        )
-    if panel.null is not None:
-        label = f"{panel.null_label}: {panel.null:.3g}"
-        axis.axhline(panel.null, color="0.35", linestyle=(0, (4, 3)), linewidth=1.2, label=label)
-    axis.set(title=panel.title, xlabel="optimizer step", ylabel=panel.ylabel)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.grid(color="0.9")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize="small", loc="best")

@@ -41,9 +41,10 @@ from cookbook_core import (
     runs,
     tinker,
     weighted_sums,
-    with_inputs,
 )
+from cookbook_core.clients import add_ref_logprobs, frozen_copy, score, start_client
 from cookbook_core.data import batch_indices, train_test
+from cookbook_core.rollouts import rollout, texts_of
 
 # ---- config --------------------------------------------------------------------------------------
 
@@ -152,20 +153,6 @@ def build_pairs(
     return data, kept
 
 
-def score(client: tinker.TrainingClient, data: list[tinker.Datum]) -> list[torch.Tensor]:
-    """Logprobs of the datums' target_tokens under a client's present weights, no gradient."""
-    outputs = client.forward(data, "cross_entropy").result().loss_fn_outputs
-    return [output["logprobs"].to_torch() for output in outputs]
-
-
-def add_ref_logprobs(
-    reference: tinker.TrainingClient, data: list[tinker.Datum]
-) -> list[tinker.Datum]:
-    """The same datums, each carrying the reference's logprobs of its own tokens."""
-    ref_logprobs = score(reference, data)
-    return [with_inputs(d, ref_logprobs=lp) for d, lp in zip(data, ref_logprobs, strict=True)]
-
-
 # ---- train ---------------------------------------------------------------------------------------
 
 
@@ -188,15 +175,8 @@ def train(config: Config) -> dict[str, float]:
         service = tinker.ServiceClient(
             device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
         )
-        if config.init_from:
-            client = service.create_training_client_from_state(config.init_from, config.model)
-        else:
-            client = service.create_lora_training_client(
-                config.model, config.lora_rank, config.seed, train_unembed=False
-            )
-        client = client.result()
-        saved = client.save_state("reference").result()
-        reference = service.create_training_client_from_state(saved.path, config.model).result()
+        client = start_client(service, config)
+        reference = frozen_copy(service, client, config.model)
 
         tokenizer = client.get_tokenizer()
         given = len(train_rows) + len(test_rows)
@@ -230,13 +210,7 @@ def train(config: Config) -> dict[str, float]:
 
         after, shown_after = evaluate(), sample(client, test_rows[:3], config.seed)
         adapter = client.save_weights_for_sampler("final").result().path
-        run.save_table(
-            "Held-out pairs, before and after",
-            [
-                {"metric": name.removeprefix("test_"), "before": before[name], "after": after[name]}
-                for name in after
-            ],
-        )
+        run.save_before_after("Held-out pairs, before and after", before, after)
         run.save_samples(
             [
                 {
@@ -255,13 +229,9 @@ def train(config: Config) -> dict[str, float]:
 def sample(client: tinker.TrainingClient, rows: list[dict], seed: int) -> list[str]:
     """One completion of each row's prompt at temperature 1."""
     tokenizer, sampler = client.get_tokenizer(), client.save_weights_and_get_sampling_client()
-    stop, futures = chat.stop_tokens(tokenizer), []
-    for i, row in enumerate(rows):
-        prompt = tinker.ModelInput.from_ints(chat.render_prompt(tokenizer, row["prompt"]))
-        params = tinker.SamplingParams(max_tokens=64, seed=seed + i, stop=stop)
-        futures.append(sampler.sample(prompt, 1, params))
-    tokens = [future.result().sequences[0].tokens for future in futures]
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+    prompts = [chat.render_prompt(tokenizer, row["prompt"]) for row in rows]
+    groups = rollout(sampler, prompts, max_tokens=64, seed=seed)
+    return texts_of(tokenizer, [group[0] for group in groups])
 
 
 if __name__ == "__main__":

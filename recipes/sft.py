@@ -34,7 +34,9 @@ from cookbook_core import (
     tinker,
     weighted_sums,
 )
+from cookbook_core.clients import score, start_client
 from cookbook_core.data import batch_indices, train_test
+from cookbook_core.rollouts import rollout, texts_of
 
 # ---- config --------------------------------------------------------------------------------------
 
@@ -141,13 +143,9 @@ def generate(client: tinker.TrainingClient, rows: list[dict], max_tokens: int) -
     """The likeliest answer (temperature 0) to each row's prompt under the present weights."""
     tokenizer = client.get_tokenizer()
     sampler = client.save_weights_and_get_sampling_client().result()
-    params = tinker.SamplingParams(
-        max_tokens=max_tokens, temperature=0, stop=chat.stop_tokens(tokenizer)
-    )
     prompts = [chat.render_prompt(tokenizer, question_and_answer(row)[0]) for row in rows]
-    futures = [sampler.sample(tinker.ModelInput.from_ints(p), 1, params) for p in prompts]
-    tokens = [future.result().sequences[0].tokens for future in futures]
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+    groups = rollout(sampler, prompts, max_tokens=max_tokens, temperature=0)
+    return texts_of(tokenizer, [group[0] for group in groups])
 
 
 # ---- train ---------------------------------------------------------------------------------------
@@ -165,13 +163,7 @@ def train(config: Config) -> dict[str, float]:
         service = tinker.ServiceClient(
             device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
         )
-        if config.init_from:
-            client = service.create_training_client_from_state(config.init_from, config.model)
-        else:
-            client = service.create_lora_training_client(
-                config.model, config.lora_rank, config.seed, train_unembed=False
-            )
-        client = client.result()
+        client = start_client(service, config)
         tokenizer = client.get_tokenizer()
         given = len(train_rows) + len(test_rows)
         data, train_rows = build_data(train_rows, tokenizer, config.max_length, config.train_on)
@@ -184,8 +176,7 @@ def train(config: Config) -> dict[str, float]:
         expected = [question_and_answer(row)[1] for row in test_rows]
 
         def evaluate() -> tuple[dict[str, float], list[str]]:
-            outputs = client.forward(test_data, "cross_entropy").result().loss_fn_outputs
-            loss, _ = sft_loss(test_data, [output["logprobs"].to_torch() for output in outputs])
+            loss, _ = sft_loss(test_data, score(client, test_data))
             answers = generate(client, test_rows, config.max_tokens)
             hits = [a.strip() == e.strip() for a, e in zip(answers, expected, strict=True)]
             return {"test_loss": loss.item(), "test_exact_match": sum(hits) / len(hits)}, answers
@@ -204,13 +195,7 @@ def train(config: Config) -> dict[str, float]:
             run.log(step, metrics)
 
         adapter = client.save_weights_for_sampler("final").result().path
-        run.save_table(
-            "Held-out, before and after",
-            [
-                {"metric": name.removeprefix("test_"), "before": before[name], "after": after[name]}
-                for name in after
-            ],
-        )
+        run.save_before_after("Held-out, before and after", before, after)
         shown = [
             {
                 "prompt": chat.last_text(question_and_answer(row)[0]),

@@ -241,8 +241,8 @@ def test_plot_draws_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_summary_and_samples_are_markdown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = make_run(tmp_path)
-    run.save_table("Held-out pairs", [{"metric": "accuracy", "before": 0.5, "after": 0.97123456}])
-    run.save_table("Second", [{"metric": "a|b", "before": 1, "after": 2}])
+    run.save_before_after("Held-out pairs", {"test_accuracy": 0.5}, {"test_accuracy": 0.97123456})
+    run.save_before_after("Second", {"a|b": 1}, {"a|b": 2})
     summary = (run.path / "summary.md").read_text(encoding="utf-8")
     assert "| accuracy | 0.5    | 0.9712 |" in summary
     assert "a\\|b" in summary

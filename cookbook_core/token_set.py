@@ -1,0 +1,77 @@
+"""A fixed set of K candidate tokens at one position: which tokens, and the datum that scores them.
+
+    model_input    t0 t1 ... t(N-1)         the prompt, generation prompt included
+    target_tokens  [c1 ... cK] at each position, (N, K)
+    weights        0 0 ... 0 1              (N,): only the last position is meant
+
+The logprobs a loss is given are `(N, K)`; row `[-1]` holds log p of each candidate as the next
+token. `log_softmax` over it renormalises within the set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cookbook_core.errors import ConfigError, DatumError, message
+from cookbook_core.tinker.types import Datum, ModelInput
+
+
+def single_tokens(tokenizer: Any, labels: Sequence[str]) -> list[int]:
+    """The id of each label, which must be one token as it stands, its leading space included.
+
+    Raises:
+        ConfigError: fewer than 2 labels, or labels that are several tokens, none, or the same
+            token as another; all offenders are listed with their pieces.
+    """
+    if isinstance(labels, str) or len(labels) < 2:
+        raise ConfigError(message("labels", "nothing to choose from", "at least 2", labels))
+    encoded = [list(tokenizer.encode(label, add_special_tokens=False)) for label in labels]
+    split = [
+        f"{label!r} is {tokenizer.convert_ids_to_tokens(ids)}"
+        for label, ids in zip(labels, encoded, strict=True)
+        if len(ids) != 1
+    ]
+    if split:
+        raise ConfigError(
+            message(
+                "labels",
+                "not one token each for this tokenizer",
+                "one token per label",
+                ", ".join(split),
+                "Choose words that are single tokens; most need their leading space.",
+            )
+        )
+    ids = [one for (one,) in encoded]
+    if len(set(ids)) < len(ids):
+        twice = sorted({label for label, i in zip(labels, ids, strict=True) if ids.count(i) > 1})
+        raise ConfigError(message("labels", "the same token", "different tokens", twice))
+    return ids
+
+
+def datum_from_token_set(
+    tokens: Sequence[int], token_ids: Sequence[int], **loss_fn_inputs: Any
+) -> Datum:
+    """Build the datum that scores K candidates for the token after `tokens`.
+
+    Args:
+        tokens: N >= 1 ids, the prompt.
+        token_ids: K >= 2 candidate ids.
+        loss_fn_inputs: more arrays for the loss, of any shape.
+    Returns:
+        Datum with target_tokens `(N, K)` and weights `(N,)`, 1 at the last position and 0 before.
+    Raises:
+        DatumError: no prompt, or fewer than 2 candidates.
+
+    >>> datum = datum_from_token_set([5, 6], [8, 9])
+    >>> datum.loss_fn_inputs["target_tokens"].tolist(), datum.loss_fn_inputs["weights"].tolist()
+    ([[8, 9], [8, 9]], [0.0, 1.0])
+    """
+    n, ids = len(tokens), list(token_ids)
+    if n == 0 or len(ids) < 2:
+        raise DatumError(
+            message("datum_from_token_set", "too few tokens", "N >= 1 and K >= 2", (n, len(ids)))
+        )
+    weights = [0.0] * (n - 1) + [1.0]
+    inputs = {"target_tokens": [ids] * n, "weights": weights, **loss_fn_inputs}
+    return Datum(ModelInput.from_ints(tokens), inputs)

@@ -1,0 +1,349 @@
+"""GRPO with KL: reinforce the completions that beat the others of their own prompt.
+
+    L = sum over tokens of w * [ -min(ratio * A, clip(ratio, 1 - lo, 1 + hi) * A) + kl_coef * KL ]
+    ratio = p(token) / p_sampled(token)        A = reward - mean reward of the prompt's group
+
+Each step samples group_size completions per prompt from the current policy p at temperature 1,
+rewards them, and descends L on the sampled token ids themselves. p_ref, the reference of the KL
+term, is the model as it stands when the run starts and never changes. w is the reduction.
+
+Paper: Shao et al. 2024, arXiv 2402.03300. From Liu et al. 2025 (Dr. GRPO), arXiv 2503.20783: the
+reward is not divided by the group's standard deviation (--normalize_std brings it back), and the
+constant-length reduction; from Yu et al. 2025 (DAPO), arXiv 2503.14476, the token mean. A group
+whose rewards are all equal has no advantage: it is left out, KL term included, and counted.
+
+KL is a trap. Per token, with d = log p - log p_ref and x under p, what --kl_estimator puts into
+the loss has the expected gradient
+
+    k2                    ratio (constant) * d^2 / 2         of KL(p || p_ref); the default
+    k3_ratio              ratio * (exp(-d) - 1 + d)          of KL(p || p_ref)
+    k1_reward             ratio * d (constant)               of KL(p || p_ref); a reward of -d
+    k3                    exp(-d) - 1 + d                    of KL(p_ref || p): the other direction
+    k1_no_regularisation  d                                  zero: published, and holds nothing
+
+Data: column prompt, text or messages, and column answer, which `reward` reads.
+
+    python -m recipes.grpo                      # bundled tiny model, about two minutes on two cores
+    python -m recipes.grpo --model Qwen/Qwen3-0.6B --dataset my_questions.jsonl --max_tokens 256
+    python -m recipes.grpo --dataset tiny/dpo --max_tokens 24 --reward_model SCORER
+                                                # SCORER: what recipes/bradley_terry.py saved
+
+What you should see: reward rises by 0.35 or more; kl rises with it and levels off; ratio_max stays
+near 1, logprob_gap below 1e-3 (float32). The loss starts near 0 and stays there: that is normal.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+
+from cookbook_core import (
+    chat,
+    datum_from_prompt_completion,
+    runs,
+    tinker,
+    weighted_sums,
+    with_inputs,
+)
+from cookbook_core.alignment import check_alignment, input_tensor
+from cookbook_core.clients import add_ref_logprobs, frozen_copy, start_client
+from cookbook_core.data import batch_indices, train_test
+from cookbook_core.rollouts import grade, rollout, texts_of, with_entropy_bonus
+
+KLEstimator = Literal["k2", "k3_ratio", "k1_reward", "k3", "k1_no_regularisation"]
+Reduction = Literal["token_mean", "sequence_mean", "constant"]
+
+# ---- config --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of `python -m recipes.grpo`."""
+
+    model: str = "tiny"
+    """Hugging Face causal LM: hub name or local folder; "tiny" is the bundled one."""
+    dataset: str = "tiny/grpo"
+    """Hub name, local file or folder with columns prompt, answer (prompt for a reward_model)."""
+    init_from: str = ""
+    """LoRA folder (saved here or by peft) to start from; it is then the reference too. Its rank and
+    alpha hold, not --lora_rank."""
+    reward_model: str = ""
+    """A scorer saved by recipes/bradley_terry.py on the same base model, as the reward."""
+    kl_coef: float = 0.02
+    """Weight of the KL term; 0 leaves it out."""
+    kl_estimator: KLEstimator = "k2"
+    """See the top of this file."""
+    reduction: Reduction = "token_mean"
+    """Of the token terms: mean over all tokens of the step, mean of each sequence's mean, or sum
+    over sequences * max_tokens."""
+    normalize_std: bool = False
+    """Divide advantages by the group's standard deviation."""
+    clip_low: float = 0.2
+    """The ratio is clipped at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped at 1 + clip_high."""
+    entropy_coef: float = 0.0
+    """Bonus on the exact entropy (nats) of each sampled position."""
+    num_steps: int = 40
+    """Rollout steps."""
+    updates_per_rollout: int = 1
+    """Optimizer steps on each rollout; above 1 the ratio leaves 1 and clipping acts."""
+    batch_size: int = 16
+    """Prompts per step."""
+    group_size: int = 8
+    """Completions per prompt."""
+    max_tokens: int = 8
+    """Longest completion, tokens."""
+    learning_rate: float = 1e-3
+    """Adam's step size at the first step; falls linearly to 0."""
+    lora_rank: int = 32
+    """Rank of the adapter (alpha is 32)."""
+    max_length: int = 512
+    """Longest prompt + max_tokens; longer prompts are dropped and counted."""
+    test_rows: int = 100
+    """Held-out prompts, each answered four times."""
+    eval_every: int = 10
+    """Steps between evaluations on the held-out prompts."""
+    seed: int = 0
+    """Of the adapter, the order of the data and the samples."""
+    device: str = "auto"
+    """cuda, mps or cpu; auto takes the first there is."""
+    dtype: str = "auto"
+    """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
+    log_path: str = ""
+    """Run folder; empty takes the next free runs/grpo-N."""
+
+    def __post_init__(self) -> None:
+        sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
+        runs.check_positive(self, "updates_per_rollout", "max_tokens", "learning_rate", *sizes)
+        runs.check_positive(self, "clip_low", "clip_high")
+        runs.check_at_least(self, 2, "group_size")
+        runs.check_at_least(self, 0, "kl_coef", "entropy_coef")
+
+
+# ---- reward ---------------------------------------------------------------------- change me ----
+
+
+def reward(row: dict, completions: list[str]) -> list[float]:
+    """1 where a completion is the row's answer and nothing else, 0 elsewhere."""
+    return [float(text.strip() == str(row["answer"]).strip()) for text in completions]
+
+
+def bradley_terry_reward(service: tinker.ServiceClient, config: Config) -> Callable:
+    """The reward that recipes/bradley_terry.py has learnt, nats."""
+    from recipes.bradley_terry import load_scorer, score_texts
+
+    scorer, judge = load_scorer(service, config.reward_model, config.model)
+    return lambda row, texts: score_texts(scorer, judge, [(row["prompt"], t) for t in texts])
+
+
+# ---- loss ------------------------------------------------------------------------ change me ----
+
+
+def kl_term(
+    estimator: KLEstimator, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, ratio: torch.Tensor
+) -> torch.Tensor:
+    """The KL term of each sampled token, `(N,)` nats; for its gradient see the top of this file.
+
+    Source: Schulman's k1, k2, k3, joschu.net/blog/kl-approx.html. Which of them regularises is
+    worked out by enumeration in tests/recipes/test_grpo.py.
+    """
+    d = logprobs - ref_logprobs
+    k3 = torch.exp(-d.clamp(min=-20.0)) - 1 + d
+    terms = {
+        "k2": ratio.detach() * d**2 / 2,
+        "k3_ratio": ratio * k3,
+        "k1_reward": ratio * d.detach(),
+        "k3": k3,
+        "k1_no_regularisation": d,
+    }
+    return terms[estimator]
+
+
+def grpo_loss(
+    data: list[tinker.Datum], logprobs: list[torch.Tensor], config: Config
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The clipped policy gradient with a KL term, summed under the datums' weights.
+
+        L = sum_t weights[t] * (-min(ratio A, clip(ratio) A) + kl_coef * KL)[t]
+
+    Source: Shao et al. 2024, arXiv 2402.03300, equation 3. Differs: see the top of this file; the
+    log-ratio is capped at 20 either way, so that no stray token gives inf.
+
+    Args:
+        data: D datums with "weights" (the reduction's, 0 on the prompt), "advantages",
+            "sampling_logprobs" and "ref_logprobs", all `(N_i,)`.
+        logprobs: D tensors `(N_i,)`, nats; gradient flows here.
+        config: clip_low, clip_high, kl_coef and kl_estimator are used.
+    Returns:
+        loss: 0-d.
+        metrics: ratio_max, clip_fraction (of tokens whose gradient the clip stops), logprob_gap
+            (largest |log p - log p_sampled|, nats: before an update, sampler against scorer).
+    Raises:
+        DatumError: an input missing or misaligned.
+    """
+    keys = ("weights", "advantages", "sampling_logprobs", "ref_logprobs")
+    check_alignment(data, logprobs, *keys)
+    lp = torch.cat(logprobs)
+    weights, advantages, sampled, ref = (
+        torch.cat([input_tensor(d, key, lp) for d in data]) for key in keys
+    )
+    on = weights != 0
+    lp, weights, advantages, sampled, ref = (x[on] for x in (lp, weights, advantages, sampled, ref))
+    ratio = (lp - sampled).clamp(-20.0, 20.0).exp()
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    policy = -torch.minimum(ratio * advantages, clipped * advantages)
+    kl = kl_term(config.kl_estimator, lp, ref, ratio)
+    loss = (weights * (policy + config.kl_coef * kl)).sum()
+    stopped = (ratio * advantages > clipped * advantages) & (ratio != clipped)
+    return loss, {
+        "ratio_max": ratio.max().item(),
+        "clip_fraction": stopped.float().mean().item(),
+        "logprob_gap": (lp - sampled).abs().max().item(),
+    }
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def token_weight(reduction: Reduction, length: int, lengths: list[int], max_tokens: int) -> float:
+    """Weight of each token of a completion of `length`, among all sampled ones of `lengths`."""
+    if reduction == "token_mean":
+        return 1 / sum(lengths)
+    return 1 / (len(lengths) * (length if reduction == "sequence_mean" else max_tokens))
+
+
+def build_data(
+    rows: list[dict], groups: list[list], rewards: list[list[float]], config: Config
+) -> tuple[list[tinker.Datum], float]:
+    """Datums from the sampled token ids, and the share of groups whose rewards are all equal. Those
+    give none; the weights count their tokens too, so the policy gradient is the same."""
+    lengths = [len(s.tokens) for group in groups for s in group]
+    data, equal = [], 0
+    for row, group, values in zip(rows, groups, rewards, strict=True):
+        if max(values) == min(values):
+            equal += 1
+            continue
+        advantages = torch.tensor(values) - sum(values) / len(values)
+        if config.normalize_std:
+            advantages = advantages / advantages.pow(2).mean().sqrt()
+        for s, advantage in zip(group, advantages.tolist(), strict=True):
+            weight = token_weight(config.reduction, len(s.tokens), lengths, config.max_tokens)
+            inputs = {"advantages": advantage, "sampling_logprobs": s.logprobs}
+            datum = datum_from_prompt_completion(row["prompt_tokens"], s.tokens, **inputs)
+            weights = datum.loss_fn_inputs["weights"].to_torch() * weight
+            data.append(with_inputs(datum, weights=weights))
+    return data, equal / len(groups)
+
+
+def measure(
+    reference: tinker.TrainingClient, rows: list[dict], groups: list, rewards: list
+) -> dict[str, float]:
+    """Of all completions: the mean reward; per token, the KL to the reference (k1: the mean of
+    log p - log p_ref, which is unbiased) and the entropy estimate (the mean of -log p), nats."""
+    made = [(row, s) for row, group in zip(rows, groups, strict=True) for s in group]
+    data = [datum_from_prompt_completion(row["prompt_tokens"], s.tokens) for row, s in made]
+    ref = weighted_sums(add_ref_logprobs(reference, data), "ref_logprobs").sum().item()
+    tokens, logprob = sum(len(s.tokens) for _, s in made), sum(sum(s.logprobs) for _, s in made)
+    return {
+        "reward": sum(map(sum, rewards)) / len(made),
+        "kl": (logprob - ref) / tokens,
+        "entropy": -logprob / tokens,
+        "completion_tokens": tokens,
+    }
+
+
+def with_prompt_tokens(rows: list[dict], tokenizer, config: Config) -> list[dict]:
+    """The rows whose prompt leaves room for max_tokens, with its tokens."""
+    rows = [{**row, "prompt_tokens": chat.render_prompt(tokenizer, row["prompt"])} for row in rows]
+    return [r for r in rows if len(r["prompt_tokens"]) + config.max_tokens <= config.max_length]
+
+
+# ---- train ---------------------------------------------------------------------------------------
+
+
+def train(config: Config) -> dict[str, float]:
+    """The whole run; returns the held-out metrics at its end."""
+    columns = ("prompt",) if config.reward_model else ("prompt", "answer")
+    train_rows, test_rows = train_test(config.dataset, columns, config.test_rows, config.seed)
+    panels = [
+        runs.Panel("reward", "mean per completion", ["reward", "test_reward"]),
+        runs.Panel("KL to the reference", "nats per token", ["kl", "test_kl"], 0.0, "untrained"),
+        runs.Panel("off-policy", "", ["ratio_max", "clip_fraction", "zero_variance"]),
+        runs.Panel("entropy", "nats per token", ["entropy", "test_entropy"]),
+    ]
+    with runs.Run("grpo", config, config.num_steps, progress=("reward", "kl", "loss")) as run:
+        service = tinker.ServiceClient(
+            device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
+        )
+        client = start_client(service, config)
+        reference = frozen_copy(service, client, config.model)
+        tokenizer = client.get_tokenizer()
+        reward_fn = bradley_terry_reward(service, config) if config.reward_model else reward
+        given = len(train_rows) + len(test_rows)
+        train_rows = with_prompt_tokens(train_rows, tokenizer, config)
+        test_rows = with_prompt_tokens(test_rows, tokenizer, config)
+        print(
+            f"prompts: {len(train_rows)} to train on, {len(test_rows)} held out; dropped as longer "
+            f"than {config.max_length} tokens: {given - len(train_rows) - len(test_rows)}\n"
+            "a loss near 0 is normal: advantages of a group sum to 0. Watch reward and kl."
+        )
+        loss_fn, form = partial(grpo_loss, config=config), "logprobs"
+        if config.entropy_coef:
+            loss_fn, form = with_entropy_bonus(loss_fn, config.entropy_coef), "vocab_logprobs"
+
+        def sample(rows: list[dict], count: int, seed: str) -> tuple[list, list]:
+            sampler = client.save_weights_and_get_sampling_client().result()
+            prompts = [row["prompt_tokens"] for row in rows]
+            groups = rollout(sampler, prompts, count, max_tokens=config.max_tokens, seed=seed)
+            texts = [texts_of(tokenizer, group) for group in groups]
+            rewards = [grade(reward_fn, row, t) for row, t in zip(rows, texts, strict=True)]
+            return groups, rewards
+
+        def evaluate() -> tuple[dict[str, float], list[str]]:
+            groups, rewards = sample(test_rows, 4, f"{config.seed}/test")
+            found = measure(reference, test_rows, groups, rewards)
+            first = [texts_of(tokenizer, group[:1])[0] for group in groups[:3]]
+            return {f"test_{name}": found[name] for name in ("reward", "kl", "entropy")}, first
+
+        before, shown_before = evaluate()
+        run.log(0, before)
+        for step in range(config.num_steps):
+            started = time.perf_counter()
+            chosen = batch_indices(len(train_rows), config.batch_size, step, config.seed)
+            rows = [train_rows[i] for i in chosen]
+            groups, rewards = sample(rows, config.group_size, f"{config.seed}/{step}")
+            metrics = measure(reference, rows, groups, rewards)
+            data, metrics["zero_variance"] = build_data(rows, groups, rewards, config)
+            data = add_ref_logprobs(reference, data) if data else []
+            adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
+            for update in range(config.updates_per_rollout if data else 0):
+                backward = client.forward_backward_custom(data, loss_fn, loss_type_input=form)
+                stepped = client.optim_step(adam)
+                new = {**backward.result().metrics, **stepped.result().metrics}
+                gap = new["logprob_gap"] if update == 0 else metrics["logprob_gap"]
+                metrics |= {**new, "logprob_gap": gap}  # later it holds the updates' own change
+            seconds = time.perf_counter() - started
+            metrics["tokens_per_second"] = metrics["completion_tokens"] / seconds
+            if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
+                after, shown_after = evaluate()
+                metrics |= after
+            run.log(step, metrics)
+
+        adapter = client.save_weights_for_sampler("final").result().path
+        run.save_before_after("Held-out prompts, before and after", before, after)
+        run.save_samples(
+            [
+                {"prompt": chat.last_text(row["prompt"]), "before": b, "after": a}
+                for row, b, a in zip(test_rows[:3], shown_before, shown_after, strict=True)
+            ]
+        )
+        print(f"adapter: {adapter}\nplot: {run.plot(panels)}")
+        return after
+
+
+if __name__ == "__main__":
+    train(runs.parse_config(Config))
