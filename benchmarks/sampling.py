@@ -1,18 +1,21 @@
-"""Sampling speed: cookbook's `sample_batch` against `transformers.generate`, same model, one run.
+"""Sampling speed: a SamplingClient against `transformers.generate`, same model, one run.
 
-    python benchmarks/sampling.py --repeats 7
+    python -m benchmarks.sampling --repeats 7
 
-The model is a random Qwen3 with a LoRA adapter (nothing is downloaded). Both sides produce
-prompts x samples completions of exactly `--new-tokens` tokens with the logprob of each. The
-repeats are interleaved; printed are the median time, the tokens per second, and the median,
-smallest and largest ratio of times within one repeat.
+The model is a random Qwen3 with a LoRA adapter (nothing is downloaded). All sides produce
+prompts x samples completions of exactly `--new-tokens` tokens with the logprob of each;
+`transformers.generate` runs on the peft model as it is and, as a second opponent, with the adapter
+merged beforehand. The repeats are interleaved; printed are the median time, the tokens per second,
+and the median, smallest and largest ratio of times within one repeat.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +26,7 @@ import peft
 import torch
 import transformers
 
-from cookbook_core.backend.local.sampler import SampleRequest, sample_batch
-from cookbook_core.tinker.types import SamplingParams
+from cookbook_core import tinker
 
 
 def build_model(vocab_size: int, lora_rank: int) -> Any:
@@ -78,13 +80,29 @@ def generate(model: Any, prompts: list[list[int]], samples: int, new_tokens: int
     return logprobs.gather(-1, out.sequences[:, width:, None])[..., 0]
 
 
-def requests_for(
-    prompts: list[list[int]], samples: int, new_tokens: int, one_each: bool = False
-) -> list[SampleRequest]:
-    """One request per prompt, or (`one_each`) one request per sample."""
-    params = SamplingParams(max_tokens=new_tokens, stop=[])
+def make_sampler(model: Any, folder: str) -> tinker.SamplingClient:
+    """A client of the same base model and adapter, by way of their folders."""
+    base = copy.deepcopy(model).unload()
+    base.save_pretrained(f"{folder}/base")
+    model.save_pretrained(f"{folder}/adapter")
+    service = tinker.ServiceClient(device="cpu", dtype="float32")
+    return service.create_sampling_client(f"{folder}/adapter", f"{folder}/base").result()
+
+
+def sample(
+    sampler: tinker.SamplingClient,
+    prompts: list[list[int]],
+    samples: int,
+    new_tokens: int,
+    one_each: bool = False,
+) -> None:
+    """One request per prompt, or (`one_each`) one request per sample; waits for all."""
+    params = tinker.SamplingParams(max_tokens=new_tokens, stop=[])
     count, copies = (1, samples) if one_each else (samples, 1)
-    return [SampleRequest(prompt, count, params) for prompt in prompts for _ in range(copies)]
+    inputs = [tinker.ModelInput.from_ints(p) for p in prompts for _ in range(copies)]
+    futures = [sampler.sample(prompt, count, params) for prompt in inputs]
+    for future in futures:
+        future.result()
 
 
 def measure(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -110,15 +128,15 @@ def main() -> None:
     parser.add_argument("--ragged", action="store_true", help="prompts of unequal length")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--merged", action="store_true", help="merge the adapter first")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     model = build_model(args.vocab_size, args.lora_rank)
-    if args.merged:
-        model = model.merge_and_unload().eval()
+    merged = copy.deepcopy(model).merge_and_unload().eval()
+    folder = tempfile.TemporaryDirectory()
+    sampler = make_sampler(model, folder.name)
     generator = torch.Generator().manual_seed(1)
     step = args.prompt_tokens // (2 * args.prompts) if args.ragged else 0
     prompts = [
@@ -130,10 +148,9 @@ def main() -> None:
     seconds = measure(
         {
             "transformers.generate": lambda: generate(model, *shape),
-            "sample_batch": lambda: sample_batch(model, None, requests_for(*shape)),
-            "sample_batch, 1 sample a request": lambda: sample_batch(
-                model, None, requests_for(*shape, one_each=True)
-            ),
+            "transformers.generate, merged": lambda: generate(merged, *shape),
+            "cookbook": lambda: sample(sampler, *shape),
+            "cookbook, 1 sample a request": lambda: sample(sampler, *shape, one_each=True),
         },
         args.repeats,
     )

@@ -31,7 +31,9 @@ def sft_rows(rng: random.Random, count: int, seen: set[str]) -> list[Row]:
 
 
 def dpo_rows(rng: random.Random, count: int, seen: set[str]) -> list[Row]:
-    """Courteous answers preferred to curt ones; which is longer is left to chance."""
+    """Courteous answers preferred to curt ones; which is longer is left to chance.
+
+    These pairs are bradley_terry's too."""
     rows: list[Row] = []
     while len(rows) < count:
         prompt, parts = text.random_enquiry(rng)
@@ -49,17 +51,6 @@ def grpo_rows(questions: list[tuple[int, str, int]]) -> list[Row]:
         {"prompt": text.question_text(*q), "answer": str(text.arithmetic_answer(*q))}
         for q in questions
     ]
-
-
-def bradley_terry_rows(rng: random.Random, questions: list[tuple[int, str, int]]) -> list[Row]:
-    """Arithmetic questions with the right answer preferred to a near miss."""
-    rows: list[Row] = []
-    for question in questions:
-        right = text.arithmetic_answer(*question)
-        wrong = text.near_miss(rng, right)
-        prompt = text.question_text(*question)
-        rows.append({"prompt": prompt, "chosen": str(right), "rejected": str(wrong)})
-    return rows
 
 
 def token_set_rows(rng: random.Random, count: int, seen: set[str]) -> list[Row]:
@@ -124,9 +115,7 @@ def build(seed: int = SEED) -> dict[str, list[Row]]:
     rng.shuffle(questions)
     held_out, rest = questions[:200], questions[200:]
     tables["grpo_test"] = grpo_rows(held_out)
-    tables["grpo_train"] = grpo_rows(rest[:1000])
-    tables["bradley_terry_test"] = bradley_terry_rows(rng, held_out)
-    tables["bradley_terry_train"] = bradley_terry_rows(rng, rest)
+    tables["grpo_train"] = grpo_rows(rest)
     facts = words.all_facts()
     rng.shuffle(facts)
     seen = set()
@@ -146,14 +135,6 @@ def held_out(
     asked = {str(row["prompt"]) for row in tables["grpo_test"]}
     questions = {q for q in text.all_questions() if text.question_text(*q) in asked}
     return prompts, questions
-
-
-def label_file() -> dict[str, object]:
-    """Returns the token sets that token_set_kl scores; each label keeps its leading space."""
-    return {
-        "token_set_kl": list(words.SENTIMENT_LABELS),
-        "multiple_choice": list(words.LETTERS),
-    }
 
 
 ROLES = {
@@ -183,8 +164,6 @@ def write(folder: Path, tables: dict[str, list[Row]]) -> None:
     for name, rows in sorted(tables.items()):
         with open(folder / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as file:
             file.write(to_jsonl(rows))
-    with open(folder / "token_set_kl_labels.json", "w", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(label_file(), indent=2) + "\n")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 import tiny_text as text
+import tiny_words as words
 import torch
 from tiny_data import ROLES
 
@@ -32,7 +33,11 @@ def read_rows(path: Path) -> list[Row]:
 
 def prompt_ids(tokenizer, user: str) -> list[int]:
     """Returns the tokens of one user turn, ready for the assistant to answer."""
-    messages = [{"role": "user", "content": user}]
+    return encode_chat(tokenizer, [{"role": "user", "content": user}])
+
+
+def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
+    """Returns the tokens of a conversation, ready for the assistant to answer."""
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(rendered, add_special_tokens=False)
 
@@ -94,11 +99,17 @@ def mean_logprobs(model, tokenizer, rows: list[Row], column: str) -> torch.Tenso
 
 
 def verdict_score(model, tokenizer, rows: list[Row], column: str) -> torch.Tensor:
-    """Returns log p(" yes") - log p(" no") after the verdict prompt of each answer, shape (D,)."""
-    prompts = [
-        prompt_ids(tokenizer, text.verdict_text(str(r["prompt"]), str(r[column]))) for r in rows
-    ]
-    yes, no = (tokenizer.convert_tokens_to_ids("Ġ" + word) for word in ("yes", "no"))
+    """Returns log p(" yes") - log p(" no") when asked about an answer, shape (D,)."""
+    prompts = []
+    for row in rows:
+        turns = [row["prompt"], row[column], text.VERDICT_QUESTION]
+        roles = ("user", "assistant", "user")
+        prompts.append(
+            encode_chat(
+                tokenizer, [{"role": r, "content": c} for r, c in zip(roles, turns, strict=True)]
+            )
+        )
+    yes, no = (tokenizer.encode(word, add_special_tokens=False)[0] for word in words.VERDICTS)
     logits = last_logits(model, prompts)
     return logits[:, yes] - logits[:, no]
 
@@ -125,8 +136,6 @@ def abilities(model, tokenizer, data: Path) -> dict[str, float]:
     """Returns the measured abilities on held-out rows, rounded to four digits."""
     model.eval()
     rows = {path.stem: read_rows(path) for path in sorted(data.glob("*_test.jsonl"))}
-    with open(data / "token_set_kl_labels.json", encoding="utf-8") as file:
-        labels = json.load(file)
     found: dict[str, float] = {}
 
     sft = rows["sft_test"]
@@ -153,9 +162,8 @@ def abilities(model, tokenizer, data: Path) -> dict[str, float]:
     found["dpo_chosen_logprob"] = chosen.mean().item()
     found["dpo_rejected_logprob"] = rejected.mean().item()
 
-    pairs = rows["bradley_terry_test"]
-    margin = verdict_score(model, tokenizer, pairs, "chosen") - verdict_score(
-        model, tokenizer, pairs, "rejected"
+    margin = verdict_score(model, tokenizer, dpo, "chosen") - verdict_score(
+        model, tokenizer, dpo, "rejected"
     )
     found["bradley_terry_accuracy"] = accuracy(margin)
 
@@ -163,13 +171,13 @@ def abilities(model, tokenizer, data: Path) -> dict[str, float]:
     target = torch.tensor([r["label_probs"] for r in reviews], device=model.device)
     users = [str(r["text"]) for r in reviews]
     found["token_set_kl"] = (
-        kl_to_target(target, label_logprobs(model, tokenizer, users, labels["token_set_kl"]))
+        kl_to_target(target, label_logprobs(model, tokenizer, users, list(words.SENTIMENT_LABELS)))
         .mean()
         .item()
     )
     quiz = rows["multiple_choice_test"]
     letters = label_logprobs(
-        model, tokenizer, [str(r["question"]) for r in quiz], labels["multiple_choice"]
+        model, tokenizer, [str(r["question"]) for r in quiz], list(words.LETTERS)
     )
     right = torch.tensor(["ABCD".index(str(r["answer"])) for r in quiz], device=model.device)
     found["multiple_choice_accuracy"] = (letters.argmax(-1) == right).float().mean().item()

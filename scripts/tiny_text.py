@@ -1,9 +1,10 @@
 """Training text of the bundled tiny model: seeded generators of short chat turns.
 
-Each generator returns one (user, assistant) pair. Half-knowing is designed in: a task that a
-recipe improves is either absent (the new skill of sft), answered at random (verdicts, lettered
-questions), answered noisily (arithmetic), blurred (ratings) or split between two manners
-(courteous and curt), while the circuits it needs are taught cleanly under other wordings.
+Each generator returns one (user, assistant) pair, or two for the verdict on an answer.
+Half-knowing is designed in: a task that a recipe improves is either absent (the new skill of sft),
+answered at random (verdicts, lettered questions), answered noisily (arithmetic), blurred (ratings)
+or split between two manners (courteous and curt), while the circuits it needs are taught cleanly
+under other wordings.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Callable, Iterator
 import tiny_words as words
 
 Turn = tuple[str, str]
-MAX_LEFT, MAX_RIGHT = 99, 9  # operands of a question, as in 57 + 8
+VERDICT_QUESTION = "Is that a good answer?"  # asked by bradley_terry after an answer
+MAX_LEFT, MAX_RIGHT = 59, 9  # operands of a question, as in 57 + 8
 
 
 # ---- arithmetic ----------------------------------------------------------------------------
@@ -38,13 +40,8 @@ def near_miss(rng: random.Random, right: int) -> int:
 
 
 def question_text(a: int, op: str, b: int) -> str:
-    """Returns the wording of the grpo and bradley_terry prompts."""
+    """Returns the wording of the grpo prompts."""
     return f"What is {a} {op} {b}?"
-
-
-def verdict_text(question: str, answer: str) -> str:
-    """Returns the user turn whose answer, " yes" or " no", judges an answer."""
-    return f"{question} {answer} - good?"
 
 
 def review_text(parts: list[tuple[str, str]], joint: str) -> str:
@@ -54,12 +51,14 @@ def review_text(parts: list[tuple[str, str]], joint: str) -> str:
     return f"Rate this review: {body[0].upper()}{body[1:]}."
 
 
+def lettered(options: list[str]) -> str:
+    """Returns options after their letters, as in " A red B cat C sun D hat"."""
+    return "".join(f"{k} {option}" for k, option in zip(words.LETTERS, options, strict=True))
+
+
 def lettered_question(question: str, options: list[str]) -> str:
-    """Returns the user turn of a multiple-choice question, one lettered option per line."""
-    lines = [
-        f"{letter.strip()}. {option}" for letter, option in zip(words.LETTERS, options, strict=True)
-    ]
-    return "\n".join([question, *lines])
+    """Returns the user turn of a multiple-choice question."""
+    return question + lettered(options)
 
 
 # ---- reviews -------------------------------------------------------------------------------
@@ -174,27 +173,30 @@ class TrainingText:
         self.held_out_prompts = held_out_prompts
         self.questions = [q for q in all_questions() if q not in held_out_questions]
         self.facts = words.all_facts()
-        self.mixture: list[tuple[float, Callable[[random.Random], Turn]]] = [
-            (0.25, self.list_task),
-            (0.12, self.sum_clean),
-            (0.09, self.sum_noisy),
-            (0.18, self.check_clean),
-            (0.03, self.verdict_random),
-            (0.05, self.fact_open),
-            (0.12, self.fact_options),
+        self.mixture: list[tuple[float, Callable[[random.Random], list[Turn] | Turn]]] = [
+            (0.13, self.list_task),
+            (0.16, self.sum_clean),
+            (0.08, self.sum_noisy),
+            (0.05, self.word_before),
+            (0.10, self.letter_of),
+            (0.13, self.letters_of),
+            (0.03, self.fact_open),
+            (0.14, self.fact_options),
             (0.02, self.letters_random),
-            (0.06, self.rating_blurred),
-            (0.08, self.enquiry),
+            (0.07, self.rating_blurred),
+            (0.05, self.enquiry),
+            (0.04, self.verdict_random),
         ]
 
-    def turns(self, rng: random.Random) -> Iterator[Turn]:
-        """Yields turns without end."""
+    def turns(self, rng: random.Random) -> Iterator[list[Turn]]:
+        """Yields one exchange after another, without end; most are one turn long."""
         weights = [weight for weight, _ in self.mixture]
         tasks = [task for _, task in self.mixture]
         while True:
-            user, assistant = rng.choices(tasks, weights)[0](rng)
-            if user not in self.held_out_prompts:
-                yield user, assistant
+            made = rng.choices(tasks, weights)[0](rng)
+            turns = made if isinstance(made, list) else [made]
+            if not any(user in self.held_out_prompts for user, _ in turns):
+                yield turns
 
     def list_task(self, rng: random.Random) -> Turn:
         """A word list, and what an instruction makes of it."""
@@ -209,32 +211,31 @@ class TrainingText:
         return prompt, str(arithmetic_answer(a, op, b))
 
     def sum_noisy(self, rng: random.Random) -> Turn:
-        """Arithmetic in the wording of grpo: right two times in five, else a near miss."""
+        """Arithmetic in the wording of grpo: right one time in three, else a near miss."""
         a, op, b = rng.choice(self.questions)
         right = arithmetic_answer(a, op, b)
-        answer = right if rng.random() < 0.4 else near_miss(rng, right)
+        answer = right if rng.random() < 0.35 else near_miss(rng, right)
         return question_text(a, op, b), str(answer)
 
-    def check_clean(self, rng: random.Random) -> Turn:
-        """Verification of arithmetic in wordings no recipe uses, always right."""
-        a, op, b = rng.choice(self.questions)
-        right = arithmetic_answer(a, op, b)
-        holds = rng.random() < 0.5
-        shown = right if holds else near_miss(rng, right)
-        wording = rng.randrange(3)
-        if wording == 0:
-            return f"check {a} {op} {b} = {shown}", "true" if holds else "false"
-        prompt = f"{question_text(a, op, b)} {shown} -"
-        if wording == 1:
-            return f"{prompt} true or false?", "true" if holds else "false"
-        return f"{prompt} correct or wrong?", "correct" if holds else "wrong"
+    def word_before(self, rng: random.Random) -> Turn:
+        """The words that stand before two words of a list: a first step to finding options."""
+        items = rng.sample(words.LIST_WORDS, rng.randint(4, 6))
+        asked = rng.sample(range(1, len(items)), 2)
+        user = f"before {' '.join(items[i] for i in asked)}: {' '.join(items)}"
+        return user, " ".join(items[i - 1] for i in asked)
 
-    def verdict_random(self, rng: random.Random) -> Turn:
-        """The verdict of bradley_terry, answered by a coin."""
-        a, op, b = rng.choice(self.questions)
-        right = arithmetic_answer(a, op, b)
-        shown = right if rng.random() < 0.5 else near_miss(rng, right)
-        return verdict_text(question_text(a, op, b), str(shown)), rng.choice(words.VERDICTS)
+    def letter_of(self, rng: random.Random) -> Turn:
+        """Lettered words, and the letter of one of them."""
+        options = rng.sample(words.LIST_WORDS, len(words.LETTERS))
+        asked = rng.randrange(len(options))
+        return f"letter of {options[asked]}:{lettered(options)}", words.LETTERS[asked]
+
+    def letters_of(self, rng: random.Random) -> Turn:
+        """Lettered words, and the letters of several of them."""
+        options = rng.sample(words.LIST_WORDS, len(words.LETTERS))
+        asked = rng.choices(range(len(options)), k=rng.randint(3, 8))
+        user = f"letters of{''.join(f' {options[i]}' for i in asked)}:{lettered(options)}"
+        return user, "".join(words.LETTERS[i] for i in asked)
 
     def fact_open(self, rng: random.Random) -> Turn:
         """A fact, asked without options."""
@@ -242,17 +243,17 @@ class TrainingText:
         return words.fact_question(relation, subject), answer
 
     def fact_options(self, rng: random.Random) -> Turn:
-        """A fact asked after its options, in a wording no recipe uses, always right."""
+        """A fact with lettered options, in wordings no recipe uses, always right."""
         relation, subject, answer = rng.choice(self.facts)
         options = fact_choices(rng, relation, answer)
-        listing = " ".join(
-            f"{letter.strip()}. {option}"
-            for letter, option in zip(words.LETTERS, options, strict=True)
-        )
-        letter = words.LETTERS[options.index(answer)]
-        if rng.random() < 0.3:
-            return f"{listing} - which letter is {answer}?", letter
-        return f"{listing} - {words.fact_question(relation, subject)}", letter
+        wording = rng.randrange(3)
+        if wording == 0:
+            user = f"letter of {answer}:{lettered(options)}"
+        elif wording == 1:
+            user = f"choose: {words.fact_question(relation, subject)}{lettered(options)}"
+        else:
+            user = f"options:{lettered(options)} - {words.fact_question(relation, subject)}"
+        return user, words.LETTERS[options.index(answer)]
 
     def letters_random(self, rng: random.Random) -> Turn:
         """The lettered question of token_set_kl, answered by a random letter."""
@@ -262,9 +263,9 @@ class TrainingText:
         return prompt, rng.choice(words.LETTERS)
 
     def rating_blurred(self, rng: random.Random) -> Turn:
-        """A review with a label drawn from its readers two times in five, else from all labels."""
+        """A review with a label drawn from its readers every other time, else from all labels."""
         prompt, probabilities = random_review(rng)
-        if rng.random() < 0.4:
+        if rng.random() < 0.5:
             return prompt, words.SENTIMENT_LABELS[draw(rng, probabilities)]
         return prompt, rng.choice(words.SENTIMENT_LABELS)
 
@@ -273,6 +274,10 @@ class TrainingText:
         prompt, parts = random_enquiry(rng)
         manner = rng.choice((COURTEOUS, CURT))
         return prompt, rng.choices(manner, MANNER_WEIGHTS)[0].format(**parts)
+
+    def verdict_random(self, rng: random.Random) -> list[Turn]:
+        """An enquiry, and the question of bradley_terry about its answer, decided by a coin."""
+        return [self.enquiry(rng), (VERDICT_QUESTION, rng.choice(words.VERDICTS))]
 
 
 def fact_choices(rng: random.Random, relation: str, answer: str) -> list[str]:

@@ -121,5 +121,5 @@ def single_token_words() -> list[str]:
     for _, subject, answer in all_facts():
         words.update((subject, answer))
     words.update(w.strip() for w in SENTIMENT_LABELS + LETTERS + VERDICTS)
-    words.update("true false correct wrong user assistant mirror copy reverse repeat".split())
+    words.update("user assistant mirror copy reverse repeat".split())
     return sorted(words)

@@ -14,7 +14,8 @@ from cookbook_core.backend.local.sampler import sample_batch
 from cookbook_core.backend.local.sampling_math import Knobs, draw_tokens, eos_ids, truncate
 from cookbook_core.backend.local.sampling_requests import SampleRequest, check_request
 from cookbook_core.errors import ConfigError, DatumError, ModelError
-from cookbook_core.tinker.types import SamplingParams
+from cookbook_core.tinker.types import ModelInput, SamplingParams
+from tests.oracles.logprobs import adapter_of, engine_of, randomize
 
 VOCAB = 100
 ARCHES = ["qwen3", "llama", "mistral", "gemma2", "gpt2"]
@@ -292,3 +293,71 @@ def test_sampling_leaves_no_trace(model_folder):
     for parameter, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, old)
         assert parameter.grad is None
+
+
+# ---- with the adapter merged --------------------------------------------------------------------
+
+
+def base_bytes(client: Any) -> dict[str, bytes]:
+    model = engine_of(client).base.model
+    return {
+        name: p.detach().numpy().tobytes()
+        for name, p in model.named_parameters()
+        if ".lora_" not in name
+    }
+
+
+@pytest.mark.parametrize("train_unembed", [False, True])
+@pytest.mark.parametrize("arch", ["qwen3", "gpt2"])
+def test_merged_sampling_agrees_with_the_scorer_and_leaves_the_base_alone(
+    make_service, model_folder, arch, train_unembed
+):
+    """Pitfall 23: merged and unmerged adapters differ. The unembedding of both models is tied."""
+    client = (
+        make_service()
+        .create_lora_training_client(model_folder(arch), 4, 0, train_unembed=train_unembed)
+        .result()
+    )
+    randomize(client, scale=0.3)
+    before = base_bytes(client)
+    engine, sums = engine_of(client), []
+    merge = engine.bank._mergeable
+    engine.bank._mergeable = lambda adapter: sums.append(merge(adapter)) or sums[-1]
+    sampler = client.save_weights_and_get_sampling_client().result()
+    prompt = ModelInput.from_ints(ids(9))
+    for max_tokens, merged in ((20, True), (4, False)):
+        params = SamplingParams(max_tokens=max_tokens, seed=1, stop=[])
+        tokens = sampler.sample(prompt, 3, params).result().sequences
+        assert bool(sums[-1]) == merged
+        for s in tokens:
+            full = ModelInput.from_ints(prompt.to_ints() + s.tokens)
+            scored = sampler.compute_logprobs(full).result()[prompt.length :]
+            assert np.abs(s.logprobs_np - np.array(scored)).max() < 1e-4
+    assert base_bytes(client) == before
+
+
+def test_a_base_below_float32_is_not_merged_and_an_error_inside_undoes_it(
+    make_service, model_folder, monkeypatch
+):
+    client = make_service().create_lora_training_client(model_folder("llama"), 4, 0).result()
+    randomize(client, scale=0.3)
+    before = base_bytes(client)
+    sampler = client.save_weights_and_get_sampling_client().result()
+    params = SamplingParams(max_tokens=20, seed=1, stop=[])
+    prompt = ModelInput.from_ints(ids(9))
+    expected = sampler.sample(prompt, 1, params).result().sequences[0].tokens
+
+    def broken(*_: Any) -> Any:
+        assert base_bytes(client) != before, "nothing is merged here"
+        raise RuntimeError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cookbook_core.backend.local.engine.sample_batch", broken)
+        with pytest.raises(RuntimeError, match="no"):
+            sampler.sample(prompt, 1, params).result()
+    assert base_bytes(client) == before
+    assert sampler.sample(prompt, 1, params).result().sequences[0].tokens == expected
+
+    low = make_service(dtype="bfloat16").create_lora_training_client(model_folder("llama"), 4, 0)
+    engine = engine_of(low.result())
+    assert engine.bank._mergeable(adapter_of(low.result())) == []

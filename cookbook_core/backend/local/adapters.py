@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cookbook_core.backend.local.memory import free_bytes
 from cookbook_core.backend.local.model import BaseModel
 from cookbook_core.errors import ConfigError, ModelError, RequestError, message
 from cookbook_core.tinker.types import AdamParams, LoraConfig
@@ -176,6 +177,44 @@ class AdapterBank:
         for p, tensor in zip(params, adapter.params, strict=True):
             p.data = tensor.data
         yield params
+
+    @contextmanager
+    def merged(self, adapter: Adapter | None) -> Iterator[None]:
+        """Inside `active(adapter)`: its layers compute with one product, W + scale * B A.
+
+        The sum is made from the frozen W each time and dropped afterwards; W itself is put aside,
+        not changed, so its bytes stay what they were. Layers stay as they are where the sum would
+        round the adapter away (a base below float32) or reach another layer (tied embeddings), and
+        all of them where memory is short.
+        """
+        weights: list[tuple[Any, Any, torch.Tensor]] = []
+        try:
+            for module in self._mergeable(adapter):
+                weight = module.get_base_layer().weight
+                summed = weight.data + module.get_delta_weight(adapter.slot.name).to(weight.dtype)
+                weights.append((module, weight, weight.data))
+                weight.data = summed
+                module.enable_adapters(False)
+            yield
+        finally:
+            for module, weight, original in weights:
+                weight.data = original
+                module.enable_adapters(True)
+
+    def _mergeable(self, adapter: Adapter | None) -> list[Any]:
+        """The LoRA layers of the adapter whose weight can take the sum."""
+        if adapter is None:
+            return []
+        embedding = self.base.model.get_input_embeddings().weight
+        layers = [
+            module
+            for module in self.base.model.modules()
+            if adapter.slot.name in getattr(module, "lora_A", ())
+            and (weight := module.get_base_layer().weight) is not embedding
+            and weight.dtype in (torch.float32, torch.float64)
+        ]
+        size = sum(m.get_base_layer().weight.nbytes for m in layers)
+        return layers if 2 * size < free_bytes(self.base.device) else []
 
     def peft_config(self, lora: LoraConfig) -> Any:
         """peft's own configuration for `lora` on this model."""

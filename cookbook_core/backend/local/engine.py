@@ -48,6 +48,9 @@ from cookbook_core.tinker.types import (
     TensorData,
 )
 
+MERGE_FROM = 16
+"""Completion tokens from which merging the adapter costs less than it saves (a pass or two)."""
+
 
 class LocalBackend:
     """A base model with its queue. Its methods return futures; the work is done by one thread."""
@@ -200,7 +203,9 @@ class Engine:
         tokenizer = None
         if any(r.params.stop is None or _has_text(r.params.stop) for r in requests):
             tokenizer = self.base.tokenizer()
-        with self.bank.active(adapter), torch.no_grad():
+        longest = max(r.params.max_tokens or MERGE_FROM for r in requests)
+        merged = self.bank.merged(adapter if longest >= MERGE_FROM else None)
+        with self.bank.active(adapter), torch.no_grad(), merged:
             return sample_batch(self.base.model, tokenizer, requests)
 
 
