@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import shutil
 import types
+import weakref
 from typing import Any
 
 import numpy as np
@@ -128,14 +132,19 @@ def test_prompt_logprobs(model_folder):
 # ---- the distribution ---------------------------------------------------------------------------
 
 
-def test_generation_config_is_ignored(model_folder):
-    """Pitfall 18: chi-square of 3000 first tokens against the full softmax."""
-    model, prompt, draws = load(model_folder()), ids(5), 3000
-    model.generation_config.top_k = 1
-    model.generation_config.temperature = 0.1
-    model.generation_config.repetition_penalty = 5.0
-    response = sample_batch(model, None, [request(prompt, draws, max_tokens=1, seed=0)])[0]
+def test_generation_config_is_ignored(service, model_folder, tmp_path):
+    """Pitfall 18: chi-square of 3000 first tokens, sampled through a client of a folder whose
+    generation_config would change them, against the full softmax."""
+    folder, prompt, draws = tmp_path / "model", ids(5), 3000
+    shutil.copytree(model_folder(), folder)
+    config = {"do_sample": True, "top_k": 1, "temperature": 0.1, "repetition_penalty": 5.0}
+    (folder / "generation_config.json").write_text(json.dumps(config), encoding="utf-8")
+    sampler = service.create_sampling_client(base_model=str(folder)).result()
+    params = SamplingParams(max_tokens=1, seed=0, stop=[])
+    response = sampler.sample(ModelInput.from_ints(prompt), draws, params).result()
     counts = np.bincount([s.tokens[0] for s in response.sequences], minlength=VOCAB)
+    model = load(str(folder))
+    assert model.generation_config.top_k == 1
     expected = full_forward(model, prompt)[-1].exp().numpy() * draws
     usual = expected >= 5
     counts = np.append(counts[usual], counts[~usual].sum())
@@ -361,3 +370,21 @@ def test_a_base_below_float32_is_not_merged_and_an_error_inside_undoes_it(
     low = make_service(dtype="bfloat16").create_lora_training_client(model_folder("llama"), 4, 0)
     engine = engine_of(low.result())
     assert engine.bank._mergeable(adapter_of(low.result())) == []
+
+
+def test_a_snapshot_is_a_copy_of_the_adapter_and_is_released(service, model_folder):
+    """At rest it holds tensors of the adapter's size and nothing of the model."""
+    client = service.create_lora_training_client(model_folder(), 4, 0).result()
+    sampler = client.save_weights_and_get_sampling_client().result()
+    held = sampler._backend._adapter
+    mine = adapter_of(client)
+    assert [p.shape for p in held.params] == [p.shape for p in mine.params]
+    assert not {p.data_ptr() for p in held.params} & {p.data_ptr() for p in mine.params}
+    assert held.grads is None
+    params = SamplingParams(max_tokens=20, stop=[])
+    sampler.sample(ModelInput.from_ints(ids(4)), 2, params).result()
+    released = weakref.ref(held)
+    del sampler, held
+    client.save_weights_and_get_sampling_client().result()  # the queue has moved on
+    gc.collect()
+    assert released() is None
