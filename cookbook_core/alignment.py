@@ -151,6 +151,21 @@ def check_alignment(
     raise_all(DatumError, problems)
 
 
+def columns(
+    data: Sequence[Datum], logprobs_list: Sequence[torch.Tensor], *keys: str
+) -> list[torch.Tensor]:
+    """All logprobs end to end, then each named input likewise: 1 + len(keys) tensors `(sum N_i,)`.
+
+    Raises:
+        DatumError: an input missing or not as long as the logprobs: datum, field, lengths.
+    """
+    import torch
+
+    check_alignment(data, logprobs_list, *keys)
+    flat = torch.cat(list(logprobs_list))
+    return [flat, *(torch.cat([input_tensor(d, key, flat) for d in data]) for key in keys)]
+
+
 def weighted_sum(logprobs: torch.Tensor, weights: Any, **align: Any) -> torch.Tensor:
     """sum_t weights[t] * logprobs[t]: 0-d, nats. Keywords go to `align_weights`.
 

@@ -160,3 +160,35 @@ def builtin_loss(name: str, config: Mapping[str, float | str] | None = None) -> 
                 message(f'loss_fn_config["{key}"]', "not a number", "a float", repr(value))
             )
     return functools.partial(loss, **(config or {}))
+
+
+def with_entropy_bonus(loss_fn: LossFn, entropy_coef: float) -> LossFn:
+    """`loss_fn` minus entropy_coef * sum_t weights[t] * H[t], for "vocab_logprobs".
+
+    H[t] is the exact entropy (nats) of the model's distribution at position t, computed where
+    "weights" is not 0; `loss_fn` gets the logprobs of target_tokens there, and 0 elsewhere. Pass
+    what comes back with `loss_type_input="vocab_logprobs"`; it adds the metric "entropy", the mean
+    of H over those positions.
+    """
+
+    def loss_of_vocab(data: list[Datum], vocab_logprobs: list[Any]) -> Any:
+        import torch
+
+        logprobs: list[torch.Tensor] = []
+        entropies: list[torch.Tensor] = []
+        weights: list[torch.Tensor] = []
+        for datum, rows in zip(data, vocab_logprobs, strict=True):
+            w = datum.loss_fn_inputs["weights"].to_torch()
+            on = w.nonzero()[:, 0]
+            chosen = rows[on]  # (C, V): the prompt's rows are never computed
+            targets = datum.loss_fn_inputs["target_tokens"].to_torch()[on]
+            picked = chosen.gather(1, targets[:, None])[:, 0]
+            logprobs.append(picked.new_zeros(len(w)).index_put((on,), picked))
+            entropies.append(-(chosen.exp() * chosen).sum(dim=1))
+            weights.append(w[on])
+        loss, metrics = loss_fn(data, logprobs)
+        entropy = torch.cat(entropies)
+        bonus = entropy_coef * (torch.cat(weights).to(entropy) * entropy).sum()
+        return loss - bonus, {**metrics, "entropy": entropy.mean()}
+
+    return loss_of_vocab

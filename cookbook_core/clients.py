@@ -1,35 +1,44 @@
-"""What every recipe does with clients: start one, freeze a copy of it, score datums under it.
+"""What every recipe does with clients: start one, freeze a copy of it, score and sample under it.
 
 Only names of the `tinker` SDK are used, so a client of a hosted service will do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cookbook_core import chat
 from cookbook_core.custom_loss import logprobs_from_output
 from cookbook_core.datums import with_inputs
-from cookbook_core.tinker import Datum, ServiceClient, TrainingClient
+from cookbook_core.errors import LossError, message
+from cookbook_core.tinker import (
+    Datum,
+    ModelInput,
+    SampledSequence,
+    SamplingClient,
+    SamplingParams,
+    ServiceClient,
+    TrainingClient,
+)
 
 if TYPE_CHECKING:
     import torch
 
 
-def start_client(service: ServiceClient, config: Any) -> TrainingClient:
-    """The client a run trains: a fresh LoRA adapter, or the one in config.init_from.
+def start(
+    service: ServiceClient, model: str, init_from: str, lora_rank: int, seed: int
+) -> TrainingClient:
+    """The client a run trains: a fresh LoRA adapter, or what the folder `init_from` holds.
 
-    Args:
-        service: where to make it.
-        config: a recipe's, with fields model, init_from, lora_rank and seed. The unembedding is
-            left alone.
+    The unembedding is left alone. With init_from its rank and alpha hold, and lora_rank and seed
+    are not used.
     """
-    if config.init_from:
-        created = service.create_training_client_from_state(config.init_from, config.model)
-    else:
-        created = service.create_lora_training_client(
-            config.model, config.lora_rank, config.seed, train_unembed=False
-        )
+    if init_from:
+        return service.create_training_client_from_state(init_from, model).result()
+    created = service.create_lora_training_client(model, lora_rank, seed, train_unembed=False)
     return created.result()
 
 
@@ -58,3 +67,63 @@ def add_ref_logprobs(reference: TrainingClient, data: Sequence[Datum]) -> list[D
     """The same datums, each carrying the reference's logprobs of its own tokens."""
     ref_logprobs = score(reference, data)
     return [with_inputs(d, ref_logprobs=lp) for d, lp in zip(data, ref_logprobs, strict=True)]
+
+
+def rollout(
+    sampler: SamplingClient,
+    prompts: Sequence[Sequence[int]],
+    num_samples: int = 1,
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    seed: int | str = 0,
+) -> list[list[SampledSequence]]:
+    """Sample completions of each prompt, all decoded together, until the answer's end token.
+
+    Args:
+        sampler: the weights to sample from.
+        prompts: token ids, such as `chat.render_prompt` gives.
+        num_samples: completions per prompt.
+        max_tokens: of each completion.
+        temperature: 0 takes the likeliest token each time.
+        seed: fixes every completion; text such as f"{seed}/{step}" gives each step its own.
+    Returns:
+        For each prompt, num_samples sequences: token ids (train on these) and their logprobs.
+    Raises:
+        DatumError, ConfigError: a prompt or parameter the sampler refuses.
+    """
+    seeds, stop = random.Random(str(seed)), chat.stop_tokens(sampler.get_tokenizer())
+    futures = []
+    for prompt in prompts:
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, seed=seeds.getrandbits(60), stop=stop
+        )
+        futures.append(sampler.sample(ModelInput.from_ints(prompt), num_samples, params))
+    return [future.result().sequences for future in futures]
+
+
+def texts_of(tokenizer: Any, sequences: Sequence[SampledSequence]) -> list[str]:
+    """What was written, without end tokens: for rewards and for people, never to train on."""
+    return [tokenizer.decode(s.tokens, skip_special_tokens=True) for s in sequences]
+
+
+def grade(
+    reward_fn: Callable[[Any, list[str]], Sequence[float]],
+    row: Mapping[str, Any],
+    completions: list[str],
+) -> list[float]:
+    """`reward_fn(row, completions)`, one number per completion of the row's prompt, checked.
+
+    Raises:
+        LossError: it raised, returned another count, or a number that is not finite; the message
+            names the prompt.
+    """
+    where = f"reward for the prompt {chat.last_text(row['prompt'])!r}"
+    try:
+        rewards = [float(value) for value in reward_fn(row, completions)]
+    except Exception as error:
+        raise LossError(f"{where}: raised {type(error).__name__}: {error}") from error
+    if len(rewards) != len(completions) or not all(map(math.isfinite, rewards)):
+        rule = f"{len(completions)} finite numbers, one per completion"
+        raise LossError(message(where, "not usable", rule, rewards))
+    return rewards

@@ -67,15 +67,13 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None)
 def check_positive(config: Any, *names: str) -> None:
     """Raise ConfigError for the first of these fields that is not a finite number above 0."""
     for name in names:
-        if not 0 < (value := getattr(config, name)) < math.inf:
-            raise ConfigError(message(f"Config.{name}", "out of range", "> 0", value))
+        check(config, name, 0 < getattr(config, name) < math.inf, "> 0")
 
 
-def check_at_least(config: Any, low: float, *names: str) -> None:
-    """Raise ConfigError for the first of these fields that is not a finite number >= low."""
-    for name in names:
-        if not low <= (value := getattr(config, name)) < math.inf:
-            raise ConfigError(message(f"Config.{name}", "out of range", f">= {low}", value))
+def check(config: Any, name: str, good: bool, rule: str) -> None:
+    """Raise ConfigError that the field's value breaks `rule`, unless it is `good`."""
+    if not good:
+        raise ConfigError(message(f"Config.{name}", "out of range", rule, getattr(config, name)))
 
 
 class Run:

@@ -10,10 +10,11 @@ token. `log_softmax` over it renormalises within the set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cookbook_core.errors import ConfigError, DatumError, message
+from cookbook_core.errors import ConfigError, DataError, DatumError, message
 from cookbook_core.tinker.types import Datum, ModelInput
 
 
@@ -75,3 +76,48 @@ def datum_from_token_set(
     weights = [0.0] * (n - 1) + [1.0]
     inputs = {"target_tokens": [ids] * n, "weights": weights, **loss_fn_inputs}
     return Datum(ModelInput.from_ints(tokens), inputs)
+
+
+def label_distribution(
+    row: Mapping[str, Any],
+    labels: Sequence[str],
+    where: str,
+    *,
+    smoothing: float = 0.0,
+    zeros: bool = True,
+) -> list[float]:
+    """The row's target over K labels: K shares that sum to 1.
+
+    Args:
+        row: with "label_probs", K numbers; or "answer", the label that gets all, with or without
+            its leading space.
+        labels: K label words.
+        where: how errors call the row.
+        smoothing: this share of the result is spread evenly over the labels.
+        zeros: whether a share may be 0; KL(model || target) is infinite then.
+    Raises:
+        DataError: no such label; not K non-negative numbers that sum to 1 (to 1e-3); a 0 that is
+            not allowed.
+    """
+    k = len(labels)
+    if "answer" in row:
+        names = [label.strip() for label in labels]
+        answer = str(row["answer"]).strip()
+        if answer not in names:
+            raise DataError(message(f"{where}.answer", "not a label", names, repr(answer)))
+        probs = [float(name == answer) for name in names]
+    else:
+        given = row["label_probs"]
+        try:
+            probs = [float(p) for p in given]
+        except (TypeError, ValueError):
+            probs = []
+        if len(probs) != k or not all(p >= 0 for p in probs) or not abs(sum(probs) - 1) < 1e-3:
+            rule = f"{k} numbers >= 0 that sum to 1, one per label"
+            raise DataError(message(f"{where}.label_probs", "no distribution", rule, repr(given)))
+    total = math.fsum(probs)
+    probs = [(1 - smoothing) * p / total + smoothing / k for p in probs]
+    if not zeros and min(probs) == 0:
+        rule, mend = "every share above 0", "Pass --smoothing 0.01, or another --divergence."
+        raise DataError(message(where, "KL(model || target) is infinite", rule, probs, mend))
+    return probs

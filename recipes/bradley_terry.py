@@ -31,8 +31,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cookbook_core import chat, datum_from_token_set, runs, single_tokens, tinker
-from cookbook_core.clients import score, start_client
+from cookbook_core import chat, clients, datum_from_token_set, runs, single_tokens, tinker
 from cookbook_core.data import batch_indices, train_test
 
 # ---- config --------------------------------------------------------------------------------------
@@ -170,7 +169,7 @@ def score_texts(client: tinker.TrainingClient, judge: Judge, texts: Sequence[tup
     bits of float arithmetic.
     """
     data = [judge.datum(prompt, answer) for prompt, answer in texts]
-    return [float(lp[-1, 0] - lp[-1, 1]) for lp in score(client, data)]
+    return [float(lp[-1, 0] - lp[-1, 1]) for lp in clients.score(client, data)]
 
 
 def load_scorer(
@@ -202,7 +201,9 @@ def train(config: Config) -> dict[str, float]:
         service = tinker.ServiceClient(
             device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
         )
-        client = start_client(service, config)
+        client = clients.start(
+            service, config.model, config.init_from, config.lora_rank, config.seed
+        )
         judge = Judge(client.get_tokenizer(), config.question, config.verdicts)
         given = len(train_rows) + len(test_rows)
         data, train_rows = build_pairs(train_rows, judge, config.max_length)
@@ -214,7 +215,7 @@ def train(config: Config) -> dict[str, float]:
         )
 
         def evaluate() -> tuple[dict[str, float], list[torch.Tensor]]:
-            logprobs = score(client, test_data)
+            logprobs = clients.score(client, test_data)
             loss, metrics = bradley_terry_loss(test_data, logprobs)
             return {f"test_{k}": v for k, v in {"loss": loss.item(), **metrics}.items()}, logprobs
 

@@ -37,14 +37,13 @@ import torch.nn.functional as F
 
 from cookbook_core import (
     chat,
+    clients,
     datum_from_prompt_completion,
     runs,
     tinker,
     weighted_sums,
 )
-from cookbook_core.clients import add_ref_logprobs, frozen_copy, score, start_client
 from cookbook_core.data import batch_indices, train_test
-from cookbook_core.rollouts import rollout, texts_of
 
 # ---- config --------------------------------------------------------------------------------------
 
@@ -175,8 +174,10 @@ def train(config: Config) -> dict[str, float]:
         service = tinker.ServiceClient(
             device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
         )
-        client = start_client(service, config)
-        reference = frozen_copy(service, client, config.model)
+        client = clients.start(
+            service, config.model, config.init_from, config.lora_rank, config.seed
+        )
+        reference = clients.frozen_copy(service, client, config.model)
 
         tokenizer = client.get_tokenizer()
         given = len(train_rows) + len(test_rows)
@@ -187,11 +188,11 @@ def train(config: Config) -> dict[str, float]:
             f"pairs: {len(data) // 2} to train on, {len(test_data) // 2} held out; "
             f"dropped as longer than {config.max_length} tokens: {dropped}"
         )
-        test_data = add_ref_logprobs(reference, test_data)
+        test_data = clients.add_ref_logprobs(reference, test_data)
         loss_fn = partial(dpo_loss, beta=config.beta)
 
         def evaluate() -> dict[str, float]:
-            loss, metrics = loss_fn(test_data, score(client, test_data))
+            loss, metrics = loss_fn(test_data, clients.score(client, test_data))
             return {f"test_{k}": v for k, v in {"loss": loss.item(), **metrics}.items()}
 
         before, shown_before = evaluate(), sample(client, test_rows[:3], config.seed)
@@ -199,7 +200,7 @@ def train(config: Config) -> dict[str, float]:
         for step in range(config.num_steps):
             rows = batch_indices(len(data) // 2, config.batch_size, step, config.seed)
             batch = [data[2 * row + side] for row in rows for side in (0, 1)]
-            batch = add_ref_logprobs(reference, batch)
+            batch = clients.add_ref_logprobs(reference, batch)
             adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
             backward = client.forward_backward_custom(batch, loss_fn)
             stepped = client.optim_step(adam)  # submitted before waiting: no gap between the two
@@ -230,8 +231,8 @@ def sample(client: tinker.TrainingClient, rows: list[dict], seed: int) -> list[s
     """One completion of each row's prompt at temperature 1."""
     tokenizer, sampler = client.get_tokenizer(), client.save_weights_and_get_sampling_client()
     prompts = [chat.render_prompt(tokenizer, row["prompt"]) for row in rows]
-    groups = rollout(sampler, prompts, max_tokens=64, seed=seed)
-    return texts_of(tokenizer, [group[0] for group in groups])
+    groups = clients.rollout(sampler, prompts, max_tokens=64, seed=seed)
+    return clients.texts_of(tokenizer, [group[0] for group in groups])
 
 
 if __name__ == "__main__":

@@ -42,16 +42,13 @@ import torch
 
 from cookbook_core import (
     chat,
+    clients,
     datum_from_prompt_completion,
     runs,
     tinker,
-    weighted_sums,
-    with_inputs,
 )
-from cookbook_core.alignment import check_alignment, input_tensor
-from cookbook_core.clients import add_ref_logprobs, frozen_copy, start_client
+from cookbook_core.alignment import columns
 from cookbook_core.data import batch_indices, train_test
-from cookbook_core.rollouts import grade, rollout, texts_of, with_entropy_bonus
 
 KLEstimator = Literal["k2", "k3_ratio", "k1_reward", "k3", "k1_no_regularisation"]
 Reduction = Literal["token_mean", "sequence_mean", "constant"]
@@ -81,12 +78,8 @@ class Config:
     over sequences * max_tokens."""
     normalize_std: bool = False
     """Divide advantages by the group's standard deviation."""
-    clip_low: float = 0.2
-    """The ratio is clipped at 1 - clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped at 1 + clip_high."""
-    entropy_coef: float = 0.0
-    """Bonus on the exact entropy (nats) of each sampled position."""
+    clip: tuple[float, float] = (0.2, 0.2)
+    """lo and hi: the ratio is clipped to [1 - lo, 1 + hi]."""
     num_steps: int = 40
     """Rollout steps."""
     updates_per_rollout: int = 1
@@ -101,8 +94,6 @@ class Config:
     """Adam's step size at the first step; falls linearly to 0."""
     lora_rank: int = 32
     """Rank of the adapter (alpha is 32)."""
-    max_length: int = 512
-    """Longest prompt + max_tokens; longer prompts are dropped and counted."""
     test_rows: int = 100
     """Held-out prompts, each answered four times."""
     eval_every: int = 10
@@ -117,11 +108,12 @@ class Config:
     """Run folder; empty takes the next free runs/grpo-N."""
 
     def __post_init__(self) -> None:
-        sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
-        runs.check_positive(self, "updates_per_rollout", "max_tokens", "learning_rate", *sizes)
-        runs.check_positive(self, "clip_low", "clip_high")
-        runs.check_at_least(self, 2, "group_size")
-        runs.check_at_least(self, 0, "kl_coef", "entropy_coef")
+        sizes = ("num_steps", "batch_size", "lora_rank", "max_tokens", "test_rows", "eval_every")
+        runs.check_positive(self, "updates_per_rollout", "learning_rate", *sizes)
+        runs.check(self, "group_size", self.group_size >= 2, ">= 2")
+        runs.check(self, "kl_coef", 0 <= self.kl_coef < float("inf"), ">= 0")
+        low, high = self.clip
+        runs.check(self, "clip", 0 < low < 1 and high > 0, "0 < lo < 1 and hi > 0")
 
 
 # ---- reward ---------------------------------------------------------------------- change me ----
@@ -177,7 +169,7 @@ def grpo_loss(
         data: D datums with "weights" (the reduction's, 0 on the prompt), "advantages",
             "sampling_logprobs" and "ref_logprobs", all `(N_i,)`.
         logprobs: D tensors `(N_i,)`, nats; gradient flows here.
-        config: clip_low, clip_high, kl_coef and kl_estimator are used.
+        config: clip, kl_coef and kl_estimator are used.
     Returns:
         loss: 0-d.
         metrics: ratio_max, clip_fraction (of tokens whose gradient the clip stops), logprob_gap
@@ -186,15 +178,10 @@ def grpo_loss(
         DatumError: an input missing or misaligned.
     """
     keys = ("weights", "advantages", "sampling_logprobs", "ref_logprobs")
-    check_alignment(data, logprobs, *keys)
-    lp = torch.cat(logprobs)
-    weights, advantages, sampled, ref = (
-        torch.cat([input_tensor(d, key, lp) for d in data]) for key in keys
-    )
-    on = weights != 0
-    lp, weights, advantages, sampled, ref = (x[on] for x in (lp, weights, advantages, sampled, ref))
+    flat = columns(data, logprobs, *keys)
+    lp, weights, advantages, sampled, ref = (x[flat[1] != 0] for x in flat)
     ratio = (lp - sampled).clamp(-20.0, 20.0).exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    clipped = ratio.clamp(1 - config.clip[0], 1 + config.clip[1])
     policy = -torch.minimum(ratio * advantages, clipped * advantages)
     kl = kl_term(config.kl_estimator, lp, ref, ratio)
     loss = (weights * (policy + config.kl_coef * kl)).sum()
@@ -232,10 +219,8 @@ def build_data(
             advantages = advantages / advantages.pow(2).mean().sqrt()
         for s, advantage in zip(group, advantages.tolist(), strict=True):
             weight = token_weight(config.reduction, len(s.tokens), lengths, config.max_tokens)
-            inputs = {"advantages": advantage, "sampling_logprobs": s.logprobs}
-            datum = datum_from_prompt_completion(row["prompt_tokens"], s.tokens, **inputs)
-            weights = datum.loss_fn_inputs["weights"].to_torch() * weight
-            data.append(with_inputs(datum, weights=weights))
+            inputs = {"advantages": advantage, "sampling_logprobs": s.logprobs, "weights": weight}
+            data.append(datum_from_prompt_completion(row["prompt_tokens"], s.tokens, **inputs))
     return data, equal / len(groups)
 
 
@@ -246,7 +231,8 @@ def measure(
     log p - log p_ref, which is unbiased) and the entropy estimate (the mean of -log p), nats."""
     made = [(row, s) for row, group in zip(rows, groups, strict=True) for s in group]
     data = [datum_from_prompt_completion(row["prompt_tokens"], s.tokens) for row, s in made]
-    ref = weighted_sums(add_ref_logprobs(reference, data), "ref_logprobs").sum().item()
+    scored = zip(clients.score(reference, data), made, strict=True)
+    ref = sum(lp[-len(s.tokens) :].sum().item() for lp, (_, s) in scored)
     tokens, logprob = sum(len(s.tokens) for _, s in made), sum(sum(s.logprobs) for _, s in made)
     return {
         "reward": sum(map(sum, rewards)) / len(made),
@@ -256,10 +242,10 @@ def measure(
     }
 
 
-def with_prompt_tokens(rows: list[dict], tokenizer, config: Config) -> list[dict]:
-    """The rows whose prompt leaves room for max_tokens, with its tokens."""
+def with_prompt_tokens(rows: list[dict], tokenizer, longest: int) -> list[dict]:
+    """The rows whose prompt has at most `longest` tokens, with these."""
     rows = [{**row, "prompt_tokens": chat.render_prompt(tokenizer, row["prompt"])} for row in rows]
-    return [r for r in rows if len(r["prompt_tokens"]) + config.max_tokens <= config.max_length]
+    return [row for row in rows if len(row["prompt_tokens"]) <= longest]
 
 
 # ---- train ---------------------------------------------------------------------------------------
@@ -279,34 +265,36 @@ def train(config: Config) -> dict[str, float]:
         service = tinker.ServiceClient(
             device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
         )
-        client = start_client(service, config)
-        reference = frozen_copy(service, client, config.model)
+        client = clients.start(
+            service, config.model, config.init_from, config.lora_rank, config.seed
+        )
+        reference = clients.frozen_copy(service, client, config.model)
         tokenizer = client.get_tokenizer()
         reward_fn = bradley_terry_reward(service, config) if config.reward_model else reward
         given = len(train_rows) + len(test_rows)
-        train_rows = with_prompt_tokens(train_rows, tokenizer, config)
-        test_rows = with_prompt_tokens(test_rows, tokenizer, config)
+        longest = (client.get_info().model_data.max_context_length or 10**9) - config.max_tokens
+        train_rows = with_prompt_tokens(train_rows, tokenizer, longest)
+        test_rows = with_prompt_tokens(test_rows, tokenizer, longest)
         print(
             f"prompts: {len(train_rows)} to train on, {len(test_rows)} held out; dropped as longer "
-            f"than {config.max_length} tokens: {given - len(train_rows) - len(test_rows)}\n"
+            f"than {longest} tokens: {given - len(train_rows) - len(test_rows)}\n"
             "a loss near 0 is normal: advantages of a group sum to 0. Watch reward and kl."
         )
-        loss_fn, form = partial(grpo_loss, config=config), "logprobs"
-        if config.entropy_coef:
-            loss_fn, form = with_entropy_bonus(loss_fn, config.entropy_coef), "vocab_logprobs"
 
         def sample(rows: list[dict], count: int, seed: str) -> tuple[list, list]:
             sampler = client.save_weights_and_get_sampling_client().result()
             prompts = [row["prompt_tokens"] for row in rows]
-            groups = rollout(sampler, prompts, count, max_tokens=config.max_tokens, seed=seed)
-            texts = [texts_of(tokenizer, group) for group in groups]
-            rewards = [grade(reward_fn, row, t) for row, t in zip(rows, texts, strict=True)]
+            groups = clients.rollout(
+                sampler, prompts, count, max_tokens=config.max_tokens, seed=seed
+            )
+            texts = [clients.texts_of(tokenizer, group) for group in groups]
+            rewards = [clients.grade(reward_fn, row, t) for row, t in zip(rows, texts, strict=True)]
             return groups, rewards
 
         def evaluate() -> tuple[dict[str, float], list[str]]:
             groups, rewards = sample(test_rows, 4, f"{config.seed}/test")
             found = measure(reference, test_rows, groups, rewards)
-            first = [texts_of(tokenizer, group[:1])[0] for group in groups[:3]]
+            first = [clients.texts_of(tokenizer, group[:1])[0] for group in groups[:3]]
             return {f"test_{name}": found[name] for name in ("reward", "kl", "entropy")}, first
 
         before, shown_before = evaluate()
@@ -318,10 +306,10 @@ def train(config: Config) -> dict[str, float]:
             groups, rewards = sample(rows, config.group_size, f"{config.seed}/{step}")
             metrics = measure(reference, rows, groups, rewards)
             data, metrics["zero_variance"] = build_data(rows, groups, rewards, config)
-            data = add_ref_logprobs(reference, data) if data else []
+            data = clients.add_ref_logprobs(reference, data) if data else []
             adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
             for update in range(config.updates_per_rollout if data else 0):
-                backward = client.forward_backward_custom(data, loss_fn, loss_type_input=form)
+                backward = client.forward_backward_custom(data, partial(grpo_loss, config=config))
                 stepped = client.optim_step(adam)
                 new = {**backward.result().metrics, **stepped.result().metrics}
                 gap = new["logprob_gap"] if update == 0 else metrics["logprob_gap"]

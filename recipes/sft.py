@@ -29,14 +29,13 @@ import torch
 
 from cookbook_core import (
     chat,
+    clients,
     datum_from_tokens_weights,
     runs,
     tinker,
     weighted_sums,
 )
-from cookbook_core.clients import score, start_client
 from cookbook_core.data import batch_indices, train_test
-from cookbook_core.rollouts import rollout, texts_of
 
 # ---- config --------------------------------------------------------------------------------------
 
@@ -144,8 +143,8 @@ def generate(client: tinker.TrainingClient, rows: list[dict], max_tokens: int) -
     tokenizer = client.get_tokenizer()
     sampler = client.save_weights_and_get_sampling_client().result()
     prompts = [chat.render_prompt(tokenizer, question_and_answer(row)[0]) for row in rows]
-    groups = rollout(sampler, prompts, max_tokens=max_tokens, temperature=0)
-    return texts_of(tokenizer, [group[0] for group in groups])
+    groups = clients.rollout(sampler, prompts, max_tokens=max_tokens, temperature=0)
+    return clients.texts_of(tokenizer, [group[0] for group in groups])
 
 
 # ---- train ---------------------------------------------------------------------------------------
@@ -163,7 +162,9 @@ def train(config: Config) -> dict[str, float]:
         service = tinker.ServiceClient(
             device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
         )
-        client = start_client(service, config)
+        client = clients.start(
+            service, config.model, config.init_from, config.lora_rank, config.seed
+        )
         tokenizer = client.get_tokenizer()
         given = len(train_rows) + len(test_rows)
         data, train_rows = build_data(train_rows, tokenizer, config.max_length, config.train_on)
@@ -176,7 +177,7 @@ def train(config: Config) -> dict[str, float]:
         expected = [question_and_answer(row)[1] for row in test_rows]
 
         def evaluate() -> tuple[dict[str, float], list[str]]:
-            loss, _ = sft_loss(test_data, score(client, test_data))
+            loss, _ = sft_loss(test_data, clients.score(client, test_data))
             answers = generate(client, test_rows, config.max_tokens)
             hits = [a.strip() == e.strip() for a, e in zip(answers, expected, strict=True)]
             return {"test_loss": loss.item(), "test_exact_match": sum(hits) / len(hits)}, answers

@@ -31,10 +31,8 @@ from typing import Literal
 
 import torch
 
-from cookbook_core import chat, datum_from_token_set, runs, single_tokens, tinker
-from cookbook_core.clients import score, start_client
+from cookbook_core import chat, clients, runs, tinker, token_set
 from cookbook_core.data import batch_indices, train_test
-from cookbook_core.errors import ConfigError, DataError, message
 
 Divergence = Literal["forward", "reverse", "js"]
 
@@ -84,8 +82,7 @@ class Config:
     def __post_init__(self) -> None:
         sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
         runs.check_positive(self, "learning_rate", *sizes)
-        if not 0 <= self.smoothing < 1:
-            raise ConfigError(message("Config.smoothing", "out of range", "[0, 1)", self.smoothing))
+        runs.check(self, "smoothing", 0 <= self.smoothing < 1, "in [0, 1)")
 
 
 # ---- loss ------------------------------------------------------------------------ change me ----
@@ -134,48 +131,27 @@ def token_set_kl_loss(
 # ---- data ----------------------------------------------------------------------------------------
 
 
-def target_probs(row: dict, where: str, config: Config) -> torch.Tensor:
-    """The row's distribution over the labels, `(K,)`, smoothed; refused when it is none."""
-    k = len(config.labels)
-    if "answer" in row:
-        names = [label.strip() for label in config.labels]
-        if (answer := str(row["answer"]).strip()) not in names:
-            raise DataError(message(f"{where}.answer", "not a label", names, repr(answer)))
-        probs = torch.nn.functional.one_hot(torch.tensor(names.index(answer)), k).double()
-    else:
-        try:
-            probs = torch.tensor(row["label_probs"], dtype=torch.float64)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{where}.label_probs: not numbers ({error}).") from error
-        good = probs.shape == (k,) and bool((probs >= 0).all()) and abs(probs.sum() - 1) < 1e-3
-        if not good:
-            rule = f"{k} numbers >= 0 that sum to 1, one per label"
-            raise DataError(
-                message(f"{where}.label_probs", "no distribution", rule, probs.tolist())
-            )
-    probs = (1 - config.smoothing) * probs / probs.sum() + config.smoothing / k
-    if config.divergence == "reverse" and not bool((probs > 0).all()):
-        mend = "Pass --smoothing 0.01, or another --divergence."
-        what = "KL(model || target) is infinite"
-        raise DataError(message(where, what, "every share above 0", probs.tolist(), mend))
-    return probs.float()
-
-
 def build_data(
     rows: list[dict], tokenizer, config: Config, split: str
 ) -> tuple[list[tinker.Datum], list[dict]]:
     """Rows -> datums, and the rows that were kept: those of at most max_length tokens."""
-    ids = single_tokens(tokenizer, config.labels)
+    ids = token_set.single_tokens(tokenizer, config.labels)
     chats = getattr(tokenizer, "chat_template", None)
     data, kept = [], []
     for i, row in enumerate(rows):
-        probs = target_probs(row, f"{config.dataset} ({split}) row {i}", config)
+        probs = token_set.label_distribution(
+            row,
+            config.labels,
+            f"{config.dataset} ({split}) row {i}",
+            smoothing=config.smoothing,
+            zeros=config.divergence != "reverse",
+        )
         text = row["text"] if "text" in row else row["question"]
         prompt = [{"role": "user", "content": text}] if chats else text
         tokens = chat.render_prompt(tokenizer, prompt)
         if len(tokens) <= config.max_length:
             kept.append(row)
-            data.append(datum_from_token_set(tokens, ids, target_probs=probs))
+            data.append(token_set.datum_from_token_set(tokens, ids, target_probs=probs))
     return data, kept
 
 
@@ -196,7 +172,9 @@ def train(config: Config) -> dict[str, float]:
         service = tinker.ServiceClient(
             device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
         )
-        client = start_client(service, config)
+        client = clients.start(
+            service, config.model, config.init_from, config.lora_rank, config.seed
+        )
         tokenizer = client.get_tokenizer()
         given = len(train_rows) + len(test_rows)
         data, train_rows = build_data(train_rows, tokenizer, config, "train")
@@ -209,7 +187,7 @@ def train(config: Config) -> dict[str, float]:
         loss_fn = partial(token_set_kl_loss, divergence=config.divergence)
 
         def evaluate() -> tuple[dict[str, float], list[list[float]]]:
-            logprobs = score(client, test_data)
+            logprobs = clients.score(client, test_data)
             loss, metrics = loss_fn(test_data, logprobs)
             shares = [lp[-1].softmax(dim=-1).tolist() for lp in logprobs[:3]]
             return {f"test_{k}": v for k, v in {"loss": loss.item(), **metrics}.items()}, shares

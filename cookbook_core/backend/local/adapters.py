@@ -188,10 +188,11 @@ class AdapterBank:
         all of them where memory is short.
         """
         weights: list[tuple[Any, Any, torch.Tensor]] = []
+        name = "" if adapter is None else adapter.slot.name
         try:
             for module in self._mergeable(adapter):
                 weight = module.get_base_layer().weight
-                summed = weight.data + module.get_delta_weight(adapter.slot.name).to(weight.dtype)
+                summed = weight.data + module.get_delta_weight(name).to(weight.dtype)
                 weights.append((module, weight, weight.data))
                 weight.data = summed
                 module.enable_adapters(False)
