@@ -152,17 +152,23 @@ def check_alignment(
 
 
 def columns(
-    data: Sequence[Datum], logprobs_list: Sequence[torch.Tensor], *keys: str
+    data: Sequence[Datum], values: Sequence[torch.Tensor] | str, *keys: str
 ) -> list[torch.Tensor]:
-    """All logprobs end to end, then each named input likewise: 1 + len(keys) tensors `(sum N_i,)`.
+    """All values end to end, then each named input likewise: 1 + len(keys) tensors `(sum N_i,)`.
 
+    Args:
+        data: D datums.
+        values: D tensors `(N_i,)`, such as the logprobs a loss is given, or an input's name.
+        keys: names of inputs, each `(N_i,)`.
     Raises:
-        DatumError: an input missing or not as long as the logprobs: datum, field, lengths.
+        DatumError: an input missing or not as long as the values: datum, field, lengths.
     """
     import torch
 
-    check_alignment(data, logprobs_list, *keys)
-    flat = torch.cat(list(logprobs_list))
+    if isinstance(values, str):
+        values = input_tensors(data, values)
+    check_alignment(data, values, *keys)
+    flat = torch.cat(list(values))
     return [flat, *(torch.cat([input_tensor(d, key, flat) for d in data]) for key in keys)]
 
 

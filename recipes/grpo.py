@@ -10,7 +10,8 @@ term, is the model as it stands when the run starts and never changes. w is the 
 Paper: Shao et al. 2024, arXiv 2402.03300. From Liu et al. 2025 (Dr. GRPO), arXiv 2503.20783: the
 reward is not divided by the group's standard deviation (--normalize_std brings it back), and the
 constant-length reduction; from Yu et al. 2025 (DAPO), arXiv 2503.14476, the token mean. A group
-whose rewards are all equal has no advantage: it is left out, KL term included, and counted.
+whose rewards are all equal has no advantage: it is left out, KL term included, and counted
+(zero_variance); the weights of the others still count its tokens.
 
 KL is a trap. Per token, with d = log p - log p_ref and x under p, what --kl_estimator puts into
 the loss has the expected gradient
@@ -205,40 +206,30 @@ def token_weight(reduction: Reduction, length: int, lengths: list[int], max_toke
 
 def build_data(
     rows: list[dict], groups: list[list], rewards: list[list[float]], config: Config
-) -> tuple[list[tinker.Datum], float]:
-    """Datums from the sampled token ids, and the share of groups whose rewards are all equal. Those
-    give none; the weights count their tokens too, so the policy gradient is the same."""
+) -> list[tinker.Datum]:
+    """A datum of each completion, in order, made from the sampled token ids."""
     lengths = [len(s.tokens) for group in groups for s in group]
-    data, equal = [], 0
+    data = []
     for row, group, values in zip(rows, groups, rewards, strict=True):
-        if max(values) == min(values):
-            equal += 1
-            continue
         advantages = torch.tensor(values) - sum(values) / len(values)
-        if config.normalize_std:
+        if config.normalize_std and max(values) > min(values):
             advantages = advantages / advantages.pow(2).mean().sqrt()
         for s, advantage in zip(group, advantages.tolist(), strict=True):
             weight = token_weight(config.reduction, len(s.tokens), lengths, config.max_tokens)
             inputs = {"advantages": advantage, "sampling_logprobs": s.logprobs, "weights": weight}
             data.append(datum_from_prompt_completion(row["prompt_tokens"], s.tokens, **inputs))
-    return data, equal / len(groups)
+    return data
 
 
-def measure(
-    reference: tinker.TrainingClient, rows: list[dict], groups: list, rewards: list
-) -> dict[str, float]:
+def measure(data: list[tinker.Datum], rewards: list[list[float]]) -> dict[str, float]:
     """Of all completions: the mean reward; per token, the KL to the reference (k1: the mean of
     log p - log p_ref, which is unbiased) and the entropy estimate (the mean of -log p), nats."""
-    made = [(row, s) for row, group in zip(rows, groups, strict=True) for s in group]
-    data = [datum_from_prompt_completion(row["prompt_tokens"], s.tokens) for row, s in made]
-    scored = zip(clients.score(reference, data), made, strict=True)
-    ref = sum(lp[-len(s.tokens) :].sum().item() for lp, (_, s) in scored)
-    tokens, logprob = sum(len(s.tokens) for _, s in made), sum(sum(s.logprobs) for _, s in made)
+    flat = columns(data, "sampling_logprobs", "weights", "ref_logprobs")
+    logprobs, _, ref_logprobs = (x[flat[1] != 0] for x in flat)
     return {
-        "reward": sum(map(sum, rewards)) / len(made),
-        "kl": (logprob - ref) / tokens,
-        "entropy": -logprob / tokens,
-        "completion_tokens": tokens,
+        "reward": sum(map(sum, rewards)) / len(data),
+        "kl": (logprobs - ref_logprobs).mean().item(),
+        "entropy": -logprobs.mean().item(),
     }
 
 
@@ -253,8 +244,8 @@ def with_prompt_tokens(rows: list[dict], tokenizer, longest: int) -> list[dict]:
 
 def train(config: Config) -> dict[str, float]:
     """The whole run; returns the held-out metrics at its end."""
-    columns = ("prompt",) if config.reward_model else ("prompt", "answer")
-    train_rows, test_rows = train_test(config.dataset, columns, config.test_rows, config.seed)
+    fields = ("prompt",) if config.reward_model else ("prompt", "answer")
+    train_rows, test_rows = train_test(config.dataset, fields, config.test_rows, config.seed)
     panels = [
         runs.Panel("reward", "mean per completion", ["reward", "test_reward"]),
         runs.Panel("KL to the reference", "nats per token", ["kl", "test_kl"], 0.0, "untrained"),
@@ -281,7 +272,8 @@ def train(config: Config) -> dict[str, float]:
             "a loss near 0 is normal: advantages of a group sum to 0. Watch reward and kl."
         )
 
-        def sample(rows: list[dict], count: int, seed: str) -> tuple[list, list]:
+        def sample(rows: list[dict], count: int, seed: str) -> tuple[list, list, list]:
+            """Completions, their rewards, and their datums with ref_logprobs."""
             sampler = client.save_weights_and_get_sampling_client().result()
             prompts = [row["prompt_tokens"] for row in rows]
             groups = clients.rollout(
@@ -289,13 +281,13 @@ def train(config: Config) -> dict[str, float]:
             )
             texts = [clients.texts_of(tokenizer, group) for group in groups]
             rewards = [clients.grade(reward_fn, row, t) for row, t in zip(rows, texts, strict=True)]
-            return groups, rewards
+            data = build_data(rows, groups, rewards, config)
+            return texts, rewards, clients.add_ref_logprobs(reference, data)
 
         def evaluate() -> tuple[dict[str, float], list[str]]:
-            groups, rewards = sample(test_rows, 4, f"{config.seed}/test")
-            found = measure(reference, test_rows, groups, rewards)
-            first = [clients.texts_of(tokenizer, group[:1])[0] for group in groups[:3]]
-            return {f"test_{name}": found[name] for name in ("reward", "kl", "entropy")}, first
+            texts, rewards, data = sample(test_rows, 4, f"{config.seed}/test")
+            found = measure(data, rewards)
+            return {f"test_{k}": v for k, v in found.items()}, [group[0] for group in texts[:3]]
 
         before, shown_before = evaluate()
         run.log(0, before)
@@ -303,10 +295,12 @@ def train(config: Config) -> dict[str, float]:
             started = time.perf_counter()
             chosen = batch_indices(len(train_rows), config.batch_size, step, config.seed)
             rows = [train_rows[i] for i in chosen]
-            groups, rewards = sample(rows, config.group_size, f"{config.seed}/{step}")
-            metrics = measure(reference, rows, groups, rewards)
-            data, metrics["zero_variance"] = build_data(rows, groups, rewards, config)
-            data = clients.add_ref_logprobs(reference, data) if data else []
+            _, rewards, data = sample(rows, config.group_size, f"{config.seed}/{step}")
+            metrics = measure(data, rewards)
+            tokens = sum(d.loss_fn_inputs["weights"].to_torch().count_nonzero() for d in data)
+            alive = [max(group) > min(group) for group in rewards]
+            data = [d for i, d in enumerate(data) if alive[i // config.group_size]]
+            metrics["zero_variance"] = 1 - sum(alive) / len(alive)
             adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
             for update in range(config.updates_per_rollout if data else 0):
                 backward = client.forward_backward_custom(data, partial(grpo_loss, config=config))
@@ -315,7 +309,7 @@ def train(config: Config) -> dict[str, float]:
                 gap = new["logprob_gap"] if update == 0 else metrics["logprob_gap"]
                 metrics |= {**new, "logprob_gap": gap}  # later it holds the updates' own change
             seconds = time.perf_counter() - started
-            metrics["tokens_per_second"] = metrics["completion_tokens"] / seconds
+            metrics["tokens_per_second"] = int(tokens) / seconds
             if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
                 after, shown_after = evaluate()
                 metrics |= after

@@ -15,7 +15,16 @@ from cookbook_core.clients import add_ref_logprobs, frozen_copy, grade, rollout,
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import ConfigError, DatumError, LossError
 from cookbook_core.tinker import SampledSequence
-from recipes.grpo import Config, build_data, grpo_loss, kl_term, reward, token_weight, train
+from recipes.grpo import (
+    Config,
+    build_data,
+    grpo_loss,
+    kl_term,
+    measure,
+    reward,
+    token_weight,
+    train,
+)
 
 CONFIG = Config(kl_coef=0.0)
 RIGHT = ("k2", "k3_ratio", "k1_reward")
@@ -168,7 +177,7 @@ def test_reductions_by_hand():
         assert tuple(token_weight(reduction, n, [2, 8], 10) for n in (2, 8)) == weights
     rows, groups = [{"prompt_tokens": [1]}], [[sequence([5, 6]), sequence([4] * 8)]]
     config = replace(CONFIG, reduction="sequence_mean", max_tokens=10)
-    data, _ = build_data(rows, groups, [[1.0, 0.0]], config)
+    data = build_data(rows, groups, [[1.0, 0.0]], config)
     assert [d.loss_fn_inputs["weights"].tolist() for d in data] == [[0.25] * 2, [1 / 16] * 8]
 
 
@@ -179,26 +188,41 @@ def test_other_completions_do_not_change_a_completions_share(reduction):
     assert len({token_weight(reduction, 2, other, 10) for other in lengths}) == 1
 
 
-def test_advantages_are_centred_and_equal_groups_left_out_and_counted():
+def test_advantages_are_centred_within_their_group():
     rows = [{"prompt_tokens": [1, 2]}, {"prompt_tokens": [3]}]
     groups = [[sequence([5, 6]), sequence([7])], [sequence([8]), sequence([9])]]
-    data, zero_variance = build_data(rows, groups, [[1.0, 0.0], [1.0, 1.0]], CONFIG)
-    assert zero_variance == 0.5
-    assert [d.loss_fn_inputs["advantages"].tolist() for d in data] == [[0, 0.5, 0.5], [0, -0.5]]
-    # token_mean over all 5 sampled tokens, those of the group that was left out included
-    assert [d.loss_fn_inputs["weights"].tolist() for d in data] == [
-        pytest.approx([0, 0.2, 0.2]),
-        pytest.approx([0, 0.2]),
-    ]
-    scaled, _ = build_data(
-        rows, groups, [[3.0, 1.0], [1.0, 1.0]], replace(CONFIG, normalize_std=True)
-    )
-    assert [d.loss_fn_inputs["advantages"].tolist()[-1] for d in scaled] == [1.0, -1.0]
+    data = build_data(rows, groups, [[1.0, 0.0], [1.0, 1.0]], CONFIG)
+    advantages = [d.loss_fn_inputs["advantages"].tolist() for d in data]
+    assert advantages == [[0, 0.5, 0.5], [0, -0.5], [0], [0]]
+    assert data[0].loss_fn_inputs["weights"].tolist() == pytest.approx([0, 0.2, 0.2])
+    config = replace(CONFIG, normalize_std=True)
+    scaled = build_data(rows, groups, [[3.0, 1.0], [1.0, 1.0]], config)
+    assert [d.loss_fn_inputs["advantages"].tolist()[-1] for d in scaled] == [1.0, -1.0, 0.0, 0.0]
+
+
+def test_leaving_out_a_group_of_equal_rewards_changes_no_policy_gradient():
+    rows = [{"prompt_tokens": [1]}, {"prompt_tokens": [3]}]
+    groups = [[sequence([5, 6]), sequence([7])], [sequence([8]), sequence([9])]]
+    data = build_data(rows, groups, [[1.0, 0.0], [1.0, 1.0]], CONFIG)
+    data = [with_inputs(d, ref_logprobs=d.loss_fn_inputs["sampling_logprobs"]) for d in data]
+    logprobs = [torch.full((d.model_input.length,), -0.5) for d in data]
+    loss_fn = partial(grpo_loss, config=CONFIG)
+    all_four = differentiate(loss_fn, data, logprobs)
+    two = differentiate(loss_fn, data[:2], logprobs[:2])
+    assert all(torch.equal(g, h) for g, h in zip(all_four.grads[:2], two.grads, strict=True))
+    assert all(bool((g == 0).all()) for g in all_four.grads[2:])
+
+
+def test_measure_by_hand():
+    """Log-ratios 0.5 and 1.5 of one completion: KL 1, entropy 1; mean reward of two groups."""
+    data = [datum(sampling=[-0.5, -1.5], ref=[-1.0, -3.0])] * 4
+    found = measure(data, [[1.0, 0.0], [1.0, 1.0]])
+    assert found == pytest.approx({"reward": 0.75, "kl": 1.0, "entropy": 1.0})
 
 
 def test_datums_hold_the_sampled_ids_and_not_the_texts():
     """Pitfall 10: these ids decode to "ab", which would be encoded otherwise."""
-    data, _ = build_data(
+    data = build_data(
         [{"prompt_tokens": [1, 2]}], [[sequence([70, 71]), sequence([72])]], [[1, 0]], CONFIG
     )
     first = data[0]
@@ -241,7 +265,7 @@ def test_at_the_start_ratio_is_1_and_kl_0(service):
     prompts = [sampler.get_tokenizer().encode(text) for text in ("copy: red", "What is 3 + 4?")]
     groups = rollout(sampler, prompts, 4, max_tokens=6, seed=1)
     rows = [{"prompt_tokens": p} for p in prompts]
-    data, _ = build_data(rows, groups, [[1, 0, 0, 1]] * 2, CONFIG)
+    data = build_data(rows, groups, [[1, 0, 0, 1]] * 2, CONFIG)
     data = add_ref_logprobs(reference, data)
     _, metrics = grpo_loss(data, score(client, data), CONFIG)
     assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-4)
