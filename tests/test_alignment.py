@@ -13,12 +13,13 @@ import torch
 from cookbook_core import (
     align_weights,
     check_alignment,
+    datum_from_tokens_weights,
     weighted_mean,
     weighted_sum,
     weighted_sums,
     with_inputs,
 )
-from cookbook_core.alignment import input_tensor, input_tensors
+from cookbook_core.alignment import columns, input_tensor, input_tensors
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.tinker import Datum, ModelInput, TensorData
 
@@ -193,3 +194,18 @@ def test_input_tensors_take_what_is_there_or_say_what_is_missing() -> None:
     with pytest.raises(DatumError) as caught:
         input_tensors(data, "ref")
     assert [line[:7] for line in str(caught.value).splitlines()] == ["data[1]", "data[2]"]
+
+
+def test_columns_lay_datums_end_to_end() -> None:
+    data = [
+        datum_from_tokens_weights([1, 2, 3], [0, 0, 1]),
+        datum_from_tokens_weights([4, 5], [0, 2]),
+    ]
+    logprobs = [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0])]
+    flat, weights = columns(data, logprobs, "weights")
+    assert (flat.tolist(), weights.tolist()) == ([-1, -2, -3], [0, 1, 2])
+    assert [x.tolist() for x in columns(data, "weights", "weights")] == [[0, 1, 2]] * 2
+    with pytest.raises(DatumError, match=r'data\[0\].*"advantages".*missing'):
+        columns(data, logprobs, "advantages")
+    with pytest.raises(DatumError, match=r'data\[1\].*"weights".*got 1'):
+        columns(data, [logprobs[0], torch.zeros(2)], "weights")

@@ -18,7 +18,9 @@ from cookbook_core.builtin_losses import (
     importance_sampling,
     needed_inputs,
     ppo,
+    with_entropy_bonus,
 )
+from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.tinker import Datum, ModelInput, ServiceClient
 
@@ -270,3 +272,25 @@ def test_one_value_per_token_is_not_spread_over_candidates(loss: Any) -> None:
     ]
     with pytest.raises(DatumError, match=r'data\[0\].*"advantages".*\(2, 2\), got \(2,\)'):
         loss(data, [torch.full((2, 2), -1.0)])
+
+
+def test_an_entropy_bonus_is_taken_where_weights_are_not_zero() -> None:
+    """Two positions, the first without weight. At the second p = (0.25, 0.75), target 1, weight 2:
+    L = -2 log 0.75 - 0.1 * 2 * H, and dL/dlp = -2 [target] + 0.1 * 2 * p (log p + 1)."""
+    p = torch.tensor([0.25, 0.75])
+    datum = Datum(ModelInput.from_ints([0, 1]), {"target_tokens": [0, 1], "weights": [0.0, 2.0]})
+    rows = torch.stack([torch.tensor([0.9, 0.1]).log(), p.log()])
+    seen = []
+
+    def loss_fn(data, logprobs):
+        seen.append(logprobs[0].tolist())
+        return cross_entropy(data, logprobs)
+
+    result = differentiate(with_entropy_bonus(loss_fn, 0.1), [datum], [rows])
+    entropy = -(p * p.log()).sum().item()
+    assert seen == [[0.0, pytest.approx(math.log(0.75))]]
+    assert result.loss == pytest.approx(-2 * math.log(0.75) - 0.2 * entropy)
+    assert result.metrics["entropy"] == pytest.approx(entropy)
+    slope = 0.2 * p * (p.log() + 1)
+    assert result.grads[0][0].tolist() == [0.0, 0.0]
+    assert result.grads[0][1].tolist() == pytest.approx((slope - torch.tensor([0.0, 2.0])).tolist())
