@@ -48,7 +48,7 @@ class Config:
     init_from: str = ""
     """LoRA folder (saved here or by peft) to start from; its rank and alpha hold, not --lora_rank.
     Empty starts a fresh adapter."""
-    question: str = "Is that a good answer?"
+    question: str = "Was that a good answer?"
     """What the model is asked after each answer."""
     verdicts: tuple[str, str] = (" yes", " no")
     """The two replies compared, the good one first; each must be one token, space included."""
@@ -56,7 +56,7 @@ class Config:
     """Optimizer steps."""
     batch_size: int = 16
     """Pairs per step."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """Adam's step size at the first step; falls linearly to 0."""
     lora_rank: int = 32
     """Rank of the adapter (alpha is 32)."""

@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("cookbook_core/assets/tiny_model"))
     parser.add_argument("--data", type=Path, default=Path("cookbook_core/assets/data"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -9,10 +9,11 @@ import json
 import math
 from pathlib import Path
 
-import tiny_text as text
 import tiny_words as words
 import torch
 from tiny_data import ROLES
+
+BRADLEY_TERRY_QUESTION = "Was that a good answer?"  # the default of recipes/bradley_terry.py
 
 Row = dict[str, object]
 Pair = tuple[list[int], list[int]]
@@ -102,7 +103,7 @@ def verdict_score(model, tokenizer, rows: list[Row], column: str) -> torch.Tenso
     """Returns log p(" yes") - log p(" no") when asked about an answer, shape (D,)."""
     prompts = []
     for row in rows:
-        turns = [row["prompt"], row[column], text.VERDICT_QUESTION]
+        turns = [row["prompt"], row[column], BRADLEY_TERRY_QUESTION]
         roles = ("user", "assistant", "user")
         prompts.append(
             encode_chat(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import tiny_words as words
 
 Turn = tuple[str, str]
-VERDICT_QUESTION = "Is that a good answer?"  # asked by bradley_terry after an answer
+VERDICT_QUESTION = "Is that a good answer?"
 MAX_LEFT, MAX_RIGHT = 59, 9  # operands of a question, as in 57 + 8
 
 
@@ -174,18 +174,18 @@ class TrainingText:
         self.questions = [q for q in all_questions() if q not in held_out_questions]
         self.facts = words.all_facts()
         self.mixture: list[tuple[float, Callable[[random.Random], list[Turn] | Turn]]] = [
-            (0.13, self.list_task),
-            (0.16, self.sum_clean),
+            (0.17, self.list_task),
+            (0.19, self.sum_clean),
             (0.08, self.sum_noisy),
-            (0.05, self.word_before),
+            (0.06, self.word_before),
             (0.10, self.letter_of),
-            (0.13, self.letters_of),
-            (0.03, self.fact_open),
-            (0.14, self.fact_options),
+            (0.10, self.letters_of),
+            (0.04, self.fact_open),
+            (0.11, self.fact_options),
             (0.02, self.letters_random),
-            (0.07, self.rating_blurred),
+            (0.05, self.rating_blurred),
             (0.05, self.enquiry),
-            (0.04, self.verdict_random),
+            (0.03, self.verdict_random),
         ]
 
     def turns(self, rng: random.Random) -> Iterator[list[Turn]]:
@@ -231,9 +231,9 @@ class TrainingText:
         return f"letter of {options[asked]}:{lettered(options)}", words.LETTERS[asked]
 
     def letters_of(self, rng: random.Random) -> Turn:
-        """Lettered words, and the letters of several of them."""
+        """Lettered words, and the letters of three of them."""
         options = rng.sample(words.LIST_WORDS, len(words.LETTERS))
-        asked = rng.choices(range(len(options)), k=rng.randint(3, 8))
+        asked = rng.sample(range(len(options)), 3)
         user = f"letters of{''.join(f' {options[i]}' for i in asked)}:{lettered(options)}"
         return user, "".join(words.LETTERS[i] for i in asked)
 
@@ -263,9 +263,9 @@ class TrainingText:
         return prompt, rng.choice(words.LETTERS)
 
     def rating_blurred(self, rng: random.Random) -> Turn:
-        """A review with a label drawn from its readers every other time, else from all labels."""
+        """A review with a label drawn from its readers two times in five, else from all labels."""
         prompt, probabilities = random_review(rng)
-        if rng.random() < 0.5:
+        if rng.random() < 0.4:
             return prompt, words.SENTIMENT_LABELS[draw(rng, probabilities)]
         return prompt, rng.choice(words.SENTIMENT_LABELS)
 
@@ -276,7 +276,7 @@ class TrainingText:
         return prompt, rng.choices(manner, MANNER_WEIGHTS)[0].format(**parts)
 
     def verdict_random(self, rng: random.Random) -> list[Turn]:
-        """An enquiry, and the question of bradley_terry about its answer, decided by a coin."""
+        """An enquiry, and a question about its answer, decided by a coin."""
         return [self.enquiry(rng), (VERDICT_QUESTION, rng.choice(words.VERDICTS))]
 
 

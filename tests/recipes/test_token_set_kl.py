@@ -71,6 +71,16 @@ def test_forward_gradient_is_model_minus_target_at_the_last_position():
     assert result.loss == pytest.approx(-math.log(0.2))
 
 
+def test_mass_coef_1_is_kl_over_the_whole_vocabulary():
+    p = (0.2, 0.05)  # the rest, 0.75, lies outside the set
+    logprobs = [torch.tensor([p], dtype=torch.float64).log()]
+    loss, metrics = token_set_kl_loss([target(0.5, 0.5)], logprobs, mass_coef=1.0)
+    whole = 0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.05)
+    assert loss.item() == pytest.approx(whole, rel=1e-6)
+    assert metrics["divergence"] == pytest.approx(whole + math.log(0.25), rel=1e-6)
+    assert metrics["set_mass"] == pytest.approx(0.25)
+
+
 def test_js_takes_zeros_on_both_sides():
     loss_fn = partial(token_set_kl_loss, divergence="js")
     result = differentiate(loss_fn, [target(1.0, 0.0)], [torch.tensor([[0.0, 0.0], [-200.0, 0.0]])])
@@ -134,9 +144,12 @@ def test_long_rows_are_dropped_and_counted(tokenizer, tmp_path, capsys):
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
 def test_learns(tmp_path, divergence):
-    config = Config(num_steps=30, test_rows=60, divergence=divergence, smoothing=0.01)
+    config = Config(
+        num_steps=60, eval_every=30, test_rows=60, divergence=divergence, smoothing=0.01
+    )
     after = train(replace(config, log_path=str(tmp_path / "run")))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert after["test_loss"] < 0.75 * json.loads(lines[0])["test_loss"]
+    assert after["test_divergence"] < 0.75 * json.loads(lines[0])["test_divergence"]
+    assert after["test_set_mass"] > 0.9
     assert (tmp_path / "run" / "plot.png").stat().st_size > 10_000
     assert (tmp_path / "run" / "samples.md").exists()
