@@ -24,7 +24,7 @@ the loss has the expected gradient
 
 Data: column prompt, text or messages, and column answer, which `reward` reads.
 
-    python -m recipes.grpo                      # bundled tiny model, about two minutes on two cores
+    python -m recipes.grpo                      # bundled tiny model, under a minute on two cores
     python -m recipes.grpo --model Qwen/Qwen3-0.6B --dataset my_questions.jsonl --max_tokens 256
     python -m recipes.grpo --dataset tiny/dpo --max_tokens 24 --reward_model SCORER
                                                 # SCORER: what recipes/bradley_terry.py saved

@@ -16,7 +16,8 @@ Data: columns text, label_probs (K numbers that sum to 1), or question, answer (
 with or without its leading space); text and question as plain text.
 
     python -m recipes.token_set_kl              # bundled tiny model, one minute on two cores
-    python -m recipes.token_set_kl --dataset tiny/multiple_choice --labels ' A' ' B' ' C' ' D'
+    python -m recipes.token_set_kl --dataset tiny/multiple_choice --labels ' A' ' B' ' C' ' D' \
+        --num_steps 100 --learning_rate 2e-3
     python -m recipes.token_set_kl --model Qwen/Qwen3-0.6B --dataset my_ratings.jsonl \
         --labels bad fair good
 
