@@ -22,7 +22,7 @@ from cookbook_core.backend.local.memory import one_pass_tokens
 from cookbook_core.backend.local.model import BaseModel, load_base_model
 from cookbook_core.backend.local.sampler import sample_batch
 from cookbook_core.backend.local.sampling_requests import SampleRequest, check_request
-from cookbook_core.backend.local.scoring import Scorer
+from cookbook_core.backend.local.scoring import Batch, Scorer, in_order
 from cookbook_core.backend.local.vocab_logprobs import VocabLogprobs
 from cookbook_core.backend.local.worker import Worker
 from cookbook_core.custom_loss import (
@@ -131,14 +131,14 @@ class Engine:
         """Accumulate the gradient of `loss_fn`; on any error nothing is accumulated."""
         form = self._vocab_form if loss_type_input == "vocab_logprobs" else self._target_form
         tokens = sum(datum.model_input.length for datum in data)
-        kept = self.scorer.padded_tokens(data)
+        batches = self.scorer.batches(data)
         limit = self.one_pass_tokens
         if limit is None:
             limit = one_pass_tokens(self.base)
         with self.bank.active(adapter) as params:
-            passes = 1 if kept <= limit else 2
+            passes = 1 if sum(batch.tokens for batch in batches) <= limit else 2
             run = self._one_pass if passes == 1 else self._two_pass
-            logprobs, result, grads = run(form, params, data, loss_fn)
+            logprobs, result, grads = run(form(params), params, batches, data, loss_fn)
             grads = [
                 g if more is None else g + more
                 for g, more in zip(grads, result.param_grads or [None] * len(grads), strict=True)
@@ -155,7 +155,7 @@ class Engine:
             logprobs = [lp.detach().cpu() for lp in scored]
             return logprobs, differentiate(loss_fn, data, logprobs)
 
-        return self.scorer.score, run
+        return self.scorer.score_batch, run
 
     def _vocab_form(self, params: list[Any]) -> _Form:
         """The loss sees logprobs of the whole vocabulary, computed from hidden states on demand.
@@ -171,29 +171,39 @@ class Engine:
             hidden = [h.detach() for h in scored]
             return [], differentiate(loss_fn, data, hidden, view=view, params=params)
 
-        return scorer.hidden_states, run
+        return scorer.hidden_batch, run
 
     def _one_pass(
-        self, form: _MakeForm, params: list[Any], data: Sequence[Datum], loss_fn: LossFn
+        self,
+        form: _Form,
+        params: list[Any],
+        batches: Sequence[Batch],
+        data: Sequence[Datum],
+        loss_fn: LossFn,
     ) -> _Pass:
-        score, run = form(params)
+        score, run = form
         with torch.enable_grad():
-            scored = score(data)
+            scored = in_order((batch, score(batch)) for batch in batches)
         logprobs, result = run(loss_fn, data, scored)
         return logprobs, result, _pull_back(scored, params, result.grads)
 
     def _two_pass(
-        self, form: _MakeForm, params: list[Any], data: Sequence[Datum], loss_fn: LossFn
+        self,
+        form: _Form,
+        params: list[Any],
+        batches: Sequence[Batch],
+        data: Sequence[Datum],
+        loss_fn: LossFn,
     ) -> _Pass:
-        score, run = form(params)
+        score, run = form
         with torch.no_grad():
-            scored = score(data)
+            scored = in_order((batch, score(batch)) for batch in batches)
         logprobs, result = run(loss_fn, data, scored)
         total: list[torch.Tensor] | None = None
-        for indices in self.scorer.micro_batches(data):
+        for batch in batches:
             with torch.enable_grad():
-                scored = score([data[i] for i in indices])
-            grads = _pull_back(scored, params, [result.grads[i] for i in indices])
+                scored = score(batch)
+            grads = _pull_back(scored, params, [result.grads[i] for i in batch.indices])
             total = grads if total is None else [t + g for t, g in zip(total, grads, strict=True)]
         return logprobs, result, total or []
 
@@ -213,10 +223,9 @@ _Tensors: TypeAlias = Sequence[torch.Tensor]
 _Scored: TypeAlias = tuple[list[torch.Tensor], LossResult]
 _Pass: TypeAlias = tuple[list[torch.Tensor], LossResult, list[torch.Tensor]]
 _Form: TypeAlias = tuple[
-    Callable[[Sequence[Datum]], list[torch.Tensor]],
+    Callable[[Batch], list[torch.Tensor]],
     Callable[[LossFn, Sequence[Datum], _Tensors], _Scored],
 ]
-_MakeForm: TypeAlias = Callable[[list[Any]], _Form]
 
 
 def _has_text(stop: Any) -> bool:
