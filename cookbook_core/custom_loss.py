@@ -334,5 +334,5 @@ def forward_backward_two_pass(
     backward = client.forward_backward(surrogates, "cross_entropy").result()
     metrics = {k: v for k, v in backward.metrics.items() if k not in RESERVED_METRICS}
     return ForwardBackwardOutput(
-        backward.loss_fn_output_type, backward.loss_fn_outputs, merge_metrics(result, metrics)
+        output.loss_fn_output_type, output.loss_fn_outputs, merge_metrics(result, metrics)
     )

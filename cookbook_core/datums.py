@@ -24,6 +24,10 @@ from cookbook_core.tinker.types import Datum, ModelInput
 
 Reduction = Literal["none", "mean"]
 
+SCORE_MASK = "score_mask"
+"""Loss input `(N,)`: positions where it is 0 are not put through the unembedding; their logprobs
+read 0.0 and get no gradient."""
+
 
 def shift_tokens(tokens: Sequence[int]) -> tuple[list[int], list[int]]:
     """Split T tokens into what the model reads and what it must predict.
@@ -124,6 +128,8 @@ def datum_from_prompt_completion(
     prompt_tokens: Sequence[int],
     completion_tokens: Sequence[int],
     max_length: int | None = None,
+    *,
+    score_prompt: bool = True,
     **per_token: Any,
 ) -> Datum:
     """Build a datum whose loss is on the completion only.
@@ -133,6 +139,9 @@ def datum_from_prompt_completion(
         completion_tokens: C >= 1 ids, weight 1: the ids that were sampled or rendered, never ids
             of re-encoded text.
         max_length: keep the first `max_length` of the P + C tokens.
+        score_prompt: False adds "score_mask", 1 on the completion: logprobs of prompt tokens are
+            then not computed and read 0.0, which saves most of the time where prompts are long
+            and vocabularies large.
         per_token: more loss inputs by name, one value per completion token `(C,)` or one number
             for all; placed on the positions that predict those tokens, 0 on the prompt.
     Returns:
@@ -148,7 +157,9 @@ def datum_from_prompt_completion(
         raise DatumError(message(name, "empty", "at least one token", 0))
     weights = [0.0] * len(prompt) + [1.0] * len(completion)
     datum = datum_from_tokens_weights(prompt + completion, weights, max_length)
-    extra = {}
+    extra: dict[str, Any] = {}
+    if not score_prompt:
+        extra[SCORE_MASK] = shift_values(weights)[: datum.model_input.length]
     for key, values in per_token.items():
         array = np.asarray(as_numbers(values), dtype=np.float32)
         if array.shape not in ((), (len(completion),)):
@@ -164,6 +175,16 @@ def datum_from_prompt_completion(
         row[len(prompt) :] = array
         extra[key] = shift_values(row)[: datum.model_input.length]
     return with_inputs(datum, **extra)
+
+
+def score_where_weighted(datum: Datum) -> Datum:
+    """The datum with a "score_mask" where any weight is not 0; as it is, if it has no weights or
+    already a mask."""
+    weights = datum.loss_fn_inputs.get("weights")
+    if weights is None or SCORE_MASK in datum.loss_fn_inputs:
+        return datum
+    on = weights.to_numpy() != 0
+    return with_inputs(datum, **{SCORE_MASK: on if on.ndim == 1 else on.any(axis=1)})
 
 
 def with_inputs(datum: Datum, **loss_fn_inputs: Any) -> Datum:
@@ -254,6 +275,10 @@ def _datum_problems(
         else:
             found += token_problems(field, targets.to_numpy(), vocab_size)
             found += _weight_problems(where, datum, targets)
+    mask = datum.loss_fn_inputs.get(SCORE_MASK)
+    if mask is not None and mask.shape != [n]:
+        field = f'{where}.loss_fn_inputs["{SCORE_MASK}"]'
+        found.append(message(field, "not one per position", f"({n},)", tuple(mask.shape)))
     return found
 
 

@@ -148,7 +148,7 @@ def build_pairs(
         if max(len(prompt) + len(completion) for prompt, completion in pair) > max_length:
             continue
         kept.append(row)
-        data += [datum_from_prompt_completion(*tokens) for tokens in pair]
+        data += [datum_from_prompt_completion(*tokens, score_prompt=False) for tokens in pair]
     return data, kept
 
 

@@ -217,7 +217,8 @@ def build_data(
         for s, advantage in zip(group, advantages.tolist(), strict=True):
             weight = token_weight(config.reduction, len(s.tokens), lengths, config.max_tokens)
             inputs = {"advantages": advantage, "sampling_logprobs": s.logprobs, "weights": weight}
-            data.append(datum_from_prompt_completion(row["prompt_tokens"], s.tokens, **inputs))
+            tokens = (row["prompt_tokens"], s.tokens)
+            data.append(datum_from_prompt_completion(*tokens, score_prompt=False, **inputs))
     return data
 
 

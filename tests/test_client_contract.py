@@ -325,6 +325,8 @@ def test_dropout_never_runs(service, model_folder, data, tmp_path):
     first, second = logprobs_of(client, data), logprobs_of(client, data)
     result = client.forward_backward(data, "cross_entropy").result()
     third = [output["logprobs"].to_torch() for output in result.loss_fn_outputs]
-    for a, b, c in zip(first, second, third, strict=True):
+    for a, b, c, datum in zip(first, second, third, data, strict=True):
         assert torch.equal(a, b)
-        assert torch.equal(a, c)
+        weighted = datum.loss_fn_inputs["weights"].to_torch() != 0
+        assert torch.equal(a[weighted], c[weighted])
+        assert not c[~weighted].any()  # not computed

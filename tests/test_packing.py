@@ -354,5 +354,5 @@ def test_a_mask_of_nothing_and_one_of_the_wrong_length(
     take_gradient(client)
     assert not output.loss_fn_outputs[0]["logprobs"].to_numpy().any()
     data[1] = with_inputs(data[1], score_mask=[1, 0])
-    with pytest.raises(DatumError, match=r'data\[1\]\.loss_fn_inputs\["score_mask"\].*\(36,\)'):
+    with pytest.raises(DatumError, match=r'data\[1\]\.loss_fn_inputs\["score_mask"\].*\(41,\)'):
         client.forward_backward_custom(data, squared)

@@ -113,25 +113,25 @@ def test_the_window_of_the_sliding_model_bites(
     assert float(change[8:].max()) == 0.0
 
 
-def test_micro_batches_cover_every_datum_once_within_the_budget(
+def test_padded_batches_cover_every_datum_once_within_the_budget(
     connect: Callable[..., TrainingClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Padded tokens stay within the budget unless a single datum exceeds it; ties keep order."""
+    """Where packing does not fit: padded tokens stay within the budget unless a single datum
+    exceeds it; ties keep order."""
     scorer = engine_of(connect()).scorer
+    monkeypatch.setattr(scorer, "packs", False)
     monkeypatch.setattr(scorer, "micro_batch_tokens", 30)
     rng = random.Random(0)
     lengths = [rng.randint(1, 40) for _ in range(50)]
     data = [Datum(ModelInput.from_ints([1] * n), {"target_tokens": [2] * n}) for n in lengths]
-    batches = list(scorer.micro_batches(data))
-    assert sorted(i for batch in batches for i in batch) == list(range(50))
+    batches = scorer.batches(data)
+    assert sorted(i for batch in batches for i in batch.indices) == list(range(50))
     for batch in batches:
-        padded = len(batch) * max(lengths[i] for i in batch)
-        assert padded <= 30 or len(batch) == 1
+        assert batch.tokens == len(batch.indices) * max(lengths[i] for i in batch.indices)
+        assert batch.tokens <= 30 or len(batch.indices) == 1
     assert len(batches) < 45, "nothing was batched"
     even = [Datum(ModelInput.from_ints([1] * 10), {"target_tokens": [2] * 10})] * 7
-    assert list(scorer.micro_batches(even)) == [[0, 1, 2], [3, 4, 5], [6]]
-    same = list(scorer.micro_batches([data[0]] * 3))
-    assert [i for batch in same for i in batch] == [0, 1, 2]
+    assert [b.indices for b in scorer.batches(even)] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_pad_token_inside_a_sequence_is_a_token(

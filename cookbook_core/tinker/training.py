@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 from cookbook_core.backend.interface import TrainingBackend
 from cookbook_core.builtin_losses import builtin_loss, needed_inputs
 from cookbook_core.custom_loss import LossFn, LossTypeInput, check_loss
-from cookbook_core.datums import check_data
+from cookbook_core.datums import check_data, score_where_weighted
 from cookbook_core.errors import ConfigError, message
 from cookbook_core.tinker.futures import APIFuture, ClientFuture, Outcome, mapped
 from cookbook_core.tinker.sampling import SamplingClient
@@ -67,10 +67,14 @@ class TrainingClient:
     def forward_backward(
         self, data: list[Datum], loss_fn: str, loss_fn_config: LossConfig = None
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Like `forward`, and adds the loss's gradient to what `optim_step` will use."""
+        """Like `forward`, and adds the loss's gradient to what `optim_step` will use.
+
+        Positions whose weights are 0 are not computed: their logprobs come back as 0.0.
+        """
         loss = builtin_loss(loss_fn, loss_fn_config)
         self._check(data, needed_inputs(loss_fn))
-        return self._gradient("forward_backward", self._backend.forward_backward(list(data), loss))
+        weighted = [score_where_weighted(datum) for datum in data]
+        return self._gradient("forward_backward", self._backend.forward_backward(weighted, loss))
 
     def forward_backward_custom(
         self,
@@ -82,7 +86,9 @@ class TrainingClient:
         """Add the gradient of your own loss: one forward, one backward, exact.
 
         Args:
-            data: datums with target_tokens; any further loss_fn_inputs are for your loss.
+            data: datums with target_tokens; any further loss_fn_inputs are for your loss. Where a
+                datum has a "score_mask" `(N,)`, positions at which it is 0 are not computed and
+                their logprobs read 0.0.
             loss_fn: `loss_fn(data, logprobs_list) -> (loss, metrics)`; logprobs_list[i] has the
                 shape of data[i]'s target_tokens, in nats, on the CPU. It may mix datums freely.
                 It runs exactly once, in this request's place in the queue.

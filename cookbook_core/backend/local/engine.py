@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -137,8 +138,9 @@ class Engine:
             limit = one_pass_tokens(self.base)
         with self.bank.active(adapter) as params:
             passes = 1 if sum(batch.tokens for batch in batches) <= limit else 2
+            score, loss_of = form(params)
             run = self._one_pass if passes == 1 else self._two_pass
-            logprobs, result, grads = run(form(params), params, batches, data, loss_fn)
+            logprobs, result, grads = run(score, partial(loss_of, loss_fn, data), params, batches)
             grads = [
                 g if more is None else g + more
                 for g, more in zip(grads, result.param_grads or [None] * len(grads), strict=True)
@@ -174,31 +176,19 @@ class Engine:
         return scorer.hidden_batch, run
 
     def _one_pass(
-        self,
-        form: _Form,
-        params: list[Any],
-        batches: Sequence[Batch],
-        data: Sequence[Datum],
-        loss_fn: LossFn,
+        self, score: _Score, loss_of: _LossOf, params: list[Any], batches: Sequence[Batch]
     ) -> _Pass:
-        score, run = form
         with torch.enable_grad():
             scored = in_order((batch, score(batch)) for batch in batches)
-        logprobs, result = run(loss_fn, data, scored)
+        logprobs, result = loss_of(scored)
         return logprobs, result, _pull_back(scored, params, result.grads)
 
     def _two_pass(
-        self,
-        form: _Form,
-        params: list[Any],
-        batches: Sequence[Batch],
-        data: Sequence[Datum],
-        loss_fn: LossFn,
+        self, score: _Score, loss_of: _LossOf, params: list[Any], batches: Sequence[Batch]
     ) -> _Pass:
-        score, run = form
         with torch.no_grad():
             scored = in_order((batch, score(batch)) for batch in batches)
-        logprobs, result = run(loss_fn, data, scored)
+        logprobs, result = loss_of(scored)
         total: list[torch.Tensor] | None = None
         for batch in batches:
             with torch.enable_grad():
@@ -222,10 +212,9 @@ class Engine:
 _Tensors: TypeAlias = Sequence[torch.Tensor]
 _Scored: TypeAlias = tuple[list[torch.Tensor], LossResult]
 _Pass: TypeAlias = tuple[list[torch.Tensor], LossResult, list[torch.Tensor]]
-_Form: TypeAlias = tuple[
-    Callable[[Batch], list[torch.Tensor]],
-    Callable[[LossFn, Sequence[Datum], _Tensors], _Scored],
-]
+_Score: TypeAlias = Callable[[Batch], list[torch.Tensor]]
+_LossOf: TypeAlias = Callable[[_Tensors], _Scored]
+_Form: TypeAlias = tuple[_Score, Callable[[LossFn, Sequence[Datum], _Tensors], _Scored]]
 
 
 def _has_text(stop: Any) -> bool:

@@ -20,6 +20,7 @@ import torch
 
 from cookbook_core.backend.local import attention, packing
 from cookbook_core.backend.local.linear_logprobs import Head, find_head, target_logprobs, wide
+from cookbook_core.datums import SCORE_MASK
 from cookbook_core.tinker.types import Datum, ModelInput
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
@@ -82,7 +83,7 @@ class Scorer:
         """Logprobs of the targets of one micro-batch; datums of equal K go together."""
         states = self._states(batch)
         targets = [datum.loss_fn_inputs["target_tokens"].to_torch() for datum in batch.data]
-        masks = [datum.loss_fn_inputs.get("score_mask") for datum in batch.data]
+        masks = [datum.loss_fn_inputs.get(SCORE_MASK) for datum in batch.data]
         kept = [None if m is None else m.to_torch().nonzero()[:, 0] for m in masks]
         out: list[torch.Tensor] = [states.new_empty(0)] * len(targets)
         for k in sorted({t[:1].numel() for t in targets}):
