@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cookbook_core.datums import SCORE_MASK
 from cookbook_core.errors import ConfigError, DataError, DatumError, message
 from cookbook_core.tinker.types import Datum, ModelInput
 
@@ -60,7 +61,8 @@ def datum_from_token_set(
         token_ids: K >= 2 candidate ids.
         loss_fn_inputs: more arrays for the loss, of any shape.
     Returns:
-        Datum with target_tokens `(N, K)` and weights `(N,)`, 1 at the last position and 0 before.
+        Datum with target_tokens `(N, K)`, weights and score_mask `(N,)`, 1 at the last position
+        and 0 before: logprobs are computed there alone, and read 0.0 before.
     Raises:
         DatumError: no prompt, or fewer than 2 candidates.
 
@@ -74,7 +76,7 @@ def datum_from_token_set(
             message("datum_from_token_set", "too few tokens", "N >= 1 and K >= 2", (n, len(ids)))
         )
     weights = [0.0] * (n - 1) + [1.0]
-    inputs = {"target_tokens": [ids] * n, "weights": weights, **loss_fn_inputs}
+    inputs = {"target_tokens": [ids] * n, "weights": weights, SCORE_MASK: weights, **loss_fn_inputs}
     return Datum(ModelInput.from_ints(tokens), inputs)
 
 

@@ -64,8 +64,11 @@ def test_equal_to_log_softmax_value_and_gradient(
     elements: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every head, frozen and trained, in chunks of 1, 3 (7 = 3 + 3 + 1), 7 and all rows."""
+    """Every head, frozen and trained, in chunks of 1, 3 (7 = 3 + 3 + 1), 7 and all rows; tiles of
+    all or part of the vocabulary, the last one smaller."""
     monkeypatch.setattr(linear_logprobs, "CHUNK_ELEMENTS", elements)
+    tile = {1: (1, 1), 3 * VOCAB: (3, 4), 7 * VOCAB: (100, VOCAB - 1), 1 << 24: (1024, 1024)}
+    monkeypatch.setitem(linear_logprobs.TILE, "cpu", tile[elements])
     head = make_head(scale, softcap, bias, trained)
     hidden, targets, cotangent = inputs(k)
     wanted = [hidden, *(head.module.parameters() if trained else ())]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cookbook_core.backend.local.fused_lora import fuse
 from cookbook_core.backend.local.memory import free_bytes
 from cookbook_core.backend.local.model import BaseModel
 from cookbook_core.errors import ConfigError, ModelError, RequestError, message
@@ -304,6 +305,7 @@ class AdapterBank:
         dtype = self.base.adapter_dtype
         for p in params.values():
             p.data = p.data.to(dtype)
+        fuse(model, name)
         self._active = self._slots[key] = Slot(name, config, params)
         return self._slots[key]
 

@@ -4,13 +4,16 @@ With a frozen unembedding W the logprob of target t and its derivative are
 
     z = W h (+ b),   l = z[t] - logsumexp(z),   dl/dh = W[t] - p W,   p = softmax(z)
 
-so the forward, which has p at hand chunk by chunk, keeps e = pW `(N, D)`, and the backward needs
-no product over the vocabulary at all, for any number K of targets per row:
+so the forward, which meets p tile by tile of the vocabulary, keeps e = pW `(N, D)`, and the
+backward needs no product over the vocabulary at all, for any number K of targets per row:
 
     dL/dh = sum_k g_k W[t_k] - (sum_k g_k) e
 
-Soft-capped or scaled logits y = f(z) multiply each term by f'(z). A trained unembedding (LoRA on
-it) has no such shortcut: its chunks are recomputed in the backward.
+A tile of logits stays in the processor's cache; p is relative to the largest logit so far, and
+what was summed before is scaled down when a larger one comes (online softmax, Milakov and
+Gimelshein 2018, arXiv 1805.02867). Soft-capped or scaled logits y = f(z) multiply each term by
+f'(z). A trained unembedding (LoRA on it) has no such shortcut: its chunks are recomputed in the
+backward.
 """
 
 from __future__ import annotations
@@ -22,7 +25,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 1 << 24
-"""Largest number of logits alive at once (64 MiB in float32)."""
+"""Largest number of logits alive at once where chunks are recomputed (64 MiB in float32)."""
+
+TILE = {"cpu": (1024, 1024), "cuda": (4096, 8192)}
+"""Rows and vocabulary entries of a tile: on the CPU 4 MiB, which caches hold; larger on a GPU,
+where a call costs more than memory does."""
 
 
 @dataclass(frozen=True)
@@ -133,28 +140,13 @@ class _FrozenHead(torch.autograd.Function):
         logprobs = torch.empty(targets.shape, dtype=wide(hidden).dtype, device=hidden.device)
         slopes = torch.ones_like(logprobs)
         expected = torch.empty_like(hidden) if keep else hidden.new_empty(0)
-        n = _rows_per_chunk(weight.shape[0])
-        for a in range(0, len(hidden), n):
-            rows = slice(a, a + n)
-            raw = torch.nn.functional.linear(hidden[rows], weight, bias)
-            y = head.finish(wide(raw))
-            top = y.gather(1, targets[rows])
-            peak = y.amax(1, keepdim=True)
-            if not keep:
-                logprobs[rows] = top - peak - (y - peak).exp().sum(1, keepdim=True).log()
-                continue
-            slope = head.slope(y)
-            p = (y - peak).exp_()
-            total = p.sum(1, keepdim=True)
-            logprobs[rows] = top - peak - total.log()
-            p.div_(total)
-            if isinstance(slope, torch.Tensor):
-                slopes[rows] = slope.gather(1, targets[rows])
-                p.mul_(slope)
-            elif slope != 1.0:
-                slopes[rows] = slope
-                p.mul_(slope)
-            expected[rows] = p.to(weight.dtype) @ weight
+        step = TILE.get(hidden.device.type, TILE["cuda"])[0]
+        for a in range(0, len(hidden), step):
+            rows = slice(a, a + step)
+            found = _tiles(hidden[rows], weight, bias, targets[rows], head, keep)
+            logprobs[rows], slopes[rows] = found[:2]
+            if keep:
+                expected[rows] = found[2]
         ctx.save_for_backward(weight, targets, slopes, expected)
         return logprobs
 
@@ -169,3 +161,45 @@ class _FrozenHead(torch.autograd.Function):
             hidden_grad = torch.einsum("nk,nkd->nd", g_top, weight[targets])
         hidden_grad -= g.sum(1, keepdim=True).to(weight.dtype) * expected
         return hidden_grad, None, None, None, None
+
+
+def _tiles(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    head: Head,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logprobs of the targets `(R, K)`, the slopes there, and e `(R, D)` if it is to be kept."""
+    width = TILE.get(hidden.device.type, TILE["cuda"])[1]
+    dtype = wide(hidden).dtype
+    top = torch.zeros(targets.shape, dtype=dtype, device=hidden.device)
+    total = torch.zeros(len(hidden), 1, dtype=dtype, device=hidden.device)
+    peak = torch.full_like(total, -torch.inf)
+    expected = torch.zeros(hidden.shape if keep else (0,), dtype=dtype, device=hidden.device)
+    for v in range(0, len(weight), width):
+        tile = weight[v : v + width]
+        raw = torch.nn.functional.linear(
+            hidden, tile, None if bias is None else bias[v : v + width]
+        )
+        y = head.finish(wide(raw))
+        here = (targets >= v) & (targets < v + len(tile))
+        top = torch.where(here, y.gather(1, (targets - v).clamp(0, len(tile) - 1)), top)
+        risen = torch.maximum(peak, y.amax(1, keepdim=True))
+        shrink = (peak - risen).exp()
+        peak = risen
+        slope = head.slope(y) if keep else 1.0
+        p = y.sub_(peak).exp_()
+        total.mul_(shrink).add_(p.sum(1, keepdim=True))
+        if keep:
+            p = p.mul_(slope) if isinstance(slope, torch.Tensor) or slope != 1.0 else p
+            expected.mul_(shrink)
+            if tile.dtype == dtype:
+                expected.addmm_(p, tile)
+            else:
+                expected.add_(p.to(tile.dtype) @ tile)
+    slopes = head.slope(top)
+    if not isinstance(slopes, torch.Tensor):
+        slopes = torch.full_like(top, slopes)
+    return top - peak - total.log(), slopes, expected.div_(total) if keep else expected
