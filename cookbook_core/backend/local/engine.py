@@ -19,7 +19,7 @@ import torch
 
 from cookbook_core.backend.local import checkpoints
 from cookbook_core.backend.local.adapters import Adapter, AdapterBank
-from cookbook_core.backend.local.memory import one_pass_tokens
+from cookbook_core.backend.local.memory import keep_freed_memory, one_pass_tokens
 from cookbook_core.backend.local.model import BaseModel, load_base_model
 from cookbook_core.backend.local.sampler import sample_batch
 from cookbook_core.backend.local.sampling_requests import SampleRequest, check_request
@@ -65,6 +65,8 @@ class LocalBackend:
         dtype: str = "auto",
         model_ids: itertools.count[int] | None = None,
     ) -> None:
+        if not torch.cuda.is_available():
+            keep_freed_memory()  # before there is a thread with an arena of its own
         self.worker = Worker(f"cookbook-{base_model}")
         self.checkpoint_dir = checkpoint_dir
         self._model_ids = model_ids or itertools.count()
