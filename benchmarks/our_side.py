@@ -75,7 +75,7 @@ class Side:
             make = self.sequence if workload == "dpo" else self.verdict
             self.data = [[make(s) for p in b for s in p] for b in W.pairs(model, steps)]
         else:
-            self.prompts = W.prompts(model, steps, W.prompt_length(workload))
+            self.prompts = W.prompts(model, steps, workload)
 
     def sequence(self, s: W.Sequence) -> tinker.Datum:
         return datum_from_prompt_completion(s.prompt, s.completion, score_prompt=False)
@@ -115,7 +115,7 @@ class Side:
         groups = [
             sampler.sample(
                 tinker.ModelInput.from_ints(prompt),
-                W.GROUP_SIZE,
+                W.GRPO[self.workload][1],
                 tinker.SamplingParams(max_tokens=W.NEW_TOKENS, seed=k, stop=[W.END]),
             )
             for prompt in self.prompts[k]

@@ -109,8 +109,8 @@ def make_trainer(options: argparse.Namespace) -> Any:
             ids = [theirs[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
             assert ids == [ours[0].prompt, ours[0].completion, ours[1].completion]
         return trainer
-    length = W.prompt_length(workload)
-    texts = [W.text_of(p) for batch in W.prompts(options.model, steps, length) for p in batch]
+    count, group_size, _ = W.GRPO[workload]
+    texts = [W.text_of(p) for batch in W.prompts(options.model, steps, workload) for p in batch]
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [W.reward(ids) for ids in completion_ids]
@@ -118,8 +118,8 @@ def make_trainer(options: argparse.Namespace) -> Any:
     config = trl.GRPOConfig(
         **arguments(
             options,
-            per_device_train_batch_size=W.GROUPS * W.GROUP_SIZE,
-            num_generations=W.GROUP_SIZE,
+            per_device_train_batch_size=count * group_size,
+            num_generations=group_size,
             max_completion_length=W.NEW_TOKENS,
             beta=W.KL_COEF,
             temperature=1.0,

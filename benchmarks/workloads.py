@@ -20,7 +20,8 @@ LORA_RANK, LORA_ALPHA = 16, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LEARNING_RATE, CLIP = 1e-4, 1.0
 BETA = 0.1  # of DPO
-GROUPS, GROUP_SIZE, NEW_TOKENS, KL_COEF = 4, 8, 64, 0.04  # of GRPO
+NEW_TOKENS, KL_COEF = 64, 0.04  # of GRPO
+GRPO = {"grpo": (4, 8, 128), "grpo_long": (2, 16, 512)}  # prompts, group size, prompt tokens
 PAD, END, SPECIALS = 0, 1, 8  # ids below SPECIALS are never drawn
 
 
@@ -105,16 +106,11 @@ def pairs(model: str, steps: int) -> list[list[tuple[Sequence, Sequence]]]:
     return batches
 
 
-def prompts(model: str, steps: int, length: int) -> list[list[list[int]]]:
-    """GROUPS prompts a step."""
-    rng = random.Random(5)
-    vocab = MODELS[model]["vocab_size"]
-    return [[draw(rng, length, vocab) for _ in range(GROUPS)] for _ in range(steps)]
-
-
-def prompt_length(workload: str) -> int:
-    """Of the GRPO workloads, in tokens."""
-    return 512 if workload == "grpo_long" else 128
+def prompts(model: str, steps: int, workload: str) -> list[list[list[int]]]:
+    """The prompts of each step, of the GRPO workloads."""
+    rng, vocab = random.Random(5), MODELS[model]["vocab_size"]
+    count, _, length = GRPO[workload]
+    return [[draw(rng, length, vocab) for _ in range(count)] for _ in range(steps)]
 
 
 def reward(completion: list[int]) -> float:
