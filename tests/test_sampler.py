@@ -14,12 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
-from cookbook_core.backend.local.row_cache import RowCache
 from cookbook_core.backend.local.sampler import sample_batch
 from cookbook_core.backend.local.sampling_math import Knobs, draw_tokens, eos_ids, truncate
 from cookbook_core.backend.local.sampling_requests import SampleRequest, check_request
-from cookbook_core.backend.local.shared_cache import SharedCache
-from cookbook_core.backend.local.stepper import Stepper
 from cookbook_core.errors import ConfigError, DatumError, ModelError
 from cookbook_core.tinker.types import ModelInput, SamplingParams
 from tests.oracles.logprobs import adapter_of, engine_of, randomize
@@ -80,39 +77,6 @@ def test_logprobs_equal_a_full_forward_pass(model_folder, arch, dtype, bound):
             other = rescored(model, asked.prompt, sequence.tokens, 1.0)
             at_one = max(at_one, np.abs(sequence.logprobs_np - other).max())
     assert at_one > 1e-2
-
-
-@pytest.mark.parametrize("arch", ["qwen3", "llama", "granite", "gpt2"])
-def test_a_prompt_kept_once_for_its_samples_gives_the_same_logprobs(
-    model_folder, arch, monkeypatch
-):
-    """Ragged prompts, one of a single token, rows that stop early and so leave gaps."""
-    model = load(model_folder(arch))
-    shapes = [(1, 4, 9), (5, 9, 14), (17, 6, 12), (20, 1, 4)]  # prompt, samples, max_tokens
-    stops = list(range(4, 14))
-    requests = [request(ids(n), k, max_tokens=m, seed=n, stop=stops) for n, k, m in shapes]
-    made: list[Stepper] = []
-    monkeypatch.setattr(
-        "cookbook_core.backend.local.sampler.Stepper",
-        lambda *args, **kwargs: made.append(Stepper(*args, **kwargs)) or made[-1],
-    )
-    shared = sample_batch(model, None, requests)
-    apart = sample_batch(model, None, requests, share=False)
-    assert [type(stepper.cache) for stepper in made] == [SharedCache, RowCache]
-    assert tokens_of(shared) == tokens_of(apart)
-    ends = [s.stop_reason for response in shared for s in response.sequences]
-    assert {"stop", "length"} == set(ends)
-    bound = 1e-9 if arch == "gpt2" else 1e-6  # RMS norms are float32 even in a float64 model
-    for asked, response in zip(requests, shared, strict=True):
-        for sequence in response.sequences:
-            expected = rescored(model, asked.prompt, sequence.tokens, 1.0)
-            assert np.abs(sequence.logprobs_np - expected).max() < bound
-    assert model.config._attn_implementation == "sdpa"
-
-
-@pytest.mark.parametrize("arch", ["mistral", "gemma2"])
-def test_windows_and_soft_caps_are_not_shared(model_folder, arch):
-    assert not Stepper(load(model_folder(arch))).shares
 
 
 def test_layers_that_are_not_attention_take_the_other_path():
@@ -392,7 +356,7 @@ def test_a_base_below_float32_is_not_merged_and_an_error_inside_undoes_it(
     prompt = ModelInput.from_ints(ids(9))
     expected = sampler.sample(prompt, 1, params).result().sequences[0].tokens
 
-    def broken(*_: Any, **__: Any) -> Any:
+    def broken(*_: Any) -> Any:
         assert base_bytes(client) != before, "nothing is merged here"
         raise RuntimeError("no")
 

@@ -13,8 +13,6 @@ merging: Liu et al. 2023, Ring Attention, arXiv 2310.01889.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,27 +65,6 @@ def packed_attention(
 
 
 AttentionInterface.register(NAME, packed_attention)
-
-
-def configs_of(model: Any) -> list[Any]:
-    """The configs that say which attention a model's layers use; none where transformers cannot
-    switch it."""
-    if not model._can_set_attn_implementation():
-        return []
-    return list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
-
-
-@contextmanager
-def switched(configs: Sequence[Any], name: str) -> Iterator[None]:
-    """Inside, the layers of these configs use the attention registered as `name`."""
-    own = [config._attn_implementation for config in configs]
-    for config in configs:
-        config._attn_implementation = name
-    try:
-        yield
-    finally:
-        for config, before in zip(configs, own, strict=True):
-            config._attn_implementation = before
 
 
 class _InPieces(torch.autograd.Function):

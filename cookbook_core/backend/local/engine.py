@@ -208,8 +208,7 @@ class Engine:
         longest = max(r.params.max_tokens or MERGE_FROM for r in requests)
         merged = self.bank.merged(adapter if longest >= MERGE_FROM else None)
         with self.bank.active(adapter), torch.no_grad(), merged:
-            share = self.scorer.packs
-            return sample_batch(self.base.model, tokenizer, requests, share=share)
+            return sample_batch(self.base.model, tokenizer, requests)
 
 
 _Tensors: TypeAlias = Sequence[torch.Tensor]

@@ -95,7 +95,6 @@ def sample_batch(
     generator: torch.Generator | None = None,
     max_context: int | None = None,
     token_budget: int = 65_536,
-    share: bool = True,
 ) -> list[SampleResponse]:
     """Decode all requests together.
 
@@ -111,8 +110,6 @@ def sample_batch(
         max_context: tokens of prompt and completion together; None: the model config's limit.
         token_budget: most rows x columns of one cache; more rows wait for the next loop. An
             open-ended request (max_tokens None) counts as 1024 tokens.
-        share: let samples of a prompt share its keys, where the layers allow; for architectures
-            whose attention is only what transformers' interface is told.
 
     Returns:
         One response per request, in order; logprobs in nats.
@@ -133,7 +130,7 @@ def sample_batch(
         prompt.scored |= request.include_prompt_logprobs or prompt.top_k > 0
         rows.append(_rows_of(request, prompt, tokenizer, eos, generator, max_context))
     with _undisturbed(core):
-        stepper = Stepper(core, share=share)
+        stepper = Stepper(core)
         for wave in _waves([row for group in rows for row in group], stepper, token_budget):
             _decode(stepper, wave)
     return [

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,7 @@ class Scorer:
         self.backbone = getattr(model, model.base_model_prefix, model)
         self.head: Head | None = find_head(model)
         self.micro_batch_tokens = MICRO_BATCH_TOKENS.get(device.type, 4096)
-        self._configs = attention.configs_of(model)
+        self._switches = _attention_switches(model)
         self.packs = self._packing_is_exact()
 
     def score(self, data: Sequence[Datum]) -> list[torch.Tensor]:
@@ -122,8 +123,7 @@ class Scorer:
 
     def _states(self, batch: Batch) -> torch.Tensor:
         """`(rows, width)`: hidden states, or logits where the head is not a plain one."""
-        packed = "layout" in batch.inputs
-        with attention.switched(self._configs if packed else [], attention.NAME):
+        with self._attention(packed="layout" in batch.inputs):
             if self.head is None:
                 return self.model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
             return self.backbone(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -155,13 +155,26 @@ class Scorer:
 
     # ---- packed attention ------------------------------------------------------------------------
 
+    @contextmanager
+    def _attention(self, *, packed: bool) -> Iterator[None]:
+        """The model with its own attention, or with ours."""
+        if packed:
+            for config, _, ours in self._switches:
+                config._attn_implementation = ours
+        try:
+            yield
+        finally:
+            if packed:
+                for config, own, _ in self._switches:
+                    config._attn_implementation = own
+
     def _packing_is_exact(self) -> bool:
         """Whether a packed row with a shared prefix gives this architecture's own hidden states.
 
         Asked of the model itself, on a few tokens, as layers may do what a layout cannot express
         (state-space layers, position biases, attention of their own).
         """
-        if not self._configs:
+        if not self._switches:
             return False
         vocab = self.model.get_input_embeddings().weight.shape[0]
         stem = [i % vocab for i in range(packing.MIN_SHARED)]
@@ -209,3 +222,12 @@ def _by_length(lists: Sequence[list[int]], budget: int) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
+
+
+def _attention_switches(model: Any) -> list[tuple[Any, str, str]]:
+    """(config, its attention, ours) for each config that transformers lets us switch."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = {key: c._attn_implementation for key, c in configs.items()}
+    if not model._can_set_attn_implementation():
+        return []
+    return [(c, before[key], attention.NAME) for key, c in configs.items()]

@@ -1,10 +1,8 @@
 """The model as a stepper: read prompts once, then one token for every row at a time.
 
-Three caches. Models whose layers are all plain or sliding-window attention use `RowCache`,
-allocated ahead and compacted in place; plain ones on the CPU, where prompts have several samples
-each, `SharedCache`, which keeps a prompt once. Anything else transformers can cache (state-space,
-convolution and hybrid layers) uses transformers' own DynamicCache, prompts of one length at a
-time, unpadded.
+Two caches. Models whose layers are all plain or sliding-window attention use `RowCache`, allocated
+ahead and compacted in place. Anything else transformers can cache (state-space, convolution and
+hybrid layers) uses transformers' own DynamicCache, prompts of one length at a time, unpadded.
 """
 
 from __future__ import annotations
@@ -16,17 +14,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
-from cookbook_core.backend.local import shared_cache
-from cookbook_core.backend.local.attention import configs_of, switched
-from cookbook_core.backend.local.row_cache import RowCache
 from cookbook_core.backend.local.sampling_math import score
-from cookbook_core.backend.local.shared_cache import SharedCache
 from cookbook_core.errors import ModelError, message
 
 OPEN_ENDED = 1024  # tokens that max_tokens=None is taken to need when requests are batched
-SHARE_FROM = 3  # samples per prompt from which its keys are kept once for all of them
 _PREFILL_TOKENS = 8192  # most prompt tokens in one forward pass
 _SCORE_ELEMENTS = 2**25  # most logits alive while prompts are scored
 
@@ -42,6 +41,102 @@ class Prompt:
     top: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
+class RowLayer(CacheLayerMixin):
+    """Keys and values of one layer, `(rows, heads, capacity, head_dim)`, allocated ahead.
+
+    Sliding-window layers keep all columns too: transformers' mask hides the old ones.
+    """
+
+    keys: Any
+    values: Any
+
+    def __init__(self, capacity: int, length: int) -> None:
+        super().__init__()
+        self.capacity, self.length, self.rows = capacity, length, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the rows of these states. Zeros: padding is masked but must be finite."""
+        self.rows = key_states.shape[0]
+        self.keys, self.values = (
+            states.new_zeros(*states.shape[:2], self.capacity, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append columns; returns all columns of the live rows."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[2]
+        if self.length > self.capacity:
+            self.reserve(max(self.length, 2 * self.capacity))
+        self.keys[: self.rows, :, start : self.length] = key_states
+        self.values[: self.rows, :, start : self.length] = value_states
+        return self.keys[: self.rows, :, : self.length], self.values[: self.rows, :, : self.length]
+
+    def reserve(self, capacity: int) -> None:
+        """Move the live rows to a longer allocation."""
+        more = (0, 0, 0, capacity - self.capacity)
+        self.keys = torch.nn.functional.pad(self.keys[: self.rows], more)
+        self.values = torch.nn.functional.pad(self.values[: self.rows], more)
+        self.capacity = capacity
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns after the next update, and the first of them."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns filled."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """No limit: it grows."""
+        return -1
+
+
+class RowCache(Cache):
+    """A `RowLayer` per layer of the model."""
+
+    layers: Any
+
+    def __init__(self, num_layers: int, capacity: int, length: int = 0) -> None:
+        super().__init__(layers=[RowLayer(capacity, length) for _ in range(num_layers)])
+
+    def adopt(self, other: RowCache, row: int, into: list[int], total: int, start: int) -> None:
+        """Copy one prompt to rows of this cache.
+
+        Args:
+            other: a cache filled by one prefill.
+            row: the row of it to copy.
+            into: the rows of this cache that continue this prompt.
+            total: rows of this cache in all.
+            start: its first column; the columns from there on are copied.
+        """
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            if not theirs.is_initialized:  # a layer that reads another layer's cache
+                continue
+            if not mine.is_initialized:
+                mine.lazy_initialization(
+                    *(x[:1].expand(total, -1, -1, -1) for x in (theirs.keys, theirs.values))
+                )
+            columns = mine.length - start
+            mine.keys[into, :, start : mine.length] = theirs.keys[row, :, :columns]
+            mine.values[into, :, start : mine.length] = theirs.values[row, :, :columns]
+
+    def keep(self, order: list[int]) -> None:
+        """Keep `len(order)` rows, row i being what row order[i] >= i was."""
+        moved = [i for i, source in enumerate(order) if source != i]
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.rows = len(order)
+                if moved:
+                    source = [order[i] for i in moved]
+                    layer.keys[moved, :, : layer.length] = layer.keys[source, :, : layer.length]
+                    layer.values[moved, :, : layer.length] = layer.values[source, :, : layer.length]
+
+
 # ---- the stepper ---------------------------------------------------------------------------------
 
 
@@ -51,7 +146,7 @@ class Stepper:
     pads: whether this model's layers allow prompts of different lengths in one cache.
     """
 
-    def __init__(self, core: Any, *, share: bool = True) -> None:
+    def __init__(self, core: Any) -> None:
         self.core = core
         self.config = core.config.get_text_config(decoder=True)
         self.device = core.get_input_embeddings().weight.device
@@ -70,14 +165,6 @@ class Stepper:
         layers = DynamicCache(config=self.config).layers
         self._num_layers = len(layers)
         self.pads = all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers)
-        self._configs = configs_of(core) if share else []
-        self.shares = (
-            bool(self._configs)
-            and self._takes_position_ids
-            and self.device.type == "cpu"
-            and all(type(x) is DynamicLayer for x in layers)
-            and getattr(self.config, "attn_logit_softcapping", None) is None
-        )
 
     def start(self, prompts: list[Prompt], limits: Sequence[int]) -> Tensor:
         """Read each distinct prompt once; returns the `(R, V)` logits after them.
@@ -90,10 +177,8 @@ class Stepper:
         step of the loop, where every row is at the same column.
         """
         distinct = list({id(prompt): prompt for prompt in prompts}.values())
-        longest = max(limits)
-        if self.shares and len(prompts) >= SHARE_FROM * len(distinct):
-            return self._start_shared(prompts, distinct, longest)
         self.width = max(len(prompt.tokens) for prompt in prompts) - 1
+        longest = max(limits)
         self.pad = torch.tensor([self.width + 1 - len(prompt.tokens) for prompt in prompts])
         self.pad = self.pad.to(self.device)
         self.mask = None
@@ -115,21 +200,6 @@ class Stepper:
                 into = [row for row, other in enumerate(prompts) if other is prompt]
                 self.cache.adopt(cache, i, into, len(prompts), self.width + 1 - len(prompt.tokens))
         return self.step(torch.tensor([p.tokens[-1] for p in prompts], device=self.device))
-
-    def _start_shared(self, prompts: list[Prompt], distinct: list[Prompt], longest: int) -> Tensor:
-        """As `start`, each prompt's keys kept once; the cache begins with the completions."""
-        self.width, self.mask = 0, None
-        self.pad = torch.tensor([1 - len(prompt.tokens) for prompt in prompts])
-        cache = SharedCache(self._num_layers, min(longest, OPEN_ENDED))
-        place: dict[int, int] = {}
-        for group in self._groups(distinct):
-            read = self._prefill(group)
-            for i, prompt in enumerate(group):
-                place[id(prompt)] = len(cache.prompts)
-                cache.add_prompt(read, i, len(prompt.tokens) - 1)
-        cache.assign([place.get(id(prompt), -1) for prompt in prompts])
-        self.cache = cache
-        return self.step(torch.tensor([p.tokens[-1] for p in prompts]))
 
     def _groups(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
         """Prompts to read in one pass: like lengths, scored ones apart."""
@@ -214,13 +284,9 @@ class Stepper:
             extra["position_ids"] = first[:, None] + torch.arange(ids.shape[1], device=self.device)
         if self._takes_logits_to_keep:
             extra["logits_to_keep"] = 0 if whole else 1
-        sharing = isinstance(cache, SharedCache)
-        if sharing:
-            extra["shared"] = cache
-        with switched(self._configs if sharing else [], shared_cache.NAME):
-            return self.core(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra
-            ).logits
+        return self.core(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra
+        ).logits
 
 
 def _keep_scores(group: list[Prompt], logits: Tensor, targets: Tensor) -> None:
