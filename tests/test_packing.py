@@ -15,6 +15,7 @@ import torch
 from cookbook_core import with_inputs
 from cookbook_core.backend.local import attention, packing
 from cookbook_core.backend.local.packing import Layout, Piece, lay_out, micro_batches
+from cookbook_core.backend.local.passes import split
 from cookbook_core.errors import DatumError
 from cookbook_core.tinker import Datum, ModelInput, ServiceClient, TrainingClient
 from tests.conftest import VOCAB
@@ -208,32 +209,36 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
         ("float32", None, False, squared),
     ],
 )
-@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("limit", [None, 0, 100])
 def test_shared_prefixes_give_the_gradient_of_separate_sequences(
     arch: str,
     dtype: str,
     k: int | None,
     train_unembed: bool,
     loss_fn: Any,
-    passes: int,
+    limit: int | None,
     connect: Callable[..., TrainingClient],
     model_folder: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With all graphs kept, with none, and with those of the first micro-batches."""
     client = connect(arch, dtype, train_unembed)
     engine = engine_of(client)
     assert engine.scorer.packs, f"{arch} fell back to padded batches"
     data = family_data(k)
-    if passes == 2:
-        monkeypatch.setattr(engine, "one_pass_tokens", 0)
+    if limit is not None:
+        monkeypatch.setattr(engine, "one_pass_tokens", limit)
         monkeypatch.setattr(engine.scorer, "micro_batch_tokens", 60)
+        kept, again = split(engine.scorer.batches(data), limit)
+        assert again
+        assert bool(kept) == (limit > 0)
     output = client.forward_backward_custom(data, loss_fn).result(SECONDS)
     grads = {key: g.double() for key, g in take_gradient(client).items()}
 
     rel = tolerance(arch, dtype)
     model = plain_model(model_folder(arch), adapter_of(client))
     loss, expected = slow_gradient(model, data, loss_fn)
-    assert output.metrics["passes"] == passes
+    assert output.metrics["passes"] == (1 if limit is None else 2)
     assert output.metrics["loss"] == pytest.approx(loss, rel=rel)
     assert_close(grads, expected, rel)
     for found, datum in zip(output.loss_fn_outputs, data, strict=True):

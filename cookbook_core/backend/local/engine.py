@@ -2,8 +2,8 @@
 
 `forward_backward` is the whole idea in a few lines: score with the graph kept, run the loss on
 detached logprobs, push its gradient back through the kept graph. One forward, one backward, for
-any loss. A batch whose graph would not fit in memory is scored without a graph first and then
-again, micro-batch by micro-batch, with the gradient known: same result, one more forward.
+any loss. Micro-batches whose graphs would not fit in memory are scored without a graph first and
+then again, one by one, with the gradient known: same result, one more forward for them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from cookbook_core.backend.local import checkpoints
 from cookbook_core.backend.local.adapters import Adapter, AdapterBank
 from cookbook_core.backend.local.memory import keep_freed_memory, one_pass_tokens
 from cookbook_core.backend.local.model import BaseModel, load_base_model
+from cookbook_core.backend.local.passes import Score, Scored, Tensors, backward, split
 from cookbook_core.backend.local.sampler import sample_batch
 from cookbook_core.backend.local.sampling_requests import SampleRequest, check_request
-from cookbook_core.backend.local.scoring import Batch, Scorer, in_order
+from cookbook_core.backend.local.scoring import Scorer
 from cookbook_core.backend.local.vocab_logprobs import VocabLogprobs
 from cookbook_core.backend.local.worker import Worker
 from cookbook_core.custom_loss import (
@@ -139,10 +140,11 @@ class Engine:
         if limit is None:
             limit = one_pass_tokens(self.base)
         with self.bank.active(adapter) as params:
-            passes = 1 if sum(batch.tokens for batch in batches) <= limit else 2
             score, loss_of = form(params)
-            run = self._one_pass if passes == 1 else self._two_pass
-            logprobs, result, grads = run(score, partial(loss_of, loss_fn, data), params, batches)
+            kept, again = split(batches, limit)
+            loss_of = partial(loss_of, loss_fn, data)
+            logprobs, result, grads = backward(score, loss_of, params, kept, again)
+            passes = 2 if again else 1
             grads = [
                 g if more is None else g + more
                 for g, more in zip(grads, result.param_grads or [None] * len(grads), strict=True)
@@ -155,7 +157,7 @@ class Engine:
         """The loss sees logprobs of target_tokens, on the CPU."""
         del params
 
-        def run(loss_fn: LossFn, data: Sequence[Datum], scored: _Tensors) -> _Scored:
+        def run(loss_fn: LossFn, data: Sequence[Datum], scored: Tensors) -> Scored:
             logprobs = [lp.detach().cpu() for lp in scored]
             return logprobs, differentiate(loss_fn, data, logprobs)
 
@@ -168,7 +170,7 @@ class Engine:
         """
         scorer, vocab_size = self.scorer, self.base.data().vocab_size or 0
 
-        def run(loss_fn: LossFn, data: Sequence[Datum], scored: _Tensors) -> _Scored:
+        def run(loss_fn: LossFn, data: Sequence[Datum], scored: Tensors) -> Scored:
             def view(hidden: torch.Tensor) -> VocabLogprobs:
                 return VocabLogprobs(hidden, lambda h: scorer.vocab_logprobs(h).cpu(), vocab_size)
 
@@ -176,28 +178,6 @@ class Engine:
             return [], differentiate(loss_fn, data, hidden, view=view, params=params)
 
         return scorer.hidden_batch, run
-
-    def _one_pass(
-        self, score: _Score, loss_of: _LossOf, params: list[Any], batches: Sequence[Batch]
-    ) -> _Pass:
-        with torch.enable_grad():
-            scored = in_order((batch, score(batch)) for batch in batches)
-        logprobs, result = loss_of(scored)
-        return logprobs, result, _pull_back(scored, params, result.grads)
-
-    def _two_pass(
-        self, score: _Score, loss_of: _LossOf, params: list[Any], batches: Sequence[Batch]
-    ) -> _Pass:
-        with torch.no_grad():
-            scored = in_order((batch, score(batch)) for batch in batches)
-        logprobs, result = loss_of(scored)
-        total: list[torch.Tensor] | None = None
-        for batch in batches:
-            with torch.enable_grad():
-                scored = score(batch)
-            grads = _pull_back(scored, params, [result.grads[i] for i in batch.indices])
-            total = grads if total is None else [t + g for t, g in zip(total, grads, strict=True)]
-        return logprobs, result, total or []
 
     def sample(
         self, adapter: Adapter | None, requests: Sequence[SampleRequest]
@@ -211,25 +191,12 @@ class Engine:
             return sample_batch(self.base.model, tokenizer, requests)
 
 
-_Tensors: TypeAlias = Sequence[torch.Tensor]
-_Scored: TypeAlias = tuple[list[torch.Tensor], LossResult]
-_Pass: TypeAlias = tuple[list[torch.Tensor], LossResult, list[torch.Tensor]]
-_Score: TypeAlias = Callable[[Batch], list[torch.Tensor]]
-_LossOf: TypeAlias = Callable[[_Tensors], _Scored]
-_Form: TypeAlias = tuple[_Score, Callable[[LossFn, Sequence[Datum], _Tensors], _Scored]]
+_Form: TypeAlias = tuple[Score, Callable[[LossFn, Sequence[Datum], Tensors], Scored]]
+"""How micro-batches are scored, and the loss on what comes of it."""
 
 
 def _has_text(stop: Any) -> bool:
     return isinstance(stop, str) or any(isinstance(s, str) for s in stop)
-
-
-def _pull_back(
-    logprobs: Sequence[torch.Tensor], params: Sequence[Any], grads: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """d loss / d params from d loss / d logprobs, through the graph of the logprobs."""
-    cotangents = [g.to(lp) for g, lp in zip(grads, logprobs, strict=True)]
-    found = torch.autograd.grad(logprobs, params, cotangents, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
 
 
 def _output(

@@ -1,0 +1,62 @@
+"""One pass for the micro-batches whose graphs fit in memory, two for the others: same gradient."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from cookbook_core.backend.local.scoring import Batch, in_order
+from cookbook_core.custom_loss import LossResult
+
+Tensors: TypeAlias = Sequence[torch.Tensor]
+Score: TypeAlias = Callable[[Batch], list[torch.Tensor]]
+Scored: TypeAlias = tuple[list[torch.Tensor], LossResult]
+"""Logprobs for the caller, and the loss with its gradient."""
+LossOf: TypeAlias = Callable[[Tensors], Scored]
+Pass: TypeAlias = tuple[list[torch.Tensor], LossResult, list[torch.Tensor]]
+
+
+def split(batches: Sequence[Batch], limit: int) -> tuple[list[Batch], list[Batch]]:
+    """The first batches, whose graphs fit into `limit` tokens together, and the others."""
+    total = itertools.accumulate(batch.tokens for batch in batches)
+    fitting = sum(1 for tokens in total if tokens <= limit)
+    return list(batches[:fitting]), list(batches[fitting:])
+
+
+def backward(
+    score: Score,
+    loss_of: LossOf,
+    params: list[Any],
+    kept: Sequence[Batch],
+    again: Sequence[Batch],
+) -> Pass:
+    """The loss of all batches and its gradient: graphs of `kept` are kept, `again` runs twice."""
+    with torch.enable_grad():
+        graphs = [(batch, score(batch)) for batch in kept]
+    with torch.no_grad():
+        bare = [(batch, score(batch)) for batch in again]
+    logprobs, result = loss_of(in_order([*graphs, *bare]))
+    total = [torch.zeros_like(p) for p in params]
+    if graphs:
+        scored = [lp for _, each in graphs for lp in each]
+        at = [i for batch in kept for i in batch.indices]
+        total = _pull_back(scored, params, [result.grads[i] for i in at])
+        del graphs, scored
+    for batch in again:
+        with torch.enable_grad():
+            scored = score(batch)
+        grads = _pull_back(scored, params, [result.grads[i] for i in batch.indices])
+        total = [t + g for t, g in zip(total, grads, strict=True)]
+    return logprobs, result, total
+
+
+def _pull_back(
+    logprobs: Sequence[torch.Tensor], params: Sequence[Any], grads: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """d loss / d params from d loss / d logprobs, through the graph of the logprobs."""
+    cotangents = [g.to(lp) for g, lp in zip(grads, logprobs, strict=True)]
+    found = torch.autograd.grad(logprobs, params, cotangents, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
