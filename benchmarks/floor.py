@@ -23,7 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from benchmarks import workloads as W
-from cookbook_core import datum_from_prompt_completion, tinker
+from benchmarks.our_side import cpu_service
+from cookbook_core import clients, datum_from_prompt_completion, tinker
 
 
 def matmul_rate(size: int = 1024, repeats: int = 30) -> float:
@@ -53,10 +54,7 @@ def step_flops(model: str, lengths: list[int], rows: int) -> float:
 
 
 def client_of(model: str) -> Any:
-    service = tinker.ServiceClient(device="cpu", dtype="float32")
-    return service.create_lora_training_client(
-        W.build_model(model), W.LORA_RANK, 0, train_unembed=False
-    ).result()
+    return clients.start(cpu_service(), W.build_model(model), "", W.LORA_RANK, seed=0)
 
 
 def step(client: Any, data: list[tinker.Datum]) -> float:

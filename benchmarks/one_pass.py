@@ -15,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,10 +23,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from benchmarks import workloads as W
-from benchmarks.our_side import dpo_loss, grpo_loss
-from cookbook_core import datum_from_prompt_completion, tinker, with_inputs
+from benchmarks.our_side import cpu_service, grpo_loss
+from cookbook_core import clients, datum_from_prompt_completion, tinker, with_inputs
 from cookbook_core.builtin_losses import cross_entropy
 from cookbook_core.custom_loss import forward_backward_two_pass
+from recipes.dpo import dpo_loss
 
 
 def data() -> list[tinker.Datum]:
@@ -51,14 +53,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    service = tinker.ServiceClient(device="cpu", dtype="float32")
-    client = service.create_lora_training_client(
-        W.build_model("small"), W.LORA_RANK, 0, train_unembed=False
-    ).result()
+    client = clients.start(cpu_service(), W.build_model("small"), "", W.LORA_RANK, seed=0)
     batch = data()
+    dpo = partial(dpo_loss, beta=W.BETA)
     losses = {
         "cross-entropy": cross_entropy,
-        "DPO": dpo_loss,
+        "DPO": dpo,
         "GRPO": grpo_loss,
         "variance": variance,
     }
@@ -67,7 +67,7 @@ def main() -> None:
     }
     for name, loss in losses.items():
         runs[name] = lambda loss=loss: client.forward_backward_custom(batch, loss).result()
-    runs["two passes"] = lambda: forward_backward_two_pass(client, batch, dpo_loss)
+    runs["two passes"] = lambda: forward_backward_two_pass(client, batch, dpo)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for n in range(options.rounds + 2):
         for name, one in runs.items():

@@ -9,13 +9,12 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks import workloads as W
 from cookbook_core import (
@@ -23,22 +22,17 @@ from cookbook_core import (
     datum_from_prompt_completion,
     datum_from_token_set,
     tinker,
-    weighted_sums,
     with_inputs,
 )
+from recipes.bradley_terry import bradley_terry_loss
+from recipes.dpo import dpo_loss
 
 ADAM = tinker.AdamParams(W.LEARNING_RATE, 0.9, 0.999, 1e-8, grad_clip_norm=W.CLIP)
-Step = Callable[[int], dict[str, float]]
 
 
-def dpo_loss(data: list[tinker.Datum], logprobs: list[torch.Tensor]) -> Any:
-    ratio = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
-    return -F.logsigmoid(W.BETA * (ratio[0::2] - ratio[1::2])).mean(), {}
-
-
-def reward_loss(data: list[tinker.Datum], logprobs: list[torch.Tensor]) -> Any:
-    reward = torch.stack([lp[-1, 0] - lp[-1, 1] for lp in logprobs])
-    return -F.logsigmoid(reward[0::2] - reward[1::2]).mean(), {}
+def cpu_service() -> tinker.ServiceClient:
+    """Where all of this runs: the CPU, in float32."""
+    return tinker.ServiceClient(device="cpu", dtype="float32")
 
 
 def grpo_loss(data: list[tinker.Datum], logprobs: list[torch.Tensor]) -> Any:
@@ -61,13 +55,9 @@ class Side:
         if threads:
             torch.set_num_threads(threads)
         self.workload, folder = workload, W.build_model(model)
-        self.service = tinker.ServiceClient(device="cpu", dtype="float32")
-        self.client = self.service.create_lora_training_client(
-            folder, W.LORA_RANK, 0, train_unembed=False
-        ).result()
-        self.base = self.service.create_lora_training_client(
-            folder, 1, 0, train_unembed=False
-        ).result()  # B is 0: the bare base model
+        service = cpu_service()
+        self.client = clients.start(service, folder, "", W.LORA_RANK, seed=0)
+        self.base = clients.start(service, folder, "", 1, seed=0)  # B is 0: the bare base model
         if workload.startswith("sft"):
             batches = W.sft(model, steps, prompts=workload == "sft_completion")
             self.data = [[self.sequence(s) for s in batch] for batch in batches]
@@ -93,10 +83,13 @@ class Side:
             ]
             return self.finish(self.client.forward_backward(mean, "cross_entropy"))
         if self.workload == "reward":
-            return self.finish(self.client.forward_backward_custom(self.data[k], reward_loss))
+            return self.finish(
+                self.client.forward_backward_custom(self.data[k], bradley_terry_loss)
+            )
         if self.workload == "dpo":
             data = clients.add_ref_logprobs(self.base, self.data[k])
-            return self.finish(self.client.forward_backward_custom(data, dpo_loss))
+            loss = partial(dpo_loss, beta=W.BETA)
+            return self.finish(self.client.forward_backward_custom(data, loss))
         began = time.perf_counter()
         data = self.rollout(k)
         generated = time.perf_counter() - began

@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import json
 import os
-import statistics
 import sys
 import time
 from typing import Any
@@ -181,7 +180,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "generate_s": generated[options.warmup :] or [0.0] * len(seconds),
         "losses": losses,
         "peak_mb": W.peak_mb(),
-        "median_s": statistics.median(seconds),
     }
 
 

@@ -5,6 +5,7 @@ Everything is made in memory from a seed and saved once per session; nothing is 
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
@@ -21,7 +22,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
-from cookbook_core.tinker import Datum, ModelInput, ServiceClient
+from cookbook_core.tinker import Datum, ModelInput, ServiceClient, TrainingClient
+from tests.oracles.logprobs import randomize
 
 # one: on layers this small two threads cost more than they give, many times more on a busy machine
 torch.set_num_threads(1)
@@ -125,6 +127,33 @@ def model_folder(
         return made[arch]
 
     return folder
+
+
+@pytest.fixture(scope="module")
+def connect(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., str]
+) -> Iterator[Callable[..., TrainingClient]]:
+    """Clients by architecture, dtype and train_unembed, each made once, with random A and B."""
+    services: list[ServiceClient] = []
+
+    @functools.cache
+    def make(
+        arch: str = "qwen3", dtype: str = "float64", train_unembed: bool = False
+    ) -> TrainingClient:
+        service = ServiceClient(
+            device="cpu", dtype=dtype, checkpoint_dir=tmp_path_factory.mktemp("checkpoints")
+        )
+        services.append(service)
+        made = service.create_lora_training_client(
+            model_folder(arch), rank=4, seed=0, train_unembed=train_unembed
+        )
+        client = made.result(60)
+        randomize(client)
+        return client
+
+    yield make
+    for service in services:
+        service.close()
 
 
 @pytest.fixture

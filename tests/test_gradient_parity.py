@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -88,31 +87,6 @@ def data_for(loss_name: str, random_data: Callable[..., list[Datum]]) -> list[Da
 
 
 # ---- clients ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def connect(
-    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., str]
-) -> Iterator[Callable[..., TrainingClient]]:
-    """Clients by architecture, dtype and train_unembed, each made once, with random A and B."""
-    services: list[ServiceClient] = []
-
-    @functools.cache
-    def make(arch: str, dtype: str = "float64", train_unembed: bool = False) -> TrainingClient:
-        service = ServiceClient(
-            device="cpu", dtype=dtype, checkpoint_dir=tmp_path_factory.mktemp("checkpoints")
-        )
-        services.append(service)
-        made = service.create_lora_training_client(
-            model_folder(arch), rank=4, seed=0, train_unembed=train_unembed
-        )
-        client = made.result(SECONDS)
-        randomize(client)
-        return client
-
-    yield make
-    for service in services:
-        service.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -152,31 +151,6 @@ def family_data(k: int | None = None) -> list[Datum]:
         inputs = {"target_tokens": rng.integers(0, VOCAB, shape)}
         data.append(Datum(ModelInput.from_ints(ids), inputs))
     return data
-
-
-@pytest.fixture(scope="module")
-def connect(
-    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., str]
-) -> Iterator[Callable[..., TrainingClient]]:
-    """Clients by architecture, dtype and train_unembed, each made once, with random A and B."""
-    services: list[ServiceClient] = []
-
-    @functools.cache
-    def make(
-        arch: str = "qwen3", dtype: str = "float64", train_unembed: bool = False
-    ) -> TrainingClient:
-        folder = tmp_path_factory.mktemp("checkpoints")
-        service = ServiceClient(device="cpu", dtype=dtype, checkpoint_dir=folder)
-        services.append(service)
-        client = service.create_lora_training_client(
-            model_folder(arch), rank=4, seed=0, train_unembed=train_unembed
-        ).result(SECONDS)
-        randomize(client)
-        return client
-
-    yield make
-    for service in services:
-        service.close()
 
 
 @pytest.fixture

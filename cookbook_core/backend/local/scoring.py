@@ -55,7 +55,7 @@ class Scorer:
         self.backbone = getattr(model, model.base_model_prefix, model)
         self.head: Head | None = find_head(model)
         self.micro_batch_tokens = MICRO_BATCH_TOKENS.get(device.type, 4096)
-        self._switches = _attention_switches(model)
+        self._switchable = _switchable(model)
         self.packs = self._packing_is_exact()
 
     def score(self, data: Sequence[Datum]) -> list[torch.Tensor]:
@@ -158,15 +158,14 @@ class Scorer:
     @contextmanager
     def _attention(self, *, packed: bool) -> Iterator[None]:
         """The model with its own attention, or with ours."""
-        if packed:
-            for config, _, ours in self._switches:
-                config._attn_implementation = ours
+        switched = self._switchable if packed else []
+        for config, _ in switched:
+            config._attn_implementation = attention.NAME
         try:
             yield
         finally:
-            if packed:
-                for config, own, _ in self._switches:
-                    config._attn_implementation = own
+            for config, own in switched:
+                config._attn_implementation = own
 
     def _packing_is_exact(self) -> bool:
         """Whether a packed row with a shared prefix gives this architecture's own hidden states.
@@ -174,7 +173,7 @@ class Scorer:
         Asked of the model itself, on a few tokens, as layers may do what a layout cannot express
         (state-space layers, position biases, attention of their own).
         """
-        if not self._switches:
+        if not self._switchable:
             return False
         vocab = self.model.get_input_embeddings().weight.shape[0]
         stem = [i % vocab for i in range(packing.MIN_SHARED)]
@@ -224,10 +223,9 @@ def _by_length(lists: Sequence[list[int]], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _attention_switches(model: Any) -> list[tuple[Any, str, str]]:
-    """(config, its attention, ours) for each config that transformers lets us switch."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = {key: c._attn_implementation for key, c in configs.items()}
+def _switchable(model: Any) -> list[tuple[Any, str]]:
+    """(config, its own attention) for each config whose attention transformers lets us switch."""
     if not model._can_set_attn_implementation():
         return []
-    return [(c, before[key], attention.NAME) for key, c in configs.items()]
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    return [(config, config._attn_implementation) for config in configs.values()]
