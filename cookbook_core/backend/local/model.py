@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cookbook_core.backend.local import fused_norm
 from cookbook_core.errors import ConfigError, ModelError, message, nearest
 from cookbook_core.tinker.types import ModelData
 
@@ -136,6 +137,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     # eval for good: no dropout, in training either, so that policy and reference are the same
     # function and a ratio of 1 is exactly 1.
     model.to(chosen_device).eval().requires_grad_(False)
+    fused_norm.fuse(model)
     text_config = model.config.get_text_config()
     return BaseModel(
         name=name,

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from cookbook_core.backend.local.threads import release_helpers
 from cookbook_core.errors import RequestError
 from cookbook_core.tinker.futures import in_worker_thread, mark_worker_thread
 
@@ -72,6 +73,7 @@ class Worker:
                 "in a slot of the queue this request would wait in. Make the call first and put "
                 "its result on the datums with with_inputs()."
             )
+        release_helpers()  # of the caller, who is about to wait
         with self._changed:
             if self._closed:
                 raise RequestError(f"{job.label}: this client has been closed. Make a new one.")
@@ -91,6 +93,8 @@ class Worker:
     def _next(self) -> list[_Job] | None:
         """The next job with the neighbours it can run with; None once closed and empty."""
         with self._changed:
+            if not self._jobs:
+                release_helpers()
             self._changed.wait_for(lambda: self._jobs or self._closed)
             if not self._jobs:
                 return None
