@@ -14,7 +14,6 @@ import torch
 from cookbook_core import with_inputs
 from cookbook_core.backend.local import attention, packing
 from cookbook_core.backend.local.packing import Layout, Piece, lay_out, micro_batches
-from cookbook_core.backend.local.passes import split
 from cookbook_core.errors import DatumError
 from cookbook_core.tinker import Datum, ModelInput, ServiceClient, TrainingClient
 from tests.conftest import VOCAB
@@ -201,9 +200,9 @@ def test_shared_prefixes_give_the_gradient_of_separate_sequences(
     assert engine.scorer.packs, f"{arch} fell back to padded batches"
     data = family_data(k)
     if limit is not None:
-        monkeypatch.setattr(engine, "one_pass_tokens", limit)
+        monkeypatch.setattr(engine.room, "one_pass_tokens", limit)
         monkeypatch.setattr(engine.scorer, "micro_batch_tokens", 60)
-        kept, again = split(engine.scorer.batches(data), limit)
+        kept, again = engine.room.split(engine.scorer.batches(data))
         assert again
         assert bool(kept) == (limit > 0)
     output = client.forward_backward_custom(data, loss_fn).result(SECONDS)
@@ -255,6 +254,25 @@ def test_pieces_against_one_segment_at_a_time(window: int | None, dtype: torch.d
 
 def by_segment(*arguments: Any) -> torch.Tensor:
     return attention._by_segment(*arguments, None)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 8])
+def test_flex_attention_sees_what_the_segments_see(
+    window: int | None, softcap: float | None
+) -> None:
+    """The mask CUDA uses, here in plain torch (not compiled), values alone."""
+    layout = lay_out([d.model_input.to_ints() for d in family_data()])
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(n, len(layout.tokens), 8, dtype=torch.float64) for n in (4, 2, 2))
+    with torch.no_grad():
+        want = attention._by_segment(q, k, v, 0.3, layout, window, softcap)
+        flex = torch.nn.attention.flex_attention.flex_attention
+        found = attention._flex(flex, q, k, v, 0.3, layout, window, softcap)
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+        blind = lay_out([layout.tokens.tolist()])
+        other = attention._flex(flex, q, k, v, 0.3, blind, window, softcap)
+    assert not torch.allclose(other, want, atol=1e-2)
 
 
 def test_an_architecture_that_cannot_be_packed_says_so_once(

@@ -29,6 +29,8 @@ class ServiceClient:
         base_url: must be None: this release runs on this machine only.
         device: "auto" (cuda, then mps, then cpu) or torch's own device string.
         dtype: "auto" (bfloat16 on cuda, else float32), "float32", "bfloat16" or "float64".
+        gradient_checkpointing: "on" computes layers again in the backward rather than keep what
+            is in them; "auto" does so for what does not fit into free memory; "off" never does.
         checkpoint_dir: where `save_state` and `save_weights_for_sampler` write.
         user_metadata, project_id, display_name, api_key, default_headers_overrides: for hosted
             services; no effect here.
@@ -45,6 +47,7 @@ class ServiceClient:
         default_headers_overrides: Mapping[str, str] | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        gradient_checkpointing: str = "auto",
         checkpoint_dir: str | Path = "checkpoints",
     ) -> None:
         del user_metadata, project_id, display_name, api_key, default_headers_overrides
@@ -52,7 +55,11 @@ class ServiceClient:
             raise ConfigError(
                 message("base_url", "remote services are not supported yet", None, base_url)
             )
-        self._options = {"device": device, "dtype": dtype}
+        self._options = {
+            "device": device,
+            "dtype": dtype,
+            "gradient_checkpointing": gradient_checkpointing,
+        }
         self._checkpoint_dir = Path(checkpoint_dir)
         self._backends: dict[str, Any] = {}
         self._model_ids = itertools.count()

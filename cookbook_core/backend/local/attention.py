@@ -8,14 +8,17 @@ their log-sum-exp,
 
 and the backward of each piece is the kernel's own, given the merged out and lse: with
 P = exp(s - lse) the gradients of the pieces add up to the gradient of the whole. Source of the
-merging: Liu et al. 2023, Ring Attention, arXiv 2310.01889.
+merging: Liu et al. 2023, Ring Attention, arXiv 2310.01889. That is for the CPU; on CUDA torch's
+flex attention takes the whole row in one kernel.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 
 from cookbook_core.backend.local.packing import Layout, Piece
@@ -61,6 +64,8 @@ def packed_attention(
     q, k, v = query[0], key[0], value[0]
     if q.device.type == "cpu" and softcap is None and q.shape[-1] == v.shape[-1]:
         return _InPieces.apply(q, k, v, scale, layout, sliding_window)[None], None
+    if q.device.type == "cuda" and q.dtype != torch.float64 and _triton():
+        return _flex(_compiled(), q, k, v, scale, layout, sliding_window, softcap)[None], None
     return _by_segment(q, k, v, scale, layout, sliding_window, softcap)[None], None
 
 
@@ -157,6 +162,72 @@ def _mask(
     return mask[None, None], None if piece.causal else seeing
 
 
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+
+@cache
+def _triton() -> bool:
+    from torch.utils._triton import has_triton
+
+    return has_triton()
+
+
+@cache
+def _compiled() -> Any:
+    """Flex attention as one kernel, compiled anew for a kind of mask but not for a length."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _flex(
+    kernel: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    layout: Layout,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """The whole row in one call of torch's flex attention (as it is, or compiled)."""
+
+    def capped(score: Any, *_: Any) -> Any:
+        return softcap * torch.tanh(score / softcap)
+
+    out = kernel(
+        q[None],
+        k[None],
+        v[None],
+        score_mod=None if softcap is None else capped,
+        block_mask=_block_mask(layout, window, q.device),
+        scale=scale,
+        enable_gqa=q.shape[0] != k.shape[0],
+    )
+    return out[0].transpose(0, 1)
+
+
+def _block_mask(layout: Layout, window: int | None, device: torch.device) -> Any:
+    """Which blocks of the row meet; the same for all layers, so it is made once.
+
+    In depth-first order those who see a token are the tokens from it up to the end of what stands
+    below its segment.
+    """
+    key = ("flex", window, device)
+    if key not in layout.memo:
+        ends = layout.ends.to(device)
+        positions = layout.positions.to(device)
+
+        def sees(_b: Any, _h: Any, q: Any, k: Any) -> Any:
+            below = (q >= k) & (q < ends[k])
+            return below if window is None else below & (positions[q] - positions[k] < window)
+
+        n = len(ends)
+        layout.memo[key] = create_block_mask(sees, None, None, n, n, device=str(device))
+    return layout.memo[key]
+
+
+# ---- elsewhere -----------------------------------------------------------------------------------
+
+
 def _by_segment(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -166,7 +237,7 @@ def _by_segment(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Plain torch, a segment at a time, for what the pieces cannot do: other devices, soft caps.
+    """Plain torch, a segment at a time, for what neither of the others can do.
 
     Each segment's queries meet the keys of all segments above it and its own in one call.
     """

@@ -19,9 +19,10 @@ import torch
 
 from cookbook_core.backend.local import checkpoints
 from cookbook_core.backend.local.adapters import Adapter, AdapterBank
-from cookbook_core.backend.local.memory import keep_freed_memory, one_pass_tokens
+from cookbook_core.backend.local.memory import keep_freed_memory
 from cookbook_core.backend.local.model import BaseModel, load_base_model
-from cookbook_core.backend.local.passes import Score, Scored, Tensors, backward, split
+from cookbook_core.backend.local.passes import Pass, Score, Scored, Tensors, backward, once
+from cookbook_core.backend.local.room import Room, check_mode
 from cookbook_core.backend.local.sampler import sample_batch
 from cookbook_core.backend.local.sampling_requests import SampleRequest, check_request
 from cookbook_core.backend.local.scoring import Scorer
@@ -64,15 +65,19 @@ class LocalBackend:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        gradient_checkpointing: str = "auto",
         model_ids: itertools.count[int] | None = None,
     ) -> None:
+        check_mode(gradient_checkpointing)
         if not torch.cuda.is_available():
             keep_freed_memory()  # before there is a thread with an arena of its own
         self.worker = Worker(f"cookbook-{base_model}")
         self.checkpoint_dir = checkpoint_dir
         self._model_ids = model_ids or itertools.count()
         self._loaded: Engine | None = None
-        self._load = lambda: Engine(load_base_model(base_model, device, dtype))
+        self._load = lambda: Engine(
+            load_base_model(base_model, device, dtype), gradient_checkpointing
+        )
 
     def engine(self) -> Engine:
         """The engine, loaded by the first request that needs it (worker thread only)."""
@@ -111,18 +116,18 @@ class LocalBackend:
 class Engine:
     """The model and what computes with it. Every method runs in the worker thread."""
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: BaseModel, gradient_checkpointing: str = "auto") -> None:
         self.base = base
         self.scorer = Scorer(base.model, base.device)
         self.bank = AdapterBank(base)
-        self.one_pass_tokens: int | None = None
-        """Tokens whose graph is kept; None asks free memory at each call."""
+        self.room = Room(base, self.scorer, gradient_checkpointing)
 
     def forward(
         self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn
     ) -> ForwardBackwardOutput:
         with self.bank.active(adapter), torch.no_grad():
-            logprobs = [lp.cpu() for lp in self.scorer.score(data)]
+            scored = self.room.fitted(data, lambda: self.scorer.score(data))
+            logprobs = [lp.cpu() for lp in scored]
         return _output(logprobs, evaluate(loss_fn, data, logprobs), {})
 
     def forward_backward(
@@ -135,21 +140,23 @@ class Engine:
         """Accumulate the gradient of `loss_fn`; on any error nothing is accumulated."""
         form = self._vocab_form if loss_type_input == "vocab_logprobs" else self._target_form
         tokens = sum(datum.model_input.length for datum in data)
-        batches = self.scorer.batches(data)
-        limit = self.one_pass_tokens
-        if limit is None:
-            limit = one_pass_tokens(self.base)
-        with self.bank.active(adapter) as params:
+        # the attention stays switched until the backward, which may compute layers again
+        packed = self.scorer.attention(packed=self.scorer.packs)
+        with self.bank.active(adapter) as params, packed:
             score, loss_of = form(params)
-            kept, again = split(batches, limit)
-            loss_of = partial(loss_of, loss_fn, data)
-            logprobs, result, grads = backward(score, loss_of, params, kept, again)
-            passes = 2 if again else 1
+            loss_of = once(partial(loss_of, loss_fn, data))
+
+            def gradient() -> tuple[Pass, float]:
+                kept, again = self.room.split(self.scorer.batches(data))
+                done = backward(self.room.recomputing(score), loss_of, params, kept, again)
+                return done, 2.0 if again else 1.0
+
+            (logprobs, result, grads), passes = self.room.fitted(data, gradient)
             grads = [
                 g if more is None else g + more
                 for g, more in zip(grads, result.param_grads or [None] * len(grads), strict=True)
             ]
-        output = _output(logprobs, result, {"passes": float(passes), "tokens": float(tokens)})
+        output = _output(logprobs, result, {"passes": passes, "tokens": float(tokens)})
         adapter.accumulate(grads)
         return output
 

@@ -26,7 +26,7 @@ def graph_bytes_per_token(base: BaseModel) -> int:
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     width = max(base.model.dtype.itemsize, 4)  # LoRA branches run in float32 over a bf16 base
-    return config.num_hidden_layers * (20 * hidden + 8 * inner) * width
+    return config.num_hidden_layers * (14 * hidden + 5 * inner) * width
 
 
 def free_bytes(device: torch.device) -> int:

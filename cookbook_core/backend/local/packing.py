@@ -18,6 +18,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,16 @@ class Layout:
     positions: torch.Tensor
     rows: list[torch.Tensor]
     segments: list[Segment]
-    _masks: dict[tuple[object, ...], object] = field(default_factory=dict)
+    memo: dict[tuple[object, ...], Any] = field(default_factory=dict)
+    """Masks made from it, which all layers share."""
+
+    @functools.cached_property
+    def ends(self) -> torch.Tensor:
+        """`(T,)`: of each token, where what stands below its segment ends."""
+        ends = torch.empty_like(self.positions)
+        for s in self.segments:
+            ends[s.start : s.stop] = s.subtree_stop
+        return ends
 
     @functools.cached_property
     def pieces(self) -> list[Piece]:
@@ -99,9 +109,9 @@ class Layout:
             seeing `(Lq,)`, the queries that see any key at all.
         """
         key = (piece, window)
-        if key not in self._masks:
-            self._masks[key] = self._window_mask(piece, window)
-        return self._masks[key]  # pyright: ignore[reportReturnType]
+        if key not in self.memo:
+            self.memo[key] = self._window_mask(piece, window)
+        return self.memo[key]
 
     def _window_mask(self, piece: Piece, window: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         length = (piece.q_stop - piece.q_start) // piece.count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -19,11 +18,17 @@ LossOf: TypeAlias = Callable[[Tensors], Scored]
 Pass: TypeAlias = tuple[list[torch.Tensor], LossResult, list[torch.Tensor]]
 
 
-def split(batches: Sequence[Batch], limit: int) -> tuple[list[Batch], list[Batch]]:
-    """The first batches, whose graphs fit into `limit` tokens together, and the others."""
-    total = itertools.accumulate(batch.tokens for batch in batches)
-    fitting = sum(1 for tokens in total if tokens <= limit)
-    return list(batches[:fitting]), list(batches[fitting:])
+def once(loss_of: LossOf) -> LossOf:
+    """A loss that runs the first time only and then gives what it gave: a user's loss runs exactly
+    once, also where the forward has to be done again with less at a time."""
+    found: list[Scored] = []
+
+    def run(scored: Tensors) -> Scored:
+        if not found:
+            found.append(loss_of(scored))
+        return found[0]
+
+    return run
 
 
 def backward(

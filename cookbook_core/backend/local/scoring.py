@@ -123,7 +123,7 @@ class Scorer:
 
     def _states(self, batch: Batch) -> torch.Tensor:
         """`(rows, width)`: hidden states, or logits where the head is not a plain one."""
-        with self._attention(packed="layout" in batch.inputs):
+        with self.attention(packed="layout" in batch.inputs):
             if self.head is None:
                 return self.model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
             return self.backbone(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -156,16 +156,16 @@ class Scorer:
     # ---- packed attention ------------------------------------------------------------------------
 
     @contextmanager
-    def _attention(self, *, packed: bool) -> Iterator[None]:
-        """The model with its own attention, or with ours."""
-        switched = self._switchable if packed else []
-        for config, _ in switched:
-            config._attn_implementation = attention.NAME
+    def attention(self, *, packed: bool) -> Iterator[None]:
+        """The model with ours for packed rows, or with its own attention; nests."""
+        before = [config._attn_implementation for config, _ in self._switchable]
+        for config, own in self._switchable:
+            config._attn_implementation = attention.NAME if packed else own
         try:
             yield
         finally:
-            for config, own in switched:
-                config._attn_implementation = own
+            for (config, _), name in zip(self._switchable, before, strict=True):
+                config._attn_implementation = name
 
     def _packing_is_exact(self) -> bool:
         """Whether a packed row with a shared prefix gives this architecture's own hidden states.
