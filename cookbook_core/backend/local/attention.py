@@ -191,7 +191,8 @@ def _flex(
     """The whole row in one call of torch's flex attention (as it is, or compiled)."""
 
     def capped(score: Any, *_: Any) -> Any:
-        return softcap * torch.tanh(score / softcap)
+        cap = softcap or 1.0
+        return cap * torch.tanh(score / cap)
 
     out = kernel(
         q[None],

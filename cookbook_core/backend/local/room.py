@@ -124,7 +124,9 @@ def recomputed(model: Any, *, on: bool) -> Iterator[None]:
     built for it. Only the layers' own `training` flags are raised; what is in them stays in eval
     mode: no dropout.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if on else []
+    layers: list[Any] = []
+    if on:
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers:
         layer.training = layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = _checkpoint
