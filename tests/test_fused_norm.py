@@ -40,20 +40,20 @@ def test_value_and_gradient_are_the_norm_s(shape: tuple[int, ...], scale: float)
         rms = (x.square().mean(-1, keepdim=True) + own.variance_epsilon).sqrt()
         return x / rms * own.weight.double()
 
-    want = both(exact, x.double())
-    for true, theirs, ours in zip(want, both(own, x), both(fused, x), strict=True):
+    want, found = both(exact, x.double()), both(fused, x)
+    for true, theirs, ours in zip(want, both(own, x), found, strict=True):
         assert not torch.equal(theirs, ours)  # another order of the sums: it is the fused path
         assert (ours - true).norm() <= 2 * (theirs - true).norm()
     with torch.no_grad():
-        assert torch.equal(fused(x), both(fused, x)[0])
+        assert torch.equal(fused(x), found[0])
 
 
-def test_few_numbers_other_dtypes_and_trained_weights_compute_as_before() -> None:
+def test_other_dtypes_and_trained_weights_compute_as_before() -> None:
     own, fused = norm_of(128), norm_of(128)
     fused_norm.fuse(fused)
     x = torch.randn(700, 128)
-    for small in (x[:4], x.bfloat16(), x.double()):
-        assert torch.equal(own(small), fused(small))
+    for other in (x.bfloat16(), x.double()):
+        assert torch.equal(own(other), fused(other))
     fused.weight.requires_grad_()
     fused(x).sum().backward()
     assert fused.weight.grad is not None
