@@ -1,0 +1,104 @@
+"""Examine a custom loss before a run is spent on it; no model is needed.
+
+    from cookbook_core.doctor import examine
+    print(examine(my_loss, data))                           # your own datums
+    python -m cookbook_core.doctor my_dpo.py:my_loss        # made-up ones; exit 1 on a defect
+
+The loss is fed plausible made-up logprobs in float64 and asked many times: on the batch as it is,
+on one with a token, a length, an order or a reference changed. What each check looks for is the
+first line of its function, in `checks` and `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cookbook_core.custom_loss import LossFn, check_loss, name_of
+from cookbook_core.datums import check_data
+from cookbook_core.doctor import checks, reference
+from cookbook_core.doctor.case import Case, make_case
+from cookbook_core.doctor.examples import example_data
+from cookbook_core.doctor.report import Finding, Report, from_error
+from cookbook_core.errors import CookbookError
+from cookbook_core.tinker.types import Datum
+
+__all__ = ["Finding", "Report", "examine"]
+
+# A defect of the first ones leaves the others nothing to ask.
+FIRST = (checks.lengths, checks.returns, checks.deterministic)
+THEN: tuple[Callable[[Case], list[Finding]], ...] = (
+    checks.gradient,
+    checks.every_datum,
+    checks.where_gradient_falls,
+    checks.padding,
+    checks.order,
+    checks.reduction,
+    checks.alignment,
+    checks.finite,
+    reference.sign,
+    reference.step_0,
+    reference.kl,
+)
+
+
+def examine(
+    loss_fn: LossFn,
+    data: Sequence[Datum] | None = None,
+    logprobs: Sequence[Any] | None = None,
+    *,
+    loss_type_input: str | None = None,
+    group_size: int = 1,
+    seed: int = 0,
+) -> Report:
+    """Ask a loss everything that can go wrong with it, and report in plain words.
+
+    Args:
+        loss_fn: see `custom_loss.LossFn`; bind further arguments with functools.partial.
+        data: D datums as they would be trained on, side data such as "ref_logprobs" included.
+            None makes up some that have what the loss asks for.
+        logprobs: D tensors like target_tokens, nats; None draws plausible ones, near the
+            reference's or the sampler's where the datums carry these.
+        loss_type_input: "vocab_logprobs" for a loss of the whole vocabulary's.
+        group_size: made-up data comes in whole groups of this many.
+        seed: of the logprobs.
+    Returns:
+        Report: `report.ok`, `report.findings`, `str(report)`. A loss that fails is a finding, not
+        an exception.
+    Raises:
+        DatumError: the data would be refused by a training client whatever the loss.
+        ConfigError: loss_fn is not a function, or loss_type_input is unknown.
+    """
+    form = check_loss(loss_fn, loss_type_input)
+    made_up = data is None
+    if data is None:
+        data, form = example_data(loss_fn, loss_type_input, group_size=group_size, seed=seed)
+    needs = () if form == "vocab_logprobs" else ("target_tokens",)
+    check_data(data, vocab_size=2**62, needs=needs)
+    case = make_case(loss_fn, data, logprobs, form, seed)
+    findings = _ask(case, checks.mutates)
+    for check in FIRST:
+        findings += _ask(case, check)
+        if any(f.status == "defect" and f.check != "mutates" for f in findings):
+            break
+    else:
+        for check in THEN:
+            findings += _ask(case, check)
+        if not case.exact:
+            words = "the loss takes float32 logprobs alone, so differences are coarse"
+            findings.append(Finding("gradient", "note", words))
+    fields = ", ".join(sorted(key for key in case.reads if key in data[0].loss_fn_inputs))
+    kind = "made-up datums" if made_up else "datums"
+    subject = f"{name_of(loss_fn)} on {len(data)} {kind}; it reads {fields or 'no loss input'}"
+    return Report(subject, tuple(findings))
+
+
+def _ask(case: Case, check: Callable[[Case], list[Finding]]) -> list[Finding]:
+    """Run one check; a loss that fails on the batch it made is a finding of it."""
+    try:
+        return check(case)
+    except CookbookError as error:
+        name = {"where_gradient_falls": "weights", "lengths": "alignment"}.get(
+            check.__name__, check.__name__
+        )
+        return [from_error(name, case.where, error)]

@@ -1,0 +1,240 @@
+"""The checks of losses with a direction: pairs, advantages, a reference, a KL term."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cookbook_core.doctor.case import Case
+from cookbook_core.doctor.report import Finding, defect
+from cookbook_core.errors import CookbookError
+
+if TYPE_CHECKING:
+    import torch
+
+OUTCOMES = 6  # of the small vocabulary that KL terms are enumerated on
+
+
+def is_pairwise(case: Case) -> bool:
+    """Whether the loss takes its datums in twos (see `checks.order`)."""
+    return case.unit == 2
+
+
+# ---- direction -----------------------------------------------------------------------------------
+
+
+def sign(case: Case) -> list[Finding]:
+    """Descent makes chosen likelier than rejected, good likelier than bad, targets likelier."""
+    if any(lp.dim() != 1 for lp in case.logprobs):
+        return []  # candidates or a whole vocabulary: some must rise, some fall
+    try:
+        grads = case.run(case.at_step_0()).grads
+    except CookbookError:
+        return []  # the step-0 identities say so
+    sums = [float(g.sum()) for g in grads]
+    if is_pairwise(case):
+        chosen, rejected = sum(sums[0::2]), sum(sums[1::2])
+        if chosen > 0 > rejected:
+            what = "descent makes the rejected likelier and the chosen less likely"
+            mend = "The order is chosen, rejected, chosen, ...: data[0::2] and data[1::2]."
+            got = f"{chosen:+.3g} on chosen, {rejected:+.3g} on rejected"
+            rule = "gradient < 0 on chosen, > 0 on rejected"
+            return [defect("sign", case.where, what, rule, got, mend)]
+        return [Finding("sign", "ok", "descent lifts chosen over rejected")]
+    if keys := case.keys("advantages"):
+        pull = 0.0
+        for datum, g in zip(case.data, grads, strict=True):
+            pull += float((g * datum.loss_fn_inputs[keys[0]].to_torch()).sum())
+        if pull > 0:
+            what = "descent makes tokens with a positive advantage less likely"
+            mend = "The loss is minus the objective: -(ratio * advantages)."
+            rule = "sum(gradient * advantages) < 0"
+            return [defect("sign", case.where, what, rule, f"{pull:+.3g}", mend)]
+        return [Finding("sign", "ok", "descent lifts tokens with a positive advantage")]
+    return _bounded(case, sums)
+
+
+def _bounded(case: Case, sums: list[float]) -> list[Finding]:
+    """A loss that falls for ever as every target gets less likely has lost its minus."""
+    if min(sums) < 0 or max(sums) <= 0:
+        return []
+    far, farther = (case.run(logprobs=[lp * 0 - x for lp in case.logprobs]).loss for x in (30, 60))
+    if farther < far - 1e-3 * abs(far):
+        what = "the loss falls without end as every target token gets less likely"
+        mend = "A minus sign is missing: the loss is -log p."
+        rule, got = "a loss that is bounded below", f"{far:.4g} at -30 nats, {farther:.4g} at -60"
+        return [defect("sign", case.where, what, rule, got, mend)]
+    return [Finding("sign", "note", "descent makes the target tokens less likely (unlikelihood?)")]
+
+
+# ---- step 0 --------------------------------------------------------------------------------------
+
+
+def _identity(name: str, case: Case) -> float | None:
+    """What a metric of this name must be while the policy is still the reference."""
+    name = name.lower()
+    if re.search(r"coef|clip|frac|weight|beta", name):
+        return None
+    if case.keys("reference") and re.search(r"margin|log_?ratio", name):
+        return 0.0
+    if re.search(r"(^|_)(approx_?)?kl(_|$)", name):
+        return 0.0
+    return 1.0 if re.search(r"(^|_)ratio(_|$)", name) else None
+
+
+def step_0(case: Case) -> list[Finding]:
+    """While policy, reference and sampler are one: margin 0, ratio 1, KL 0."""
+    keys = [*case.keys("reference"), *case.keys("sampling")]
+    if not keys:
+        return []
+    data, names = case.at_step_0(), " and ".join(f'"{key}"' for key in keys)
+    result = case.run(data)
+    found, held = [], []
+    for name, value in result.metrics.items():
+        expected = _identity(name, case)
+        if expected is None:
+            continue
+        if case.same(value, expected, 1.0):
+            held.append(f"{name} {expected:g}")
+        else:
+            where, what = f'{case.where} metrics["{name}"]', f"wrong where {names} = the policy's"
+            mend = "Look at the sign of the reference and at what is summed on either side."
+            found.append(defect("step_0", where, what, f"{expected:g}", f"{value:.6g}", mend))
+    if is_pairwise(case) and case.keys("reference"):
+        order = np.arange(len(data)).reshape(-1, 2)[:, ::-1].reshape(-1)
+        turned = case.run([data[j] for j in order], [case.logprobs[j] for j in order]).loss
+        if not case.same(turned, result.loss):
+            what = f"swapping the pairs changes the loss where {names} is the policy's"
+            mend = "margin = (chosen - ref_chosen) - (rejected - ref_rejected)."
+            rule = f"{result.loss:.6g} either way"
+            found.append(defect("step_0", case.where, what, rule, f"{turned:.6g}", mend))
+        held.append("margin 0")
+    shown = "ln 2" if case.same(result.loss, math.log(2)) else f"{result.loss:.4g}"
+    words = f"with the policy's own {names} the loss is {shown}"
+    return found or [Finding("step_0", "ok", ", ".join([words, *dict.fromkeys(held)]))]
+
+
+# ---- KL ------------------------------------------------------------------------------------------
+
+
+def _estimators(d: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Value and slope in log p of each KL term at log-ratios d, policy = sampler."""
+    k3 = (-d).exp() - 1 + d
+    return {
+        "k1": (d, d * 0 + 1),
+        "k2": (d**2 / 2, d),
+        "k1 as a reward penalty": (d, d),
+        "ratio-weighted k3": (k3, d),
+        "k3": (k3, 1 - (-d).exp()),
+    }
+
+
+def _enumerate(case: Case, logp: torch.Tensor, ref: torch.Tensor) -> tuple[Any, Any]:
+    """Loss and total gradient in log p for each outcome x: every weighted token of the batch is x.
+
+    Policy and sampler give it logp[x], the reference ref[x]; advantages and rewards are 0, which
+    leaves the KL term alone.
+    """
+    import torch
+
+    reference, sampling = case.keys("reference"), case.keys("sampling")
+    none = {*case.keys("advantages"), *case.keys("reward")}
+    values, slopes = [], []
+    for x in range(len(logp)):
+
+        def side(key: str, i: int, x: int = x) -> Any:
+            if key in none:
+                return np.zeros(case.data[i].loss_fn_inputs[key].shape)
+            known = ref[x] if key in reference else logp[x] if key in sampling else None
+            shape = case.data[i].loss_fn_inputs[key].shape
+            return None if known is None else np.full(shape, float(known))
+
+        at_x = [torch.full_like(lp, float(logp[x])) for lp in case.logprobs]
+        result = case.run(case.with_side_data(side), at_x)
+        values.append(result.loss)
+        slopes.append(sum(float(g.sum()) for g in result.grads))
+    return torch.tensor(values).double(), torch.tensor(slopes).double()
+
+
+def _fits(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether found is a multiple of wanted."""
+    scale = float((found * wanted).sum() / (wanted * wanted).sum())
+    return float((found - scale * wanted).abs().max()) <= 1e-5 * float(found.abs().max())
+
+
+def kl(case: Case) -> list[Finding]:
+    """Which KL estimator the use of the reference behaves like, and whether it holds anything.
+
+    Exact enumeration over a softmax of six outcomes: the expected gradient under the policy
+    against that of KL(policy || reference).
+    Source: Schulman's k1, k2, k3, joschu.net/blog/kl-approx.html; recipes/grpo.py has the table.
+    """
+    import torch
+
+    if not case.keys("reference") or is_pairwise(case) or not case.exact:
+        return []
+    if any(lp.dim() != 1 for lp in case.logprobs):
+        return []
+    rng = np.random.default_rng(1)
+    logits = [torch.tensor(rng.normal(size=OUTCOMES)) for _ in range(2)]
+    logp, ref = (x.log_softmax(-1) for x in logits)
+    d, p = logp - ref, logp.exp()
+    values, slopes = _enumerate(case, logp, ref)
+    at_ref = _enumerate(case, logp, logp)[1]
+    others = _enumerate(case, logp, ref - 1.0)
+    key = case.keys("reference")[0]
+    if not bool(slopes.abs().max() > 1e-9 * (1 + values.abs().max())):
+        if torch.allclose(values, others[0], rtol=1e-9, atol=1e-12):
+            return [
+                Finding("kl", "note", f"{key} is read but does not enter the loss (kl_coef 0?)")
+            ]
+        what = f"{key} moves the loss but never its gradient: the KL term holds nothing"
+        mend = "Keep the logprobs attached: ratio.detach() * (logprobs - ref)**2 / 2."
+        return [defect("kl", case.where, what, "gradient of KL(policy || reference)", 0.0, mend)]
+    name = next(
+        (n for n, (v, s) in _estimators(d).items() if _fits(slopes, s) and _fits(values, v)), ""
+    )
+    expected = p * (slopes - (p * slopes).sum())  # d E[loss] / d logits
+    exact = p * (d - (p * d).sum())  # d KL(policy || reference) / d logits
+    along = float((expected * exact).sum() / (exact.norm() * max(float(expected.norm()), 1e-300)))
+    return _verdict(case, name, slopes, at_ref, float(expected.norm()), along)
+
+
+def _verdict(
+    case: Case,
+    name: str,
+    slopes: torch.Tensor,
+    at_ref: torch.Tensor,
+    size: float,
+    along: float,
+) -> list[Finding]:
+    """What the enumeration says: size of the expected gradient, its cosine to the exact one."""
+    largest = float(slopes.abs().max())
+    learns = bool(case.keys("advantages") or case.keys("sampling") or case.keys("reward"))
+    rule = "the gradient of KL(policy || reference)"
+    mend = (
+        "Use k2, ratio.detach() * d**2 / 2 with d = logprobs - ref_logprobs; recipes/grpo.py has "
+        "it and others that hold."
+    )
+    if size <= 1e-9 * largest:
+        what = "the KL term behaves like k1: its expected gradient is 0, it regularises nothing"
+        if learns:
+            return [defect("kl", case.where, what, rule, f"{size:.1g}", mend)]
+        return [Finding("kl", "note", f"the reference shifts the loss but not its gradient {name}")]
+    if float(at_ref.abs().max()) > 1e-6 * largest:
+        words = "the gradient is not 0 at the reference: not a KL term, or not that alone"
+        return [Finding("kl", "note", words)]
+    if along < 0:
+        what = "the KL term pushes the policy away from the reference"
+        mend = "Add kl_coef * KL to the loss, with a plus."
+        return [defect("kl", case.where, what, rule, f"cosine {along:.3f} with it", mend)]
+    if along > 1 - 1e-9:
+        words = f"behaves like {name}" if name else "has the gradient of k2"
+        return [Finding("kl", "ok", f"{words}: its expected gradient is that of KL(policy || ref)")]
+    words = f"behaves like {name}" if name else "is none of the known estimators"
+    other = "KL(ref || policy), the other direction" if name == "k3" else "something else"
+    words = f"{words}: its expected gradient is that of {other}"
+    return [Finding("kl", "note", f"{words} (cosine {along:.3f} with KL(policy || ref))")]

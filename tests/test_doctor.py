@@ -1,0 +1,626 @@
+"""The doctor: healthy losses pass, and each planted defect is caught by the check it belongs to."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cookbook_core import (
+    align_weights,
+    datum_from_prompt_completion,
+    tinker,
+    weighted_mean,
+    weighted_sum,
+    weighted_sums,
+    with_inputs,
+)
+from cookbook_core.builtin_losses import BUILTIN_LOSSES, with_entropy_bonus
+from cookbook_core.data import load_rows
+from cookbook_core.doctor import Report, examine
+from cookbook_core.doctor.__main__ import main
+from cookbook_core.doctor.examples import example_data
+from cookbook_core.errors import ConfigError, DatumError
+from recipes import bradley_terry, dpo, grpo, sft, token_set_kl
+
+ROOT = Path(__file__).parents[1]
+Loss = Callable[[Any, Any], Any]
+
+RECIPES: dict[str, Loss] = {
+    "sft": sft.sft_loss,
+    "dpo": partial(dpo.dpo_loss, beta=0.1),
+    "grpo": partial(grpo.grpo_loss, config=grpo.Config()),
+    "bradley_terry": bradley_terry.bradley_terry_loss,
+    "token_set_kl": partial(token_set_kl.token_set_kl_loss, mass_coef=0.1),
+}
+
+
+def weights_of(datum: Any) -> torch.Tensor:
+    return datum.loss_fn_inputs["weights"].to_torch()
+
+
+def mask_of(datum: Any) -> torch.Tensor:
+    return weights_of(datum) != 0
+
+
+def given(datum: Any, key: str) -> torch.Tensor:
+    return datum.loss_fn_inputs[key].to_torch()
+
+
+def defects(report: Report) -> set[str]:
+    return {finding.check for finding in report.defects}
+
+
+# ---- healthy losses ------------------------------------------------------------------------------
+
+
+def sharpen(data: Any, vocab_logprobs: Any) -> Any:
+    """The README's loss over the whole vocabulary, for a batch."""
+    rows = torch.cat([lp[mask_of(d)] for d, lp in zip(data, vocab_logprobs, strict=True)])
+    return -(rows.exp() * rows).sum(-1).mean(), {}
+
+
+def square(data: Any, logprobs: Any) -> Any:
+    """The README's loss in ten lines."""
+    loss = weighted_sums(data, [lp**2 for lp in logprobs]).mean()
+    return loss, {"worst": min(lp.min().item() for lp in logprobs)}
+
+
+def reinforce_with_baseline(data: Any, logprobs: Any) -> Any:
+    """The batch's mean reward as a detached baseline; one reward per datum."""
+    reward = torch.cat([given(d, "reward") for d in data])
+    sums = weighted_sums(data, logprobs)
+    with torch.no_grad():
+        baseline = (reward * sums.softmax(0)).sum()
+    return -((reward - baseline - 0.3) * sums).mean(), {"reward": reward.mean()}
+
+
+def groups_of_4(data: Any, logprobs: Any) -> Any:
+    """Log-softmax of the sequence logprobs within each group of four (a listwise ranking)."""
+    scores = weighted_sums(data, logprobs).reshape(-1, 4)
+    order = torch.tensor([0.4, 0.3, 0.2, 0.1]).to(scores)
+    return -(order * scores.log_softmax(1)).sum(1).mean(), {}
+
+
+class RightSlope(torch.autograd.Function):
+    """x**2 by hand; its forward runs under no_grad, which must not pass for a stopped gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> Any:
+        return grad[0] * 2 * ctx.saved_tensors[0]
+
+
+def own_function(data: Any, logprobs: Any) -> Any:
+    """A custom autograd function that is right."""
+    squares: list[Any] = [RightSlope.apply(lp) for lp in logprobs]
+    return weighted_sums(data, squares).sum(), {}
+
+
+def float32_only(data: Any, logprobs: Any) -> Any:
+    """torch.dot wants equal dtypes, so that float64 logprobs raise: training gives float32."""
+    dots = [torch.dot(weights_of(d), lp) for d, lp in zip(data, logprobs, strict=True)]
+    return -torch.stack(dots).mean(), {}
+
+
+def ipo(data: Any, logprobs: Any) -> Any:
+    """IPO: another preference loss with a reference, Azar et al. 2023."""
+    logratio = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
+    margin = logratio[0::2] - logratio[1::2]
+    return ((margin - 5.0) ** 2).mean(), {"logratio_margin": margin.mean()}
+
+
+HEALTHY: dict[str, Loss] = {
+    **RECIPES,
+    **BUILTIN_LOSSES,
+    **{
+        f"grpo {k}": partial(grpo.grpo_loss, config=grpo.Config(kl_coef=0.5, kl_estimator=k))
+        for k in ("k2", "k3_ratio", "k1_reward", "k3")
+    },
+    **{
+        f"token_set_kl {k}": partial(token_set_kl.token_set_kl_loss, divergence=k)
+        for k in ("reverse", "js")
+    },
+    "entropy bonus": with_entropy_bonus(sft.sft_loss, 0.01),
+    **{
+        f.__name__: f
+        for f in (
+            sharpen,
+            square,
+            reinforce_with_baseline,
+            groups_of_4,
+            own_function,
+            float32_only,
+            ipo,
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_loss_has_no_defect(name: str) -> None:
+    """False alarms would teach people to ignore the doctor. All checks have run to the end."""
+    report = examine(HEALTHY[name])
+    assert report.ok, str(report)
+    checks = {f.check for f in report.findings}
+    assert {"returns", "gradient", "weights", "order", "reduction", "finite"} <= checks
+    assert str(report).endswith(("no notes", "note", "notes"))
+
+
+def turn(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tinker.ServiceClient().create_lora_training_client("tiny", 1).result().get_tokenizer()
+
+
+def with_ref(data: list[tinker.Datum]) -> list[tinker.Datum]:
+    """ref_logprobs as `add_ref_logprobs` gives them: 0.0 where "score_mask" is 0."""
+    return [
+        with_inputs(d, ref_logprobs=-1.5 * given(d, "score_mask"))
+        if "score_mask" in d.loss_fn_inputs
+        else with_inputs(d, ref_logprobs=[-1.5] * d.model_input.length)
+        for d in data
+    ]
+
+
+def recipe_data(name: str, tokenizer: Any) -> list[tinker.Datum]:
+    """Twelve datums as the recipe itself builds them, from the bundled data."""
+    pairs = load_rows("tiny/dpo", ("prompt", "chosen", "rejected"))[:6]
+    if name == "sft":
+        rows = load_rows("tiny/sft", ("prompt", "completion"))[:12]
+        return sft.build_data(rows, tokenizer, 512, "last")[0]
+    if name == "dpo":
+        return with_ref(dpo.build_pairs(pairs, tokenizer, 512)[0])
+    if name == "bradley_terry":
+        config = bradley_terry.Config()
+        judge = bradley_terry.Judge(tokenizer, config.question, config.verdicts)
+        return bradley_terry.build_pairs(pairs, judge, 512)[0]
+    if name == "token_set_kl":
+        rows = load_rows("tiny/token_set_kl", ("text", "label_probs"))[:12]
+        return token_set_kl.build_data(rows, tokenizer, token_set_kl.Config(), "train")[0]
+    rows = load_rows("tiny/grpo", ("prompt", "answer"))[:3]
+    rows = grpo.with_prompt_tokens(rows, tokenizer, 512)
+    draw = random.Random(0)
+    groups = [
+        [
+            tinker.SampledSequence(
+                "stop", "s", torch.randint(5, 99, (n,)).numpy(), -torch.rand(n).numpy() - 0.1
+            )
+            for n in (3, 5, 4, draw.randint(3, 6))
+        ]
+        for _ in rows
+    ]
+    return with_ref(grpo.build_data(rows, groups, [[1.0, 0.0, 0.0, 1.0]] * 3, grpo.Config()))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_pass_on_the_data_they_build(name: str, tokenizer: Any) -> None:
+    """Real rows through the recipe's own builder; prompts are not scored (logprobs 0.0)."""
+    data = recipe_data(name, tokenizer)
+    report = examine(RECIPES[name], data)
+    assert report.ok, str(report)
+    assert len(data) == 12
+    assert f"on {len(data)} datums" in report.subject
+
+
+# ---- planted defects -----------------------------------------------------------------------------
+
+PLANTED: dict[str, tuple[Loss, str, str]] = {}
+
+
+def planted(check: str, words: str) -> Callable[[Loss], Loss]:
+    """Register a defective loss with the check that must name it and words of its finding."""
+
+    def register(loss: Loss) -> Loss:
+        PLANTED[loss.__name__] = (loss, check, words)
+        return loss
+
+    return register
+
+
+def nll(data: Any, logprobs: Any) -> torch.Tensor:
+    """Mean over datums of -sum of weighted logprobs: the healthy part of the planted losses."""
+    return -weighted_sums(data, logprobs).mean()
+
+
+def margins(data: Any, logprobs: Any) -> torch.Tensor:
+    """DPO's margins, as they should be."""
+    logratio = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
+    return logratio[0::2] - logratio[1::2]
+
+
+@planted("returns", "loss is not a scalar")
+def per_datum_vector(data: Any, logprobs: Any) -> Any:
+    return -weighted_sums(data, logprobs), {}
+
+
+@planted("returns", "loss is not a tensor")
+def a_float(data: Any, logprobs: Any) -> Any:
+    return nll(data, logprobs).item(), {}
+
+
+@planted("returns", "wrong return structure")
+def no_metrics(data: Any, logprobs: Any) -> Any:
+    return nll(data, logprobs)
+
+
+@planted("returns", 'metrics["stage"]')
+def metric_is_text(data: Any, logprobs: Any) -> Any:
+    return nll(data, logprobs), {"stage": "warm-up"}
+
+
+@planted("returns", 'metrics["each"]')
+def metric_is_a_vector(data: Any, logprobs: Any) -> Any:
+    return nll(data, logprobs), {"each": weighted_sums(data, logprobs)}
+
+
+@planted("returns", "raised KeyError")
+def typo_in_a_name(data: Any, logprobs: Any) -> Any:
+    return logprobs[0].sum() * {"beta": 1.0}["betta"], {}
+
+
+@planted("gradient", "detached")
+def all_under_no_grad(data: Any, logprobs: Any) -> Any:
+    with torch.no_grad():
+        loss = nll(data, logprobs)
+    return loss, {}
+
+
+@planted("gradient", "uses no datum")
+def rebuilt_from_a_number(data: Any, logprobs: Any) -> Any:
+    return torch.tensor(nll(data, logprobs).item(), requires_grad=True), {}
+
+
+@planted("gradient", ".item() at test_doctor.py")
+def item_on_the_path(data: Any, logprobs: Any) -> Any:
+    """Confidence weighting whose weight is a Python number."""
+    sums = weighted_sums(data, logprobs)
+    return -torch.stack([s * math.exp(s.item() / 10) for s in sums]).mean(), {}
+
+
+@planted("gradient", "autograd and finite differences disagree")
+def numpy_on_the_path(data: Any, logprobs: Any) -> Any:
+    sums = weighted_sums(data, logprobs)
+    scale = torch.as_tensor(sums.detach().cpu().tolist()).to(sums).abs().mean()
+    return -(sums / scale).mean() - sums.mean() * float(sums.mean()), {}
+
+
+class WrongSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        ctx.save_for_backward(x)
+        return F.softplus(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> Any:
+        return grad[0] * ctx.saved_tensors[0].sigmoid() * 2  # the 2 is wrong
+
+
+@planted("gradient", "backward of custom autograd functions")
+def wrong_backward(data: Any, logprobs: Any) -> Any:
+    loss: Any = WrongSlope.apply(-weighted_sums(data, logprobs))
+    return loss.mean(), {}
+
+
+@planted("every_datum", "is not used")
+def forgets_the_rejected(data: Any, logprobs: Any) -> Any:
+    chosen = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
+    return -F.logsigmoid(0.1 * chosen[0::2]).mean(), {}
+
+
+@planted("every_datum", "no gradient gets there")
+def detaches_the_rejected(data: Any, logprobs: Any) -> Any:
+    sums = weighted_sums(data, logprobs)
+    reference = weighted_sums(data, "ref_logprobs")
+    chosen, rejected = sums[0::2] - reference[0::2], sums[1::2].detach() - reference[1::2]
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean(), {}
+
+
+@planted("every_datum", "is not used")
+def only_the_first(data: Any, logprobs: Any) -> Any:
+    return -weighted_sum(logprobs[0], weights_of(data[0])), {}
+
+
+@planted("off_by_one", "too late")
+def rolled_mask(data: Any, logprobs: Any) -> Any:
+    """Weights of tokens used as if they were those of positions."""
+    pairs = zip(data, logprobs, strict=True)
+    return -sum((torch.roll(weights_of(d), 1) * lp).sum() for d, lp in pairs), {}
+
+
+@planted("off_by_one", "too early")
+def shifted_logprobs(data: Any, logprobs: Any) -> Any:
+    """The shift of logits against labels, done a second time."""
+    pairs = zip(data, logprobs, strict=True)
+    return -sum((weights_of(d)[1:] * lp[:-1]).sum() for d, lp in pairs), {}
+
+
+@planted("off_by_one", "the first token of the response")
+def slice_from_the_prompts_length(data: Any, logprobs: Any) -> Any:
+    """lp[len(prompt):] where the response begins at len(prompt) - 1."""
+    total = torch.zeros(())
+    for d, lp in zip(data, logprobs, strict=True):
+        start = int(mask_of(d).nonzero()[0]) + 1
+        total = total - (weights_of(d)[start:] * lp[start:]).sum()
+    return total, {}
+
+
+@planted("off_by_one", "the last token of the response")
+def drops_the_end_token(data: Any, logprobs: Any) -> Any:
+    total = torch.zeros(())
+    for d, lp in zip(data, logprobs, strict=True):
+        total = total - lp[mask_of(d)][:-1].sum()
+    return total, {}
+
+
+@planted("weights", "gradient on prompt tokens")
+def ignores_weights(data: Any, logprobs: Any) -> Any:
+    return -torch.cat(list(logprobs)).mean(), {}
+
+
+@planted("padding", "tokens of weight 0 before each datum change the loss")
+def mean_over_padding(data: Any, logprobs: Any) -> Any:
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return -(pad(list(logprobs)) * pad([weights_of(d) for d in data])).mean(), {}
+
+
+@planted("padding", "sum of the weights")
+def mean_over_positions(data: Any, logprobs: Any) -> Any:
+    pairs = zip(data, logprobs, strict=True)
+    return -torch.stack([(weights_of(d) * lp).mean() for d, lp in pairs]).mean(), {}
+
+
+@planted("mutates", "logprobs[0]")
+def clamps_in_place(data: Any, logprobs: Any) -> Any:
+    for lp in logprobs:
+        lp.clamp_(min=-1.0)
+    return nll(data, logprobs), {}
+
+
+@planted("mutates", 'data[0].loss_fn_inputs["weights"]')
+def normalises_weights_in_place(data: Any, logprobs: Any) -> Any:
+    for d in data:
+        weights = d.loss_fn_inputs["weights"].to_numpy()
+        weights /= weights.sum() + 1
+    return nll(data, logprobs), {}
+
+
+@planted("mutates", "data: the loss changes this list")
+def pops_the_batch(data: Any, logprobs: Any) -> Any:
+    loss = torch.zeros(())
+    while data:
+        loss = loss - weighted_sum(logprobs[len(data) - 1], weights_of(data.pop()))
+    return loss, {}
+
+
+@planted("deterministic", "another loss each time")
+def dropout_inside(data: Any, logprobs: Any) -> Any:
+    return nll(data, [F.dropout(lp, 0.1) for lp in logprobs]), {}
+
+
+CALLS = itertools.count(1)
+
+
+@planted("deterministic", "state kept between calls")
+def warm_up_inside(data: Any, logprobs: Any) -> Any:
+    return nll(data, logprobs) * min(1.0, next(CALLS) / 1000), {}
+
+
+REFERENCE_SUMS = torch.linspace(-9, -2, 16)
+
+
+@planted("order", "Side data goes on its own datum")
+def closes_over_a_parallel_list(data: Any, logprobs: Any) -> Any:
+    sums = weighted_sums(data, logprobs) - REFERENCE_SUMS[: len(data)]
+    return -F.logsigmoid(0.1 * (sums[0::2] - sums[1::2])).mean(), {}
+
+
+@planted("order", "order of the datums")
+def weights_by_place(data: Any, logprobs: Any) -> Any:
+    sums = weighted_sums(data, logprobs)
+    return -(sums * torch.linspace(1, 2, len(sums))).mean(), {}
+
+
+@planted("reduction", "two copies of the batch")
+def at_most_sixteen(data: Any, logprobs: Any) -> Any:
+    """A micro-batch size somebody wrote into the loss."""
+    return nll(data[:16], logprobs[:16]), {}
+
+
+@planted("reduction", "docstring says mean")
+def sum_called_mean(data: Any, logprobs: Any) -> Any:
+    """DPO.
+
+    Returns:
+        loss: 0-d, nats; sum over tokens, mean over pairs.
+        metrics: none.
+    """
+    return -F.logsigmoid(0.1 * margins(data, logprobs)).sum(), {}
+
+
+@planted("reduction", "docstring says sum")
+def mean_called_sum(data: Any, logprobs: Any) -> Any:
+    """The sum over sequences of -log p."""
+    return nll(data, logprobs), {}
+
+
+@planted("alignment", 'loss_fn_inputs["ref_logprobs"]')
+def zip_cuts_the_reference(data: Any, logprobs: Any) -> Any:
+    total = []
+    for d, lp in zip(data, logprobs, strict=True):
+        terms = [
+            w * (a - b)
+            for w, a, b in zip(weights_of(d), lp, given(d, "ref_logprobs"))  # noqa: B905
+        ]
+        total.append(torch.stack(terms).sum())
+    sums = torch.stack(total)
+    return -F.logsigmoid(0.1 * (sums[0::2] - sums[1::2])).mean(), {}
+
+
+@planted("alignment", 'loss_fn_inputs["advantages"]')
+def min_length_cuts_advantages(data: Any, logprobs: Any) -> Any:
+    """The guides' cut to the shorter of two."""
+    total = torch.zeros(())
+    for d, lp in zip(data, logprobs, strict=True):
+        lp, advantages = align_weights(
+            lp, given(d, "advantages"), "min_length", allow_dropped_weights=True
+        )
+        total = total - (lp * advantages).sum()
+    return total, {}
+
+
+@planted("finite", "where every other datum is very unlikely")
+def log_of_sigmoid(data: Any, logprobs: Any) -> Any:
+    return -torch.log(torch.sigmoid(0.1 * margins(data, logprobs))).mean(), {}
+
+
+@planted("finite", "certain (logprob 0)")
+def unlikelihood_at_one(data: Any, logprobs: Any) -> Any:
+    return -weighted_sums(data, [torch.log(1 - lp.exp()) for lp in logprobs]).mean(), {}
+
+
+@planted("finite", '"ref_logprobs" equal')
+def root_at_the_reference(data: Any, logprobs: Any) -> Any:
+    """A distance: its slope at 0 is infinite, and every run starts at 0."""
+    gaps = [(lp - given(d, "ref_logprobs")) ** 2 for d, lp in zip(data, logprobs, strict=True)]
+    return nll(data, logprobs) + weighted_sums(data, gaps).sqrt().mean(), {}
+
+
+@planted("finite", "clamp the log-ratio")
+def ratio_without_a_clamp(data: Any, logprobs: Any) -> Any:
+    total = torch.zeros(())
+    for d, lp in zip(data, logprobs, strict=True):
+        ratio = (lp - given(d, "sampling_logprobs")).exp()
+        total = total - (ratio * given(d, "advantages") * weights_of(d)).sum()
+    return total, {}
+
+
+@planted("finite", "standard deviation")
+def advantages_over_their_deviation(data: Any, logprobs: Any) -> Any:
+    """A group whose rewards are all equal divides 0 by 0."""
+    total = torch.zeros(())
+    advantages = torch.stack([given(d, "advantages").sum() / mask_of(d).sum() for d in data])
+    advantages = (advantages - advantages.mean()) / advantages.std()
+    for a, s in zip(advantages, weighted_sums(data, logprobs), strict=True):
+        total = total - a * s
+    return total, {}
+
+
+@planted("finite", "very unlikely")
+def half_precision(data: Any, logprobs: Any) -> Any:
+    """exp in float16 is inf from 11.1 on."""
+    perplexities = [(-weighted_mean(lp, weights_of(d))) for d, lp in zip(data, logprobs)]  # noqa: B905
+    return torch.stack(perplexities).half().exp().mean().to(logprobs[0].dtype), {}
+
+
+@planted("sign", "the rejected likelier")
+def pair_turned_round(data: Any, logprobs: Any) -> Any:
+    return -F.logsigmoid(-0.1 * margins(data, logprobs)).mean(), {}
+
+
+@planted("sign", "A minus sign is missing")
+def lost_minus(data: Any, logprobs: Any) -> Any:
+    return weighted_sums(data, logprobs).mean(), {}
+
+
+@planted("sign", "positive advantage less likely")
+def rewards_descended(data: Any, logprobs: Any) -> Any:
+    total = torch.zeros(())
+    for d, lp in zip(data, logprobs, strict=True):
+        ratio = (lp - given(d, "sampling_logprobs")).clamp(-20, 20).exp()
+        total = total + (ratio * given(d, "advantages") * weights_of(d)).sum()
+    return total, {}
+
+
+@planted("step_0", "swapping the pairs changes the loss")
+def reference_with_the_wrong_sign(data: Any, logprobs: Any) -> Any:
+    sums = weighted_sums(data, logprobs) + weighted_sums(data, "ref_logprobs")
+    return -F.logsigmoid(0.1 * (sums[0::2] - sums[1::2])).mean(), {}
+
+
+@planted("step_0", 'metrics["reward_margin"]')
+def margin_without_reference(data: Any, logprobs: Any) -> Any:
+    """The loss is right; the metric people steer by is not."""
+    sums = weighted_sums(data, logprobs)
+    loss = -F.logsigmoid(0.1 * margins(data, logprobs)).mean()
+    return loss, {"reward_margin": 0.1 * (sums[0::2] - sums[1::2]).mean().item()}
+
+
+@planted("step_0", 'metrics["ratio"]')
+def ratio_to_the_reference_over_prompts(data: Any, logprobs: Any) -> Any:
+    """exp(sum / N) of a sum that lacks the sampler's side."""
+    loss, _ = grpo.grpo_loss(data, logprobs, grpo.Config(kl_coef=0.0))
+    return loss, {"ratio": torch.cat(list(logprobs)).mean().exp()}
+
+
+def grpo_with_kl(term: Callable[[Any, Any], Any]) -> Loss:
+    """The recipe's policy term plus 0.1 * sum of weighted term(logprobs, ref_logprobs)."""
+
+    def loss(data: Any, logprobs: Any) -> Any:
+        policy, _ = grpo.grpo_loss(data, logprobs, grpo.Config(kl_coef=0.0))
+        pairs = zip(data, logprobs, strict=True)
+        terms = [term(lp, given(d, "ref_logprobs")) for d, lp in pairs]
+        return policy + 0.1 * weighted_sums(data, terms).sum(), {}
+
+    return loss
+
+
+PLANTED["k1_in_the_loss"] = (grpo_with_kl(lambda lp, ref: lp - ref), "kl", "regularises nothing")
+PLANTED["kl_with_a_minus"] = (
+    grpo_with_kl(lambda lp, ref: -((lp - ref) ** 2) / 2),
+    "kl",
+    "away from the reference",
+)
+PLANTED["kl_detached"] = (
+    grpo_with_kl(lambda lp, ref: (lp.detach() - ref) ** 2 / 2),
+    "kl",
+    "never its gradient",
+)
+PLANTED["k1_reward_without_its_ratio"] = (
+    grpo_with_kl(lambda lp, ref: (lp - ref).detach()),
+    "kl",
+    "never its gradient",
+)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_defect_is_named(name: str) -> None:
+    """The right check finds it, says where and in which words; nothing raises."""
+    loss, check, words = PLANTED[name]
+    report = examine(loss)
+    named = [f for f in report.defects if f.check == check]
+    assert named, str(report)
+    assert any(words in " ".join(str(f).split()) for f in named), str(report)
+    assert all(f.where for f in named)
+    assert not report.ok
+
+
+# Those of which one mistake is rightly seen from more than one side.
+BESIDES = {
+    "rolled_mask": {"padding"},
+    "ignores_weights": {"padding"},
+    "clamps_in_place": set(),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_defect_is_not_blamed_on_others(name: str) -> None:
+    loss, check, _ = PLANTED[name]
+    assert defects(examine(loss)) - {check} <= BESIDES.get(name, set())
