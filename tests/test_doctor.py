@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import os
 import random
 import subprocess
 import sys
@@ -55,10 +57,6 @@ def mask_of(datum: Any) -> torch.Tensor:
 
 def given(datum: Any, key: str) -> torch.Tensor:
     return datum.loss_fn_inputs[key].to_torch()
-
-
-def defects(report: Report) -> set[str]:
-    return {finding.check for finding in report.defects}
 
 
 # ---- healthy losses ------------------------------------------------------------------------------
@@ -151,10 +149,15 @@ HEALTHY: dict[str, Loss] = {
 }
 
 
+@functools.cache
+def report_on(name: str) -> Report:
+    return examine(HEALTHY[name])
+
+
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_loss_has_no_defect(name: str) -> None:
     """False alarms would teach people to ignore the doctor. All checks have run to the end."""
-    report = examine(HEALTHY[name])
+    report = report_on(name)
     assert report.ok, str(report)
     checks = {f.check for f in report.findings}
     assert {"returns", "gradient", "weights", "order", "reduction", "finite"} <= checks
@@ -295,11 +298,12 @@ def item_on_the_path(data: Any, logprobs: Any) -> Any:
     return -torch.stack([s * math.exp(s.item() / 10) for s in sums]).mean(), {}
 
 
-@planted("gradient", "autograd and finite differences disagree")
-def numpy_on_the_path(data: Any, logprobs: Any) -> Any:
+@planted("gradient", ".tolist() at test_doctor.py")
+def list_on_the_path(data: Any, logprobs: Any) -> Any:
+    """Sequences weighted by their share of the batch, by way of a list."""
     sums = weighted_sums(data, logprobs)
-    scale = torch.as_tensor(sums.detach().cpu().tolist()).to(sums).abs().mean()
-    return -(sums / scale).mean() - sums.mean() * float(sums.mean()), {}
+    share = torch.tensor((sums / 10).softmax(0).tolist())
+    return -(share * sums).sum(), {}
 
 
 class WrongSlope(torch.autograd.Function):
@@ -319,7 +323,7 @@ def wrong_backward(data: Any, logprobs: Any) -> Any:
     return loss.mean(), {}
 
 
-@planted("every_datum", "is not used")
+@planted("every_datum", "not used by the loss")
 def forgets_the_rejected(data: Any, logprobs: Any) -> Any:
     chosen = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
     return -F.logsigmoid(0.1 * chosen[0::2]).mean(), {}
@@ -333,7 +337,7 @@ def detaches_the_rejected(data: Any, logprobs: Any) -> Any:
     return -F.logsigmoid(0.1 * (chosen - rejected)).mean(), {}
 
 
-@planted("every_datum", "is not used")
+@planted("every_datum", "not used by the loss")
 def only_the_first(data: Any, logprobs: Any) -> Any:
     return -weighted_sum(logprobs[0], weights_of(data[0])), {}
 
@@ -375,7 +379,7 @@ def ignores_weights(data: Any, logprobs: Any) -> Any:
     return -torch.cat(list(logprobs)).mean(), {}
 
 
-@planted("padding", "tokens of weight 0 before each datum change the loss")
+@planted("padding", "tokens of weight 0 before each datum change loss")
 def mean_over_padding(data: Any, logprobs: Any) -> Any:
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return -(pad(list(logprobs)) * pad([weights_of(d) for d in data])).mean(), {}
@@ -402,7 +406,7 @@ def normalises_weights_in_place(data: Any, logprobs: Any) -> Any:
     return nll(data, logprobs), {}
 
 
-@planted("mutates", "data: the loss changes this list")
+@planted("mutates", "the list data")
 def pops_the_batch(data: Any, logprobs: Any) -> Any:
     loss = torch.zeros(())
     while data:
@@ -423,7 +427,7 @@ def warm_up_inside(data: Any, logprobs: Any) -> Any:
     return nll(data, logprobs) * min(1.0, next(CALLS) / 1000), {}
 
 
-REFERENCE_SUMS = torch.linspace(-9, -2, 16)
+REFERENCE_SUMS = -(torch.arange(64.0) ** 1.3) % 7
 
 
 @planted("order", "Side data goes on its own datum")
@@ -438,10 +442,16 @@ def weights_by_place(data: Any, logprobs: Any) -> Any:
     return -(sums * torch.linspace(1, 2, len(sums))).mean(), {}
 
 
-@planted("reduction", "two copies of the batch")
+@planted("reduction", "two copies of a batch get different gradients")
 def at_most_sixteen(data: Any, logprobs: Any) -> Any:
     """A micro-batch size somebody wrote into the loss."""
     return nll(data[:16], logprobs[:16]), {}
+
+
+@planted("reduction", "fails on a batch of another size")
+def eight_pairs_only(data: Any, logprobs: Any) -> Any:
+    scale = torch.ones(8) / 8
+    return -(F.logsigmoid(0.1 * margins(data, logprobs)) * scale).sum(), {}
 
 
 @planted("reduction", "docstring says mean")
@@ -486,7 +496,7 @@ def min_length_cuts_advantages(data: Any, logprobs: Any) -> Any:
     return total, {}
 
 
-@planted("finite", "where every other datum is very unlikely")
+@planted("finite", "where tokens are very unlikely")
 def log_of_sigmoid(data: Any, logprobs: Any) -> Any:
     return -torch.log(torch.sigmoid(0.1 * margins(data, logprobs))).mean(), {}
 
@@ -496,14 +506,14 @@ def unlikelihood_at_one(data: Any, logprobs: Any) -> Any:
     return -weighted_sums(data, [torch.log(1 - lp.exp()) for lp in logprobs]).mean(), {}
 
 
-@planted("finite", '"ref_logprobs" equal')
+@planted("finite", "where ref_logprobs is the policy's own")
 def root_at_the_reference(data: Any, logprobs: Any) -> Any:
     """A distance: its slope at 0 is infinite, and every run starts at 0."""
     gaps = [(lp - given(d, "ref_logprobs")) ** 2 for d, lp in zip(data, logprobs, strict=True)]
     return nll(data, logprobs) + weighted_sums(data, gaps).sqrt().mean(), {}
 
 
-@planted("finite", "clamp the log-ratio")
+@planted("finite", "Clamp the log-ratio")
 def ratio_without_a_clamp(data: Any, logprobs: Any) -> Any:
     total = torch.zeros(())
     for d, lp in zip(data, logprobs, strict=True):
@@ -516,7 +526,8 @@ def ratio_without_a_clamp(data: Any, logprobs: Any) -> Any:
 def advantages_over_their_deviation(data: Any, logprobs: Any) -> Any:
     """A group whose rewards are all equal divides 0 by 0."""
     total = torch.zeros(())
-    advantages = torch.stack([given(d, "advantages").sum() / mask_of(d).sum() for d in data])
+    per_token = [given(d, "advantages") for d in data]
+    advantages = weighted_sums(data, per_token) / torch.stack([mask_of(d).sum() for d in data])
     advantages = (advantages - advantages.mean()) / advantages.std()
     for a, s in zip(advantages, weighted_sums(data, logprobs), strict=True):
         total = total - a * s
@@ -600,27 +611,240 @@ PLANTED["k1_reward_without_its_ratio"] = (
 )
 
 
+# Mistakes that are rightly seen from a second side.
+BESIDES = {"half_precision": {"gradient"}}
+
+
 @pytest.mark.parametrize("name", PLANTED)
-def test_a_planted_defect_is_named(name: str) -> None:
-    """The right check finds it, says where and in which words; nothing raises."""
+def test_a_planted_defect_is_named_and_no_other(name: str) -> None:
+    """The right check finds it, says where, expected and got (but for an exception of the loss's
+    own) and the words to mend it by; no other check is set off."""
     loss, check, words = PLANTED[name]
     report = examine(loss)
     named = [f for f in report.defects if f.check == check]
-    assert named, str(report)
     assert any(words in " ".join(str(f).split()) for f in named), str(report)
-    assert all(f.where for f in named)
-    assert not report.ok
+    assert all(f.where and ((f.expected and f.got) or "raised" in f.what) for f in named)
+    others = {f.check for f in report.defects} - {check}
+    assert others == BESIDES.get(name, set()), str(report)
 
 
-# Those of which one mistake is rightly seen from more than one side.
-BESIDES = {
-    "rolled_mask": {"padding"},
-    "ignores_weights": {"padding"},
-    "clamps_in_place": set(),
+def test_at_least_fifteen_kinds_are_planted() -> None:
+    assert len(PLANTED) >= 40
+    assert len({check for _, check, _ in PLANTED.values()}) == 15
+
+
+# ---- what it says of healthy ones ----------------------------------------------------------------
+
+
+def words_of(report: Report, check: str) -> str:
+    return " | ".join(f.what for f in report.findings if f.check == check)
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "words"),
+    [
+        ("dpo", "order", "order of whole pairs"),
+        ("sft", "order", "order of datums"),
+        ("groups_of_4", "order", "whole groups of 4"),
+        ("dpo", "reduction", "a mean over the batch"),
+        ("dpo", "reduction", "a sum over tokens"),
+        ("sft", "reduction", "count alike whatever their length"),
+        ("cross_entropy", "reduction", "a sum over the batch: given twice, 2 times the loss"),
+        ("entropy bonus", "reduction", "neither a sum nor a mean over the batch"),
+        ("dpo", "step_0", "the loss is ln 2, reward_margin 0, margin 0"),
+        ("ipo", "step_0", "the loss is 25, logratio_margin 0"),
+        ("grpo", "step_0", "ratio_max 1"),
+        ("dpo", "sign", "lifts chosen over rejected"),
+        ("grpo", "sign", "positive advantage"),
+        ("dpo", "weights", "75 of 75 weighted tokens, 0 of 30 prompt tokens, 0 of 6 other"),
+        ("cispo", "gradient", ".detach() or no_grad"),
+        ("reinforce_with_baseline", "gradient", ".detach() or no_grad"),
+        ("float32_only", "gradient", "float32 logprobs alone"),
+        ("grpo k2", "kl", "behaves like k2: its expected gradient is that of KL(policy || ref)"),
+        ("grpo k3_ratio", "kl", "behaves like ratio-weighted k3"),
+        ("grpo k1_reward", "kl", "behaves like k1 as a reward penalty"),
+        ("grpo k3", "kl", "behaves like k3: its expected gradient is that of KL(ref || policy)"),
+    ],
+)
+def test_what_is_said_of_a_healthy_loss(name: str, check: str, words: str) -> None:
+    assert words in words_of(report_on(name), check)
+
+
+def test_a_right_custom_function_is_not_taken_for_a_stopped_gradient() -> None:
+    """Its forward runs with gradients off; only the user's own no_grad counts."""
+    report = report_on("own_function")
+    assert [f.status for f in report.findings if f.check == "gradient"] == ["ok"]
+
+
+def test_kl_estimators_are_told_apart_at_any_scale_and_reduction() -> None:
+    """The KL part is found under a policy term and whatever its coefficient."""
+    for coef in (1e-3, 10.0):
+        for estimator, words in (("k2", "like k2"), ("k1_no_regularisation", "like k1")):
+            config = grpo.Config(kl_coef=coef, kl_estimator=estimator)
+            report = examine(partial(grpo.grpo_loss, config=config))
+            assert words in words_of(report, "kl")
+            assert report.ok == (estimator == "k2")
+    off = examine(partial(grpo.grpo_loss, config=grpo.Config(kl_coef=0.0)))
+    assert "does not enter the loss" in words_of(off, "kl")
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def pairs_with_ref() -> list[tinker.Datum]:
+    return [
+        datum_from_prompt_completion([1, 2], tokens, ref_logprobs=[-1.0] * len(tokens))
+        for tokens in ([3, 4, 5], [6, 4, 5], [3, 4, 5, 6], [7, 8, 9])
+    ]
+
+
+def test_misaligned_data_is_found_before_the_loss_runs() -> None:
+    """Datum index, field and both lengths; all bad datums, not the first alone."""
+    data = pairs_with_ref()
+    data[1] = with_inputs(data[1], ref_logprobs=[-1.0] * 3)
+    data[3] = with_inputs(data[3], ref_logprobs=[-1.0] * 5)
+    report = examine(RECIPES["dpo"], data)
+    found = [(f.check, f.where, f.expected, f.got) for f in report.defects]
+    assert found == [
+        ("alignment", 'data[1].loss_fn_inputs["ref_logprobs"]', "4", "3"),
+        ("alignment", 'data[3].loss_fn_inputs["ref_logprobs"]', "4", "5"),
+    ]
+
+
+def test_one_pair_is_enough_to_see_a_pair() -> None:
+    report = examine(RECIPES["dpo"], pairs_with_ref()[:2])
+    assert report.ok, str(report)
+    assert "whole pairs" in words_of(report, "order")
+
+
+def test_datums_without_advantage_are_not_called_unused() -> None:
+    """A group of equal rewards has no gradient, and that is right."""
+    data = example_data(BUILTIN_LOSSES["ppo"])[0]
+    zero = torch.zeros(data[0].model_input.length)
+    data[0] = with_inputs(data[0], advantages=zero)
+    report = examine(BUILTIN_LOSSES["ppo"], data)
+    assert report.ok, str(report)
+    assert "1 without weight or advantage apart" in words_of(report, "every_datum")
+
+
+def test_given_logprobs_are_used_and_left_alone() -> None:
+    data = pairs_with_ref()
+    logprobs = [torch.full((d.model_input.length,), -1.0) for d in data]
+    report = examine(RECIPES["dpo"], data, logprobs)
+    assert "a 0-d loss (0.6931)" in words_of(report, "returns")
+    assert all(bool((lp == -1).all()) for lp in logprobs)
+
+
+def test_bad_data_and_bad_losses_are_refused() -> None:
+    with pytest.raises(DatumError, match=r"data: empty"):
+        examine(RECIPES["dpo"], [])
+    with pytest.raises(ConfigError, match=r"loss_fn: not a function"):
+        examine("dpo", pairs_with_ref())  # pyright: ignore[reportArgumentType]
+
+
+def test_example_data_has_what_the_loss_asks_for() -> None:
+    """Unequal lengths; the first pair differs in one token, the first of the response; a weight 0
+    within or behind some completions; (N,) for tokens, (N, K) for a token set."""
+    data, form = example_data(RECIPES["dpo"])
+    assert form == "logprobs"
+    assert set(data[0].loss_fn_inputs) == {"target_tokens", "weights", "ref_logprobs"}
+    first, second = (given(d, "target_tokens") for d in data[:2])
+    assert (first != second).nonzero()[:, 0].tolist() == [int(mask_of(data[0]).nonzero()[0])]
+    assert len({d.model_input.length for d in data}) > 3
+    assert any(0.0 in weights_of(d)[mask_of(d).nonzero()[0] :].tolist() for d in data)
+    sets = example_data(RECIPES["token_set_kl"])[0]
+    assert given(sets[0], "target_tokens").shape[1:] == given(sets[0], "target_probs").shape
+    assert example_data(sharpen)[1] == "vocab_logprobs"
+
+
+def test_importing_the_core_does_not_import_the_doctor() -> None:
+    code = "import sys, cookbook_core; print('cookbook_core.doctor' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+COMMANDS = {
+    "recipes/sft.py:sft_loss": 0,
+    "recipes/dpo.py:dpo_loss": 0,
+    "recipes.dpo:dpo_loss": 0,
+    "recipes.dpo": 0,
+    "recipes/dpo.py --beta 0.5": 0,
+    "recipes/grpo.py:grpo_loss": 0,
+    "recipes/grpo.py --kl_estimator k1_no_regularisation": 1,
+    "recipes/grpo.py --group_size=6 --clip=(0.1,0.3)": 0,
+    "recipes/bradley_terry.py:bradley_terry_loss": 0,
+    "recipes/token_set_kl.py:token_set_kl_loss": 0,
+    "recipes/token_set_kl.py --divergence js": 0,
+}
+MISTAKES = {
+    "recipes/dpo.py:dpo_los": 'Did you mean "dpo_loss"',
+    "recipes/dpo.py --bta 0.1": '--bta: dpo_loss has no such argument. Did you mean "beta"',
+    "recipes/dpo.py --beta": "--beta: not understood",
+    "recipes/dpo.py --beta -1": "Config.beta: out of range",
+    "recipes/none.py:x": "recipes/none.py: cannot be imported",
+    "recipes.none:x": "recipes.none: cannot be imported",
+    "cookbook_core.runs": "cookbook_core.runs: no loss ''",
 }
 
 
-@pytest.mark.parametrize("name", PLANTED)
-def test_a_planted_defect_is_not_blamed_on_others(name: str) -> None:
-    loss, check, _ = PLANTED[name]
-    assert defects(examine(loss)) - {check} <= BESIDES.get(name, set())
+@pytest.fixture
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.mark.usefixtures("at_root")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_exit_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command.split()) == COMMANDS[command]
+    assert ("no defects" in capsys.readouterr().out) == (COMMANDS[command] == 0)
+
+
+@pytest.mark.usefixtures("at_root")
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistaken_command_exits_with_2_and_says_why(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.split()) == 2
+    assert MISTAKES[command] in capsys.readouterr().err
+
+
+def test_a_copied_and_broken_recipe_from_another_folder(tmp_path: Path) -> None:
+    """The way people work: cp recipes/dpo.py my_dpo.py, change the loss, ask the doctor."""
+    text = (ROOT / "recipes" / "dpo.py").read_text(encoding="utf-8")
+    (tmp_path / "helper.py").write_text("HALF = 0.5\n", encoding="utf-8")
+    broken = text.replace("margin = logratio[0::2] - ", "margin = HALF * 2 * logratio[0::2] - 0 * ")
+    broken = broken.replace("import math\n", "import math\nfrom helper import HALF\n", 1)
+    assert broken != text
+    (tmp_path / "my_dpo.py").write_text(broken, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "cookbook_core.doctor", "my_dpo.py:dpo_loss"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "defect  every_datum" in done.stdout
+    assert "data[1], data[3], data[5]" in done.stdout
+
+
+@pytest.mark.usefixtures("at_root")
+def test_an_argument_nobody_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file without a Config; the flag supplies what is missing."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from cookbook_core import weighted_sums\n\n\n"
+        "def my_loss(data, logprobs, scale):\n"
+        "    return -scale * weighted_sums(data, logprobs).mean(), {}\n",
+        encoding="utf-8",
+    )
+    assert main([f"{file}:my_loss"]) == 2
+    assert "my_loss(scale): no value for it" in capsys.readouterr().err
+    assert main([str(file), "--scale", "2"]) == 0

@@ -6,7 +6,7 @@
 
 The loss is fed plausible made-up logprobs in float64 and asked many times: on the batch as it is,
 on one with a token, a length, an order or a reference changed. What each check looks for is the
-first line of its function, in `checks` and `reference`.
+first line of its function, in `checks`, `batch` and `reference`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from cookbook_core.custom_loss import LossFn, check_loss, name_of
 from cookbook_core.datums import check_data
-from cookbook_core.doctor import checks, reference
+from cookbook_core.doctor import batch, checks, reference
 from cookbook_core.doctor.case import Case, make_case
 from cookbook_core.doctor.examples import example_data
 from cookbook_core.doctor.report import Finding, Report, from_error
@@ -30,16 +30,24 @@ FIRST = (checks.lengths, checks.returns, checks.deterministic)
 THEN: tuple[Callable[[Case], list[Finding]], ...] = (
     checks.gradient,
     checks.every_datum,
-    checks.where_gradient_falls,
-    checks.padding,
-    checks.order,
-    checks.reduction,
-    checks.alignment,
+    batch.where_gradient_falls,
+    batch.padding,
+    batch.order,
+    batch.reduction,
+    batch.alignment,
     checks.finite,
     reference.sign,
     reference.step_0,
     reference.kl,
 )
+# What these would say follows from defects found before.
+FOLLOWS = {
+    "padding": {"off_by_one", "weights"},
+    "order": {"every_datum"},
+    "reduction": {"every_datum", "order"},
+    "step_0": {"finite"},
+    "kl": {"finite"},
+}
 
 
 def examine(
@@ -83,7 +91,9 @@ def examine(
             break
     else:
         for check in THEN:
-            findings += _ask(case, check)
+            known = {f.check for f in findings if f.status == "defect"}
+            if not known & FOLLOWS.get(check.__name__, set()):
+                findings += _ask(case, check)
         if not case.exact:
             words = "the loss takes float32 logprobs alone, so differences are coarse"
             findings.append(Finding("gradient", "note", words))

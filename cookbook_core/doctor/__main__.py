@@ -33,30 +33,26 @@ def load(target: str) -> tuple[LossFn, ModuleType]:
     Raises:
         ConfigError: no such file, module or function, or the import fails.
     """
-    place, name = (target, "") if target.endswith(".py") else target.rpartition(":")[::2]
-    place, name = (place, name) if place else (name, "")
+    place, colon, name = target.rpartition(":")
+    place, name = (place, name) if colon else (target, "")
+    read = _from_file if place.endswith(".py") else importlib.import_module
     try:
-        module = (
-            _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        )
+        module = read(place)
     except (Exception, SystemExit) as error:
         what, got = "cannot be imported", f"{type(error).__name__}: {error}"
         mend = "The loss goes by file.py:name or package.module:name."
         raise ConfigError(message(place, what, "a Python file or module", got, mend)) from error
-    functions = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
-    losses = [
-        k
-        for k in functions
-        if k.endswith("_loss") and vars(module)[k].__module__ == module.__name__
-    ]
+    own = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__]
+    losses = [k for k in own if k.endswith("_loss")]
     if not name and len(losses) == 1:
         name = losses[0]
     if not callable(getattr(module, name, None)):
-        raise ConfigError(f"{place}: no loss {name!r} there. {nearest(name, losses or functions)}")
+        raise ConfigError(f"{place}: no loss {name!r} there. {nearest(name, losses or own)}")
     return getattr(module, name), module
 
 
-def _from_file(path: Path) -> ModuleType:
+def _from_file(place: str) -> ModuleType:
+    path = Path(place)
     name = f"examined_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

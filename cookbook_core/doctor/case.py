@@ -206,6 +206,11 @@ class Case:
         self.tape, self.escapes = watch.tape, list(dict.fromkeys(watch.escapes))
         return result
 
+    @property
+    def steepest(self) -> float:
+        """The largest |d loss / d logprob| of the batch."""
+        return max(float(g.abs().max()) for g in self.base.grads)
+
     def keys(self, role: Role) -> list[str]:
         """Names of the inputs with this role that the loss reads and the first datum has."""
         have = self.data[0].loss_fn_inputs
@@ -226,30 +231,28 @@ class Case:
                 marks.append(np.full(datum.model_input.length, bool(value.to_numpy().any())))
         return np.logical_and.reduce(marks) if marks else None
 
-    def with_side_data(self, change: Callable[[str, int], Any]) -> list[Datum]:
-        """The datums with `change(key, i)` in the place of each input it does not give None for."""
+    def with_side_data(self, change: Callable[[str, int, tuple[int, ...]], Any]) -> list[Datum]:
+        """The datums with each input replaced by change(key, i, shape), kept where that is None."""
         made = []
         for i, datum in enumerate(self.data):
-            new = {key: change(key, i) for key in datum.loss_fn_inputs}
-            arrays = {
-                key: TensorData(np.asarray(value), dtype="float64")
-                for key, value in new.items()
-                if value is not None
-            }
+            new = {k: change(k, i, tuple(v.shape)) for k, v in datum.loss_fn_inputs.items()}
+            arrays = {k: TensorData(v, dtype="float64") for k, v in new.items() if v is not None}
             made.append(with_inputs(datum, **arrays))
         return made
+
+    def filled(self, names: set[str], value: float) -> list[Datum]:
+        """The datums with these inputs equal to value throughout."""
+        return self.with_side_data(
+            lambda k, _, shape: np.full(shape, value) if k in names else None
+        )
 
     def at_step_0(self) -> list[Datum]:
         """The datums with reference and sampling logprobs equal to the logprobs."""
         keys = {*self.keys("reference"), *self.keys("sampling")}
-
-        def equal(key: str, i: int) -> Any:
-            shape = self.data[i].loss_fn_inputs[key].shape
-            if key not in keys or list(self.logprobs[i].shape) != shape:
-                return None
-            return self.logprobs[i].numpy()
-
-        return self.with_side_data(equal)
+        lps = [lp.numpy() for lp in self.logprobs]
+        return self.with_side_data(
+            lambda k, i, shape: lps[i] if k in keys and lps[i].shape == shape else None
+        )
 
 
 def per_token(datum: Datum) -> list[str]:
@@ -290,7 +293,7 @@ def draw_logprobs(data: Sequence[Datum], form: LossTypeInput, seed: int) -> list
     drawn = []
     for datum in data:
         n, targets = datum.model_input.length, datum.loss_fn_inputs.get("target_tokens")
-        shape = (n,) if targets is None else tuple(targets.shape)
+        shape = [n] if targets is None else list(targets.shape)
         if form == "vocab_logprobs" or len(shape) == 2:
             width = vocab if form == "vocab_logprobs" else shape[1] + 3
             scores = rng.normal(size=(n, width))
@@ -300,7 +303,7 @@ def draw_logprobs(data: Sequence[Datum], form: LossTypeInput, seed: int) -> list
             lp = -0.2 - rng.exponential(size=n)
             for role, spread in (("reference", 0.3), ("sampling", 0.05)):
                 for key, value in datum.loss_fn_inputs.items():
-                    if role_of(key) == role and tuple(value.shape) == shape:
+                    if role_of(key) == role and value.shape == shape:
                         known = value.to_numpy()
                         near = np.minimum(known + spread * rng.normal(size=n), -0.01)
                         lp = np.where(known != 0, near, lp)

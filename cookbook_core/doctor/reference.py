@@ -62,7 +62,7 @@ def _bounded(case: Case, sums: list[float]) -> list[Finding]:
     if min(sums) < 0 or max(sums) <= 0:
         return []
     far, farther = (case.run(logprobs=[lp * 0 - x for lp in case.logprobs]).loss for x in (30, 60))
-    if farther < far - 1e-3 * abs(far):
+    if farther < far - 1e-3 * max(1.0, abs(far)):
         what = "the loss falls without end as every target token gets less likely"
         mend = "A minus sign is missing: the loss is -log p."
         rule, got = "a loss that is bounded below", f"{far:.4g} at -30 nats, {farther:.4g} at -60"
@@ -145,11 +145,9 @@ def _enumerate(case: Case, logp: torch.Tensor, ref: torch.Tensor) -> tuple[Any, 
     values, slopes = [], []
     for x in range(len(logp)):
 
-        def side(key: str, i: int, x: int = x) -> Any:
-            if key in none:
-                return np.zeros(case.data[i].loss_fn_inputs[key].shape)
+        def side(key: str, i: int, shape: tuple[int, ...], x: int = x) -> Any:
             known = ref[x] if key in reference else logp[x] if key in sampling else None
-            shape = case.data[i].loss_fn_inputs[key].shape
+            known = 0.0 if key in none else known
             return None if known is None else np.full(shape, float(known))
 
         at_x = [torch.full_like(lp, float(logp[x])) for lp in case.logprobs]

@@ -50,7 +50,7 @@ def defect(
 
 def from_error(check: str, where: str, error: Exception) -> Finding:
     """Read an error of this package, which says where, expected and got, as a defect."""
-    text = str(error)
+    text = re.sub(r" Nothing was accumulated;.*", "", str(error))
     if found := _SHAPE.fullmatch(text.split("\n")[0]):
         at, what, expected, got, mend = found.groups()
         return Finding(check, "defect", what, at, expected, got, mend or "")

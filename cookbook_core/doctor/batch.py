@@ -1,0 +1,222 @@
+"""What changed batches show: where gradient falls, padding, order, reduction, alignment."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from cookbook_core.datums import with_inputs
+from cookbook_core.doctor.case import Case, per_token, take_rows
+from cookbook_core.doctor.checks import several
+from cookbook_core.doctor.report import Finding, defect
+from cookbook_core.errors import CookbookError
+from cookbook_core.tinker.types import TensorData
+
+# ---- where gradient falls ------------------------------------------------------------------------
+
+
+def _shifted(on: np.ndarray, hit: np.ndarray) -> str:
+    """Whether hit is on moved by one position, wrapping round or falling off the end."""
+    for by, words in ((-1, "early"), (1, "late")):
+        rolled = np.roll(on, by)
+        cut = rolled.copy()
+        cut[-1 if by < 0 else 0] = False
+        if hit.any() and (np.array_equal(hit, rolled) or np.array_equal(hit, cut)):
+            return f"gradient falls one token too {words}"
+    return ""
+
+
+def where_gradient_falls(case: Case) -> list[Finding]:
+    """Gradient on weighted tokens, none on the prompt or other tokens of weight 0, no shift."""
+    totals = np.zeros(6, dtype=int)
+    shifts: dict[str, list[int]] = {}  # what is off by one -> datums
+    spilt: dict[str, list[int]] = {}
+    shown: dict[int, tuple[list[int], list[int]]] = {}
+    scattered = False
+    for i, g in enumerate(case.base.grads):
+        on = case.weighted(i)
+        if on is None or not on.any():
+            continue
+        hit = (g.abs() > 1e-9 * case.steepest).reshape(len(g), -1).any(dim=1).numpy()
+        prompt = np.arange(len(on)) < on.argmax()
+        rest = ~on & ~prompt
+        parts = (on & hit, on, prompt & hit, prompt, rest & hit, rest)
+        totals += [int(part.sum()) for part in parts]
+        weighted, touched = on.nonzero()[0].tolist(), hit.nonzero()[0].tolist()
+        shown[i] = weighted, touched
+        missing = [t for t in weighted if t not in touched]
+        ends = {weighted[0]: "first", weighted[-1]: "last"}
+        if missing and not (hit & ~on).any():
+            if len(weighted) > 2 and len(missing) == 1 and missing[0] in ends:
+                what = f"the {ends[missing[0]]} token of the response gets no gradient"
+                shifts.setdefault(what, []).append(i)
+            else:
+                scattered = True
+        elif (hit & ~on).any():
+            kind = "prompt tokens" if (prompt & hit).any() else "tokens of weight 0"
+            what = _shifted(on, hit)
+            (shifts if what else spilt).setdefault(what or f"gradient on {kind}", []).append(i)
+    if not totals[1]:
+        return [Finding("weights", "note", "no datum has weights: nothing says where to look")]
+    mend = "weights[t] and logprobs[t] both belong to target_tokens[t]: index both alike. "
+    mend += "A pair that differs in one such token alone would teach nothing."
+    cure = "Multiply by weights, or use weighted_sums(data, logprobs)."
+    off = {} if scattered else shifts
+    found = [
+        defect(check, several(at), what, f"{shown[at[0]][0]} in the first", shown[at[0]][1], text)
+        for check, kinds, text in (("off_by_one", off, mend), ("weights", spilt, cure))
+        for what, at in kinds.items()
+    ]
+    a, b, c, d, e, f = totals.tolist()
+    words = f"gradient on {a} of {b} weighted tokens, {c} of {d} prompt tokens"
+    words += f", {e} of {f} other tokens of weight 0" if f else ""
+    return found or [Finding("weights", "ok" if a == b else "note", words)]
+
+
+def padding(case: Case) -> list[Finding]:
+    """More tokens of weight 0 in front change nothing."""
+    import torch
+
+    data, logprobs = [], []
+    for i, (datum, lp) in enumerate(zip(case.data, case.logprobs, strict=True)):
+        if "weights" not in datum.loss_fn_inputs:
+            return []
+        more = 1 + i % 3
+        data.append(take_rows(datum, np.concatenate([np.full(more, -1), np.arange(len(lp))])))
+        logprobs.append(torch.cat([lp[:1].expand(more, *lp.shape[1:]) * 0 - 1.5, lp]))
+    result = case.run(data, logprobs)
+    moved = max(
+        float((new[-len(old) :] - old).abs().max())
+        for new, old in zip(result.grads, case.base.grads, strict=True)
+    )
+    if (
+        case.same(result.loss, case.base.loss, case.steepest)
+        and moved <= 100 * case.tolerance * case.steepest
+    ):
+        return [Finding("padding", "ok", "further tokens of weight 0 change nothing")]
+    what = "1 to 3 more tokens of weight 0 before each datum change loss or gradient"
+    mend = "Divide by the sum of the weights, not by the number of positions, padded or not."
+    rule, got = f"{case.base.loss:.6g}", f"{result.loss:.6g}"
+    return [defect("padding", case.where, what, rule, got, mend)]
+
+
+# ---- order and size of the batch -----------------------------------------------------------------
+
+
+def order(case: Case) -> list[Finding]:
+    """The smallest unit (datum, pair, group) whose order in the batch does not matter."""
+    count, rng = len(case.data), np.random.default_rng(0)
+    twice = [*case.logprobs, *(1.1 * lp for lp in case.logprobs)]
+    for unit in [u for u in range(1, count + 1) if count % u == 0]:
+        # one unit alone cannot change places: a second batch of other logprobs joins it
+        logprobs = case.logprobs if unit < count else twice
+        rows = np.arange(len(logprobs)).reshape(-1, unit)
+        try:
+            losses = [
+                case.run([case.data[j % count] for j in picked], [logprobs[j] for j in picked]).loss
+                for mixed in (rows, rows[::-1], rng.permutation(rows), rng.permutation(rows))
+                for picked in [mixed.reshape(-1).tolist()]
+            ]
+        except CookbookError:
+            continue
+        if all(case.same(loss, losses[0]) for loss in losses):
+            case.unit = unit
+            words = {1: "datums", 2: "whole pairs"}.get(unit, f"whole groups of {unit}")
+            return [Finding("order", "ok", f"the order of {words} does not matter")]
+    what = "the loss depends on the order of the datums, however they are grouped"
+    mend = "Side data goes on its own datum, with_inputs(datum, name=values): "
+    mend += "not into a list beside them, nor behind an index."
+    rule = f"{case.base.loss:.6g} in any order"
+    return [defect("order", case.where, what, rule, "another value", mend)]
+
+
+def _declared(case: Case) -> str:
+    """What the docstring says the loss does over the batch: "mean", "sum" or ""."""
+    text = getattr(case.loss_fn, "func", case.loss_fn).__doc__ or ""
+    told = re.search(r"^\s*loss:(.*?)(?:^\s*metrics:|\Z)", text, re.DOTALL | re.MULTILINE)
+    text = " ".join((told.group(1) if told else text.split("\n\n")[0]).split()).lower()
+    units = r"pairs|sequences|datums|rows|groups|examples|completions|(?:the )?batch|tokens of the"
+    said = re.findall(rf"\b(mean|average|sum)\s+over\s+(?:\w+\s+){{0,3}}?(?:{units})\b", text)
+    return said[0].replace("average", "mean") if said else ""
+
+
+def reduction(case: Case) -> list[Finding]:
+    """How loss and gradient scale with the batch and with the length of completions."""
+    count, mend = len(case.data), "Side data goes on its own datum; take whatever batch comes."
+    try:
+        result = case.run(2 * case.data, 2 * case.logprobs)
+    except CookbookError as error:
+        what = f"fails on a batch of another size: {str(error).splitlines()[0].split(': ', 1)[-1]}"
+        got = f"an error on {2 * count}"
+        return [defect("reduction", case.where, what[:200], f"a loss of {count}", got, mend)]
+    size = sum(float(g.abs().sum()) for g in case.base.grads)
+    halves = (result.grads[:count], result.grads[count:])
+    scale, second = (sum(float(g.abs().sum()) for g in half) / size for half in halves)
+    if abs(scale - second) > 100 * case.tolerance:
+        what = "two copies of a batch get different gradients"
+        got = f"{scale:.3g} and {second:.3g} times that of one"
+        return [defect("reduction", case.where, what, "equal ones", got, mend)]
+    kinds = {1.0: "sum", 0.5: "mean"}
+    kind = next((k for s, k in kinds.items() if abs(scale - s) < 1e-3), "")
+    said = _declared(case)
+    if said and kind and said != kind:
+        what = f"the docstring says {said}, but it is a {kind} over the batch"
+        rule = f"a batch given twice to scale each gradient by {1 if said == 'sum' else 0.5}"
+        mend = "Divide by the number of datums or pairs, or change the docstring."
+        return [defect("reduction", case.where, what, rule, f"{scale:.3g}", mend)]
+    words = f"a {kind} over the batch" if kind else "neither a sum nor a mean over the batch"
+    words += f": given twice, {_times(result.loss, case.base.loss)} the loss and "
+    words += f"{scale:.3g} times each token's gradient"
+    return [Finding("reduction", "ok" if kind else "note", words), *_longer(case, size)]
+
+
+def _times(new: float, old: float) -> str:
+    return f"{new / old:.3g} times" if abs(old) > 1e-9 else f"{new:.3g} against {old:.3g} as"
+
+
+def _longer(case: Case, size: float) -> list[Finding]:
+    """Every weighted token twice in a row: what a completion of twice the length does."""
+    data, logprobs = [], []
+    for i, (datum, lp) in enumerate(zip(case.data, case.logprobs, strict=True)):
+        on = case.weighted(i)
+        if on is None:
+            return []
+        rows = np.repeat(np.arange(len(on)), np.where(on, 2, 1))
+        data.append(take_rows(datum, rows))
+        logprobs.append(lp[rows.tolist()])
+    result = case.run(data, logprobs)
+    share = sum(float(g.abs().sum()) for g in result.grads) / size
+    kind = "longer completions count for more or less, neither as a sum nor as a mean of tokens"
+    if case.same(result.loss, case.base.loss):
+        kind = "completions count alike whatever their length"
+    elif case.same(result.loss, 2 * case.base.loss) or share > 1.8:
+        kind = "a sum over tokens, so longer completions count for more"
+    words = f"{kind}: at twice the length {_times(result.loss, case.base.loss)} the loss"
+    return [Finding("reduction", "ok", f"{words} and {share:.3g} times the gradient in all")]
+
+
+def alignment(case: Case) -> list[Finding]:
+    """Per-token side data one entry short or long is refused, not cut to fit."""
+    i = max(range(len(case.data)), key=lambda j: case.data[j].model_input.length)
+    datum, found, refused = case.data[i], [], []
+    n = datum.model_input.length
+    # the client itself refuses weights and targets that do not fit
+    keys = sorted(case.reads & set(per_token(datum)) - {"target_tokens", "weights"})
+    for key in keys if n > 2 else []:
+        value = datum.loss_fn_inputs[key]
+        for size in (n - 1, n + 1):
+            wrong = TensorData(np.resize(value.to_numpy(), (size, *value.shape[1:])), value.dtype)
+            data = [*case.data[:i], with_inputs(datum, **{key: wrong}), *case.data[i + 1 :]]
+            try:
+                case.run(data)
+            except CookbookError:
+                refused.append(key)
+                continue
+            where = f'data[{i}].loss_fn_inputs["{key}"]'
+            what = f"{size} entries beside {n} logprobs are taken without a word"
+            mend = f'Call check_alignment(data, logprobs, "{key}") first; zip with strict=True.'
+            found.append(defect("alignment", where, what, "an error", "a loss", mend))
+            break
+    words = f"{', '.join(dict.fromkeys(refused))} of another length than the logprobs: refused"
+    return found or ([Finding("alignment", "ok", words)] if refused else [])
