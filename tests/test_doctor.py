@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from cookbook_core import (
     align_weights,
+    check_alignment,
     datum_from_prompt_completion,
     tinker,
     weighted_mean,
@@ -32,7 +33,7 @@ from cookbook_core.data import load_rows
 from cookbook_core.doctor import Report, examine
 from cookbook_core.doctor.__main__ import main
 from cookbook_core.doctor.examples import example_data
-from cookbook_core.errors import ConfigError, DatumError
+from cookbook_core.errors import ConfigError
 from recipes import bradley_terry, dpo, grpo, sft, token_set_kl
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +123,51 @@ def ipo(data: Any, logprobs: Any) -> Any:
     return ((margin - 5.0) ** 2).mean(), {"logratio_margin": margin.mean()}
 
 
+def kto(data: Any, logprobs: Any) -> Any:
+    """KTO, Ethayarajh et al. 2024: single examples, a detached KL of the batch."""
+    reward = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
+    anchor = reward.detach().mean().clamp(min=0)
+    good = torch.stack([given(d, "desirable").reshape(-1)[-1] for d in data]) > 0.5
+    margin = torch.where(good, reward - anchor, anchor - reward)
+    return (1 - torch.sigmoid(0.1 * margin)).mean(), {}
+
+
+def gspo(data: Any, logprobs: Any) -> Any:
+    """Sequence-level ratios, Zheng et al. 2025; one advantage per sequence."""
+    terms = []
+    for d, lp in zip(data, logprobs, strict=True):
+        ratio = weighted_mean(lp - given(d, "old_logprobs"), weights_of(d)).clamp(-20, 20).exp()
+        advantage = given(d, "advantages").squeeze()
+        terms.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
+    return torch.stack(terms).mean(), {"ratio": ratio}
+
+
+def simpo(data: Any, logprobs: Any) -> Any:
+    """Length-normalised pairs without a reference, Meng et al. 2024: the margin need not be 0."""
+    means = [weighted_mean(lp, weights_of(d)) for d, lp in zip(data, logprobs, strict=True)]
+    margin = torch.stack(means[0::2]) - torch.stack(means[1::2])
+    return -F.logsigmoid(2 * margin - 0.5).mean(), {"reward_margin": margin.mean()}
+
+
+def distil(data: Any, logprobs: Any) -> Any:
+    """Squared distance to a teacher; masked by a field of another name."""
+    total = torch.zeros(())
+    for d, lp in zip(data, logprobs, strict=True):
+        check_alignment([d], [lp], "teacher_logprobs", "completion_mask")
+        total = (
+            total + ((lp - given(d, "teacher_logprobs")) ** 2 * given(d, "completion_mask")).sum()
+        )
+    return total / len(data), {}
+
+
+def worst_two(data: Any, logprobs: Any) -> Any:
+    """Only the two least likely tokens of each response learn: meant, so a note."""
+    picked = [
+        lp[mask_of(d)].topk(2, largest=False)[0] for d, lp in zip(data, logprobs, strict=True)
+    ]
+    return -torch.cat(picked).mean(), {}
+
+
 HEALTHY: dict[str, Loss] = {
     **RECIPES,
     **BUILTIN_LOSSES,
@@ -144,6 +190,11 @@ HEALTHY: dict[str, Loss] = {
             own_function,
             float32_only,
             ipo,
+            kto,
+            gspo,
+            simpo,
+            distil,
+            worst_two,
         )
     },
 }
@@ -272,6 +323,12 @@ def metric_is_text(data: Any, logprobs: Any) -> Any:
 @planted("returns", 'metrics["each"]')
 def metric_is_a_vector(data: Any, logprobs: Any) -> Any:
     return nll(data, logprobs), {"each": weighted_sums(data, logprobs)}
+
+
+@planted("returns", 'metrics["loss"]')
+def another_number_called_loss(data: Any, logprobs: Any) -> Any:
+    loss = nll(data, logprobs)
+    return loss, {"loss": 2 * loss.item()}
 
 
 @planted("returns", "raised KeyError")
@@ -629,7 +686,7 @@ def test_a_planted_defect_is_named_and_no_other(name: str) -> None:
 
 
 def test_at_least_fifteen_kinds_are_planted() -> None:
-    assert len(PLANTED) >= 40
+    assert len(PLANTED) >= 45
     assert len({check for _, check, _ in PLANTED.values()}) == 15
 
 
@@ -660,6 +717,8 @@ def words_of(report: Report, check: str) -> str:
         ("cispo", "gradient", ".detach() or no_grad"),
         ("reinforce_with_baseline", "gradient", ".detach() or no_grad"),
         ("float32_only", "gradient", "float32 logprobs alone"),
+        ("worst_two", "weights", "gradient on 32 of 75 weighted tokens, 0 of 30 prompt tokens"),
+        ("kto", "kl", "not a KL term"),
         ("grpo k2", "kl", "behaves like k2: its expected gradient is that of KL(policy || ref)"),
         ("grpo k3_ratio", "kl", "behaves like ratio-weighted k3"),
         ("grpo k1_reward", "kl", "behaves like k1 as a reward penalty"),
@@ -668,6 +727,12 @@ def words_of(report: Report, check: str) -> str:
 )
 def test_what_is_said_of_a_healthy_loss(name: str, check: str, words: str) -> None:
     assert words in words_of(report_on(name), check)
+
+
+def test_a_metric_that_is_not_finite_is_noted() -> None:
+    report = examine(lambda data, logprobs: (nll(data, logprobs), {"spread": math.nan}))
+    assert report.ok
+    assert "not finite: metric spread" in words_of(report, "returns")
 
 
 def test_a_right_custom_function_is_not_taken_for_a_stopped_gradient() -> None:
@@ -735,11 +800,28 @@ def test_given_logprobs_are_used_and_left_alone() -> None:
     assert all(bool((lp == -1).all()) for lp in logprobs)
 
 
-def test_bad_data_and_bad_losses_are_refused() -> None:
-    with pytest.raises(DatumError, match=r"data: empty"):
-        examine(RECIPES["dpo"], [])
+def test_data_that_a_client_would_refuse_is_a_finding() -> None:
+    """Every bad datum, in the words of the client."""
+    data = pairs_with_ref()
+    data[0] = with_inputs(data[0], weights=[1.0] * 3)
+    data[2] = with_inputs(data[2], weights=[float("nan")] * 5)
+    found = [(f.check, f.where, f.got) for f in examine(RECIPES["dpo"], data).defects]
+    assert found == [
+        ("data", 'data[0].loss_fn_inputs["weights"]', "(3,)"),
+        ("data", 'data[2].loss_fn_inputs["weights"][0]', "nan"),
+    ]
+    assert [f.where for f in examine(RECIPES["dpo"], []).defects] == ["data"]
+    short = [torch.full((3,), -1.0)] * 4
+    wrong = [f.where for f in examine(RECIPES["dpo"], pairs_with_ref(), short).defects]
+    assert wrong == ["logprobs[0]", "logprobs[1]", "logprobs[2]", "logprobs[3]"]
+
+
+def test_what_cannot_be_examined_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"loss_fn: not a function"):
         examine("dpo", pairs_with_ref())  # pyright: ignore[reportArgumentType]
+    huge = [datum_from_prompt_completion([1], [10**8])]
+    with pytest.raises(ConfigError, match=r"data: too large.*fewer or shorter"):
+        examine(sharpen, huge, loss_type_input="vocab_logprobs")
 
 
 def test_example_data_has_what_the_loss_asks_for() -> None:

@@ -20,7 +20,7 @@ from cookbook_core.doctor import batch, checks, reference
 from cookbook_core.doctor.case import Case, make_case
 from cookbook_core.doctor.examples import example_data
 from cookbook_core.doctor.report import Finding, Report, from_error
-from cookbook_core.errors import CookbookError
+from cookbook_core.errors import CookbookError, DatumError
 from cookbook_core.tinker.types import Datum
 
 __all__ = ["Finding", "Report", "examine"]
@@ -71,18 +71,23 @@ def examine(
         group_size: made-up data comes in whole groups of this many.
         seed: of the logprobs.
     Returns:
-        Report: `report.ok`, `report.findings`, `str(report)`. A loss that fails is a finding, not
-        an exception.
+        Report: `report.ok`, `report.findings`, `str(report)`. A loss that fails, or data that a
+        training client would refuse, is a finding and not an exception.
     Raises:
-        DatumError: the data would be refused by a training client whatever the loss.
-        ConfigError: loss_fn is not a function, or loss_type_input is unknown.
+        ConfigError: loss_fn is not a function, loss_type_input is unknown, or a whole vocabulary's
+            logprobs of these datums would not fit.
     """
     form = check_loss(loss_fn, loss_type_input)
     made_up = data is None
     if data is None:
         data, form = example_data(loss_fn, loss_type_input, group_size=group_size, seed=seed)
+    subject = f"{name_of(loss_fn)} on {len(data)} {'made-up datums' if made_up else 'datums'}"
     needs = () if form == "vocab_logprobs" else ("target_tokens",)
-    check_data(data, vocab_size=2**62, needs=needs)
+    try:
+        check_data(data, vocab_size=2**62, needs=needs)
+    except DatumError as error:
+        lines = str(error).splitlines()
+        return Report(subject, tuple(from_error("data", "data", line) for line in lines))
     case = make_case(loss_fn, data, logprobs, form, seed)
     findings = _ask(case, checks.mutates)
     for check in FIRST:
@@ -98,9 +103,7 @@ def examine(
             words = "the loss takes float32 logprobs alone, so differences are coarse"
             findings.append(Finding("gradient", "note", words))
     fields = ", ".join(sorted(key for key in case.reads if key in data[0].loss_fn_inputs))
-    kind = "made-up datums" if made_up else "datums"
-    subject = f"{name_of(loss_fn)} on {len(data)} {kind}; it reads {fields or 'no loss input'}"
-    return Report(subject, tuple(findings))
+    return Report(f"{subject}; it reads {fields or 'no loss input'}", tuple(findings))
 
 
 def _ask(case: Case, check: Callable[[Case], list[Finding]]) -> list[Finding]:

@@ -7,8 +7,8 @@ import re
 import numpy as np
 
 from cookbook_core.datums import with_inputs
-from cookbook_core.doctor.case import Case, per_token, take_rows
-from cookbook_core.doctor.checks import several
+from cookbook_core.doctor.case import Case, per_token, role_of, take_rows
+from cookbook_core.doctor.checks import PER_TOKEN, several
 from cookbook_core.doctor.report import Finding, defect
 from cookbook_core.errors import CookbookError
 from cookbook_core.tinker.types import TensorData
@@ -80,7 +80,7 @@ def padding(case: Case) -> list[Finding]:
 
     data, logprobs = [], []
     for i, (datum, lp) in enumerate(zip(case.data, case.logprobs, strict=True)):
-        if "weights" not in datum.loss_fn_inputs:
+        if case.weighted(i) is None:
             return []
         more = 1 + i % 3
         data.append(take_rows(datum, np.concatenate([np.full(more, -1), np.arange(len(lp))])))
@@ -202,7 +202,8 @@ def alignment(case: Case) -> list[Finding]:
     datum, found, refused = case.data[i], [], []
     n = datum.model_input.length
     # the client itself refuses weights and targets that do not fit
-    keys = sorted(case.reads & set(per_token(datum)) - {"target_tokens", "weights"})
+    keys = case.reads & set(per_token(datum)) - {"weights"}
+    keys = sorted(key for key in keys if role_of(key) in PER_TOKEN)
     for key in keys if n > 2 else []:
         value = datum.loss_fn_inputs[key]
         for size in (n - 1, n + 1):

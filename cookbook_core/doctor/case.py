@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from cookbook_core.custom_loss import LossFn, LossResult, LossTypeInput, differentiate, name_of
 from cookbook_core.datums import SCORE_MASK, with_inputs
-from cookbook_core.errors import CookbookError
+from cookbook_core.doctor.watch import watch_class
+from cookbook_core.errors import ConfigError, CookbookError, message
 from cookbook_core.tinker.types import Datum, ModelInput, TensorData
 
 if TYPE_CHECKING:
     import torch
 
-Role: TypeAlias = Literal["reference", "sampling", "advantages", "weights", "probs", "reward", ""]
+Role: TypeAlias = Literal[
+    "reference", "sampling", "logprobs", "advantages", "weights", "probs", "reward", ""
+]
+MAX_CELLS = 20_000_000
 _ROLES: tuple[tuple[Role, str], ...] = (
     ("reference", r"(ref|reference|base|initial)_.*(logp|lp)"),
     ("sampling", r"(sampling|sampled|sampler|old|behaviou?r|rollout|inf)_.*(logp|lp)|logprobs$"),
+    ("logprobs", r".*logp"),
     ("advantages", r"adv"),
     ("weights", r".*(weight|mask)"),
     ("probs", r".*(prob|dist|label|share)"),
@@ -75,66 +78,6 @@ def copies(data: Sequence[Datum], asked: set[str]) -> list[Datum]:
         object.__setattr__(copy, "loss_fn_inputs", WatchedInputs(inputs, asked))
         made.append(copy)
     return made
-
-
-@functools.cache
-def watch_class() -> Any:
-    """The class Watch; made on demand because its base needs torch.
-
-    `Watch()` around a loss writes down what `.detach()`, `.data` and no_grad blocks gave (tape),
-    and where values left the graph otherwise (escapes: ".item() at my.py:12"). `Watch(tape)` gives
-    those tensors out again, so that finite differences see them as the constants they are meant
-    to be. That tells a stopped gradient from a lost one.
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    tensor: Any = torch.Tensor
-    stops = (tensor.detach, tensor.detach_, tensor.data.__get__)
-    leaks = {
-        tensor.item: ".item()",
-        tensor.__float__: "float()",
-        tensor.__int__: "int()",
-        tensor.tolist: ".tolist()",
-        tensor.numpy: ".numpy()",
-        tensor.__array__: "numpy",
-        torch.tensor: "torch.tensor()",
-        torch.as_tensor: "torch.as_tensor()",
-    }
-
-    class Watch(TorchFunctionMode):
-        def __init__(self, tape: list[Any] | None = None) -> None:
-            super().__init__()
-            self.replays, self.tape = tape is not None, [] if tape is None else list(tape)
-            self.escapes: list[str] = []
-            self.no_grad, self.at = False, 0
-
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            del types
-            if func is torch._C._set_grad_enabled:
-                self.no_grad = not args[0]
-            elif func in leaks and getattr(args[0], "requires_grad", False):
-                frame = sys._getframe(1)
-                place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-                self.escapes.append(f"{leaks[func]} at {place}")
-            result = func(*args, **(kwargs or {}))
-            stopped = func in stops or self.no_grad
-            if (
-                not stopped
-                or not isinstance(result, torch.Tensor)
-                or not result.is_floating_point()
-            ):
-                return result
-            if not self.replays:
-                self.tape.append(result.clone())
-            elif self.at < len(self.tape) and self.tape[self.at].shape == result.shape:
-                result = self.tape[self.at].clone()
-            self.at += 1
-            return result
-
-    return Watch
 
 
 @dataclass
@@ -221,14 +164,11 @@ class Case:
 
         They are those with a weight; a loss driven by advantages needs these to be not 0 too.
         """
-        datum, marks = self.data[i], []
-        for key in ("weights", *self.keys("advantages")):
-            value = datum.loss_fn_inputs.get(key)
-            if value is not None and value.shape[:1] == [datum.model_input.length]:
-                on = value.to_numpy() != 0
-                marks.append(on.reshape(len(on), -1).any(axis=1))
-            elif value is not None and key != "weights":
-                marks.append(np.full(datum.model_input.length, bool(value.to_numpy().any())))
+        inputs, n, marks = self.data[i].loss_fn_inputs, self.data[i].model_input.length, []
+        for key in {"weights", *self.keys("weights"), *self.keys("advantages")} & set(inputs):
+            on = inputs[key].to_numpy() != 0
+            marks.append(on.reshape(n, -1).any(axis=1) if on.shape[:1] == (n,) else on.any())
+        marks = [np.broadcast_to(mark, n) for mark in marks]
         return np.logical_and.reduce(marks) if marks else None
 
     def with_side_data(self, change: Callable[[str, int, tuple[int, ...]], Any]) -> list[Datum]:
@@ -288,8 +228,12 @@ def draw_logprobs(data: Sequence[Datum], form: LossTypeInput, seed: int) -> list
     rng = np.random.default_rng(seed)
     vocab = 1 + max(max(datum.model_input.to_ints(), default=0) for datum in data)
     for datum in data:
-        targets = datum.loss_fn_inputs.get("target_tokens")
-        vocab = max(vocab, 1 + int(targets.to_numpy().max()) if targets else 0)
+        if targets := datum.loss_fn_inputs.get("target_tokens"):
+            vocab = max(vocab, 1 + int(targets.to_numpy().max()))
+    cells = vocab * sum(datum.model_input.length for datum in data)
+    if form == "vocab_logprobs" and cells > MAX_CELLS:
+        rule, mend = f"at most {MAX_CELLS} logprobs", "Examine fewer or shorter datums."
+        raise ConfigError(message("data", "too large a table of logprobs", rule, cells, mend))
     drawn = []
     for datum in data:
         n, targets = datum.model_input.length, datum.loss_fn_inputs.get("target_tokens")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from cookbook_core.custom_loss import evaluate
-from cookbook_core.doctor.case import Case, copies, role_of, watch_class
+from cookbook_core.custom_loss import evaluate, merge_metrics
+from cookbook_core.doctor.case import Case, copies, role_of
 from cookbook_core.doctor.report import Finding, defect, from_error
+from cookbook_core.doctor.watch import watch_class
 from cookbook_core.errors import CookbookError
 
-_PER_TOKEN = ("weights", "reference", "sampling", "advantages")
+PER_TOKEN = ("weights", "reference", "sampling", "logprobs", "advantages")
 
 
 def several(indices: Sequence[int]) -> str:
@@ -26,9 +28,14 @@ def lengths(case: Case) -> list[Finding]:
     """The data as given: every per-token input has one entry per logprob."""
     found = []
     for i, (datum, lp) in enumerate(zip(case.data, case.logprobs, strict=True)):
+        targets = datum.loss_fn_inputs.get("target_tokens")
+        if case.form == "logprobs" and targets and targets.shape != list(lp.shape):
+            what, got = "not one for each target token", tuple(lp.shape)
+            found.append(defect("alignment", f"logprobs[{i}]", what, tuple(targets.shape), got))
+            continue
         for key, value in datum.loss_fn_inputs.items():
             # a single number or an array of one stands for the whole sequence
-            if role_of(key) in _PER_TOKEN and value.shape[:1] not in ([], [1], [len(lp)]):
+            if role_of(key) in PER_TOKEN and value.shape[:1] not in ([], [1], [len(lp)]):
                 where = f'data[{i}].loss_fn_inputs["{key}"]'
                 mend = "Build datums with datum_from_prompt_completion(..., name=values)."
                 what = "not one entry per logprob"
@@ -40,12 +47,15 @@ def returns(case: Case) -> list[Finding]:
     """A finite 0-d loss that hangs on the logprobs, and metrics that are numbers."""
     try:
         result = case.base
+        merge_metrics(result, {})
     except CookbookError as error:
         kinds = {"finite": "not finite", "gradient": "detached|no gradient can be|uses no datum"}
         named = (k for k, words in kinds.items() if re.search(words, str(error)))
         return [from_error(next(named, "returns"), case.where, error)]
     words = f"a 0-d loss ({result.loss:.4g}) and {len(result.metrics)} metric(s)"
-    return [Finding("returns", "ok", words)]
+    lost = [name for name, value in result.metrics.items() if not math.isfinite(value)]
+    more = [Finding("returns", "note", f"not finite: metric {', '.join(lost)}")] if lost else []
+    return [Finding("returns", "ok", words), *more]
 
 
 def mutates(case: Case) -> list[Finding]:

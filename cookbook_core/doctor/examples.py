@@ -121,6 +121,7 @@ def _extra(i: int, fields: dict[str, bool], on: np.ndarray) -> dict[str, Any]:
     values = {
         "reference": near,
         "sampling": behaviour * on,
+        "logprobs": near,
         "advantages": advantage * on,
         "weights": on.astype(float),
         "reward": np.full(len(on), float(i % 2 == 0)),

@@ -48,7 +48,7 @@ def defect(
     return Finding(check, "defect", what, where, str(expected), str(got), mend)
 
 
-def from_error(check: str, where: str, error: Exception) -> Finding:
+def from_error(check: str, where: str, error: Exception | str) -> Finding:
     """Read an error of this package, which says where, expected and got, as a defect."""
     text = re.sub(r" Nothing was accumulated;.*", "", str(error))
     if found := _SHAPE.fullmatch(text.split("\n")[0]):
