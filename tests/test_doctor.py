@@ -7,8 +7,10 @@ import itertools
 import math
 import os
 import random
+import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -563,7 +565,7 @@ def unlikelihood_at_one(data: Any, logprobs: Any) -> Any:
     return -weighted_sums(data, [torch.log(1 - lp.exp()) for lp in logprobs]).mean(), {}
 
 
-@planted("finite", "where ref_logprobs is the policy's own")
+@planted("finite", "where ref_logprobs equal the policy's")
 def root_at_the_reference(data: Any, logprobs: Any) -> Any:
     """A distance: its slope at 0 is infinite, and every run starts at 0."""
     gaps = [(lp - given(d, "ref_logprobs")) ** 2 for d, lp in zip(data, logprobs, strict=True)]
@@ -893,6 +895,21 @@ def test_a_mistaken_command_exits_with_2_and_says_why(
 ) -> None:
     assert main(command.split()) == 2
     assert MISTAKES[command] in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("at_root")
+def test_the_readme_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """recipes/README.md quotes a command and the end of its output."""
+    text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    quoted = re.findall(
+        r"    python -m cookbook_core\.doctor (.*)\n((?:    \S.*\n|     +.*\n)*)", text
+    )
+    shown = {command: textwrap.dedent(output) for command, output in quoted}
+    assert "my_dpo.py:dpo_loss" in shown
+    command = "recipes/grpo.py:grpo_loss --kl_estimator k1_no_regularisation"
+    assert main(command.split()) == 1
+    assert capsys.readouterr().out.endswith(shown[command])
+    assert len(shown[command].splitlines()) == 5
 
 
 def test_a_copied_and_broken_recipe_from_another_folder(tmp_path: Path) -> None:

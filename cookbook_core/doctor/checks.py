@@ -225,9 +225,9 @@ def finite(case: Case) -> list[Finding]:
         mend = f"Use logsigmoid and logsumexp. {ratio}"
         spots.append(("where tokens are very unlikely (-300 nats each)", None, rare, mend))
     if side:
-        spots.append((f"where {names} is -300", case.filled(side, -300.0), known, ratio))
+        spots.append((f"where {names} are -300", case.filled(side, -300.0), known, ratio))
         mend = "Mind sqrt, norms and division where they are equal."
-        spots.append((f"where {names} is the policy's own", case.at_step_0(), None, mend))
+        spots.append((f"where {names} equal the policy's", case.at_step_0(), None, mend))
     if flat:
         mend = "Add a small number to the standard deviation."
         spots.append(("where all advantages are 0", case.filled(flat, 0.0), known, mend))
@@ -239,5 +239,5 @@ def finite(case: Case) -> list[Finding]:
                 one = from_error("finite", case.where, error)
                 what = f"{one.what} {spot}"
                 return [defect("finite", one.where, what, one.expected, one.got, mend)]
-    also = f", and where {names} is the policy's own" if side else ""
+    also = f", and where {names} equal the policy's" if side else ""
     return [Finding("finite", "ok", f"also for certain and very unlikely tokens{also}")]

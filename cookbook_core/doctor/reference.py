@@ -100,14 +100,14 @@ def step_0(case: Case) -> list[Finding]:
         if case.same(value, expected, 1.0):
             held.append(f"{name} {expected:g}")
         else:
-            where, what = f'{case.where} metrics["{name}"]', f"wrong where {names} = the policy's"
+            where, what = f'{case.where} metrics["{name}"]', f"wrong where {names} equal the policy's"
             mend = "Look at the sign of the reference and at what is summed on either side."
             found.append(defect("step_0", where, what, f"{expected:g}", f"{value:.6g}", mend))
     if is_pairwise(case) and case.keys("reference"):
         order = np.arange(len(data)).reshape(-1, 2)[:, ::-1].reshape(-1)
         turned = case.run([data[j] for j in order], [case.logprobs[j] for j in order]).loss
         if not case.same(turned, result.loss):
-            what = f"swapping the pairs changes the loss where {names} is the policy's"
+            what = f"swapping the pairs changes the loss where {names} equal the policy's"
             mend = "margin = (chosen - ref_chosen) - (rejected - ref_rejected)."
             rule = f"{result.loss:.6g} either way"
             found.append(defect("step_0", case.where, what, rule, f"{turned:.6g}", mend))
@@ -220,7 +220,7 @@ def _verdict(
     if size <= 1e-9 * largest:
         what = "the KL term behaves like k1: its expected gradient is 0, it regularises nothing"
         if learns:
-            return [defect("kl", case.where, what, rule, f"{size:.1g}", mend)]
+            return [defect("kl", case.where, what, rule, 0, mend)]
         return [Finding("kl", "note", f"the reference shifts the loss but not its gradient {name}")]
     if float(at_ref.abs().max()) > 1e-6 * largest:
         words = "the gradient is not 0 at the reference: not a KL term, or not that alone"
