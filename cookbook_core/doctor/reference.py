@@ -100,7 +100,10 @@ def step_0(case: Case) -> list[Finding]:
         if case.same(value, expected, 1.0):
             held.append(f"{name} {expected:g}")
         else:
-            where, what = f'{case.where} metrics["{name}"]', f"wrong where {names} equal the policy's"
+            where, what = (
+                f'{case.where} metrics["{name}"]',
+                f"wrong where {names} equal the policy's",
+            )
             mend = "Look at the sign of the reference and at what is summed on either side."
             found.append(defect("step_0", where, what, f"{expected:g}", f"{value:.6g}", mend))
     if is_pairwise(case) and case.keys("reference"):
