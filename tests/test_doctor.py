@@ -687,6 +687,26 @@ def test_a_planted_defect_is_named_and_no_other(name: str) -> None:
     assert others == BESIDES.get(name, set()), str(report)
 
 
+def test_two_mistakes_are_two_findings() -> None:
+    """An overflow does not hide a KL term that holds nothing."""
+
+    def both(data: Any, logprobs: Any) -> Any:
+        loss, _ = ratio_without_a_clamp(data, logprobs)
+        gaps = [lp - given(d, "ref_logprobs") for d, lp in zip(data, logprobs, strict=True)]
+        return loss + 0.1 * weighted_sums(data, gaps).sum(), {}
+
+    assert {f.check for f in examine(both).defects} == {"finite", "kl"}
+
+
+def test_a_field_nobody_can_guess_is_said_to_be_missing() -> None:
+    def odd(data: Any, logprobs: Any) -> Any:
+        return nll(data, logprobs) * data[0].loss_fn_inputs["annotator_shares"].shares, {}
+
+    report = examine(odd)
+    assert [f.check for f in report.defects] == ["returns"]
+    assert "examine(loss_fn, data) takes yours" in words_of(report, "data")
+
+
 def test_at_least_fifteen_kinds_are_planted() -> None:
     assert len(PLANTED) >= 45
     assert len({check for _, check, _ in PLANTED.values()}) == 15

@@ -77,7 +77,8 @@ def mutates(case: Case) -> list[Finding]:
         if not torch.equal(logprobs[i], case.logprobs[i]):
             changed.append(f"logprobs[{i}]")
         for key, value in original.loss_fn_inputs.items():
-            if not np.array_equal(value.to_numpy(), datum.loss_fn_inputs[key].to_numpy()):
+            now = datum.loss_fn_inputs[key].to_numpy()
+            if not np.array_equal(value.to_numpy(), now, equal_nan=True):
                 changed.append(f'data[{i}].loss_fn_inputs["{key}"]')
     if not changed:
         return [Finding("mutates", "ok", "data and logprobs are left as they were")]
@@ -91,13 +92,11 @@ def deterministic(case: Case) -> list[Finding]:
     """Three calls on the same input, the random generators running on, give the same loss."""
     import torch
 
+    seen = []
     with torch.random.fork_rng(devices=[]):
-        seen = [
-            evaluate(
-                case.loss_fn, copies(case.data, set()), [lp.clone() for lp in case.logprobs]
-            ).loss
-            for _ in range(3)
-        ]
+        for _ in range(3):
+            logprobs = [lp.clone() for lp in case.logprobs]
+            seen.append(evaluate(case.loss_fn, copies(case.data, set()), logprobs).loss)
     if len(set(seen)) == 1:
         return [Finding("deterministic", "ok", "the same input gives the same loss")]
     mend = "Look for random numbers (dropout) and for state kept between calls. "

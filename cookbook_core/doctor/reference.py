@@ -100,10 +100,8 @@ def step_0(case: Case) -> list[Finding]:
         if case.same(value, expected, 1.0):
             held.append(f"{name} {expected:g}")
         else:
-            where, what = (
-                f'{case.where} metrics["{name}"]',
-                f"wrong where {names} equal the policy's",
-            )
+            where = f'{case.where} metrics["{name}"]'
+            what = f"wrong where {names} equal the policy's"
             mend = "Look at the sign of the reference and at what is summed on either side."
             found.append(defect("step_0", where, what, f"{expected:g}", f"{value:.6g}", mend))
     if is_pairwise(case) and case.keys("reference"):
@@ -184,14 +182,13 @@ def kl(case: Case) -> list[Finding]:
     logp, ref = (x.log_softmax(-1) for x in logits)
     d, p = logp - ref, logp.exp()
     values, slopes = _enumerate(case, logp, ref)
-    at_ref = _enumerate(case, logp, logp)[1]
-    others = _enumerate(case, logp, ref - 1.0)
+    _, at_ref = _enumerate(case, logp, logp)
+    others, _ = _enumerate(case, logp, ref - 1.0)
     key = case.keys("reference")[0]
     if not bool(slopes.abs().max() > 1e-9 * (1 + values.abs().max())):
-        if torch.allclose(values, others[0], rtol=1e-9, atol=1e-12):
-            return [
-                Finding("kl", "note", f"{key} is read but does not enter the loss (kl_coef 0?)")
-            ]
+        if torch.allclose(values, others, rtol=1e-9, atol=1e-12):
+            words = f"{key} is read but does not enter the loss (kl_coef 0?)"
+            return [Finding("kl", "note", words)]
         what = f"{key} moves the loss but never its gradient: the KL term holds nothing"
         mend = "Keep the logprobs attached: ratio.detach() * (logprobs - ref)**2 / 2."
         return [defect("kl", case.where, what, "gradient of KL(policy || reference)", 0.0, mend)]
@@ -224,7 +221,7 @@ def _verdict(
         what = "the KL term behaves like k1: its expected gradient is 0, it regularises nothing"
         if learns:
             return [defect("kl", case.where, what, rule, 0, mend)]
-        return [Finding("kl", "note", f"the reference shifts the loss but not its gradient {name}")]
+        return [Finding("kl", "note", "the reference shifts the loss but not its gradient")]
     if float(at_ref.abs().max()) > 1e-6 * largest:
         words = "the gradient is not 0 at the reference: not a KL term, or not that alone"
         return [Finding("kl", "note", words)]
