@@ -967,3 +967,34 @@ def test_an_argument_nobody_gives(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([f"{file}:my_loss"]) == 2
     assert "my_loss(scale): no value for it" in capsys.readouterr().err
     assert main([str(file), "--scale", "2"]) == 0
+
+
+@pytest.mark.usefixtures("at_root")
+def test_a_config_by_annotation_and_a_whole_vocabulary(tmp_path: Path) -> None:
+    """Arguments come from the file's Config, by its type or field by field; a second parameter
+    called *vocab* is given the whole vocabulary's logprobs."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Config:\n"
+        "    coef: float = 0.5\n\n\n"
+        "def my_loss(data, vocab_logprobs, settings: Config, coef):\n"
+        "    assert settings.coef == coef and vocab_logprobs[0].shape[1] > 9\n"
+        "    loss = 0.0\n"
+        "    for d, lp in zip(data, vocab_logprobs, strict=True):\n"
+        "        rows = lp[d.loss_fn_inputs['weights'].to_torch() != 0]\n"
+        "        loss = loss - coef * (rows.exp() * rows).sum()\n"
+        "    return loss, {'coef': coef}\n",
+        encoding="utf-8",
+    )
+    assert main([str(file)]) == 0
+    assert main([f"{file}:my_loss", "--coef", "2.0"]) == 0
+    assert main([f"{file}:my_loss", "--loss_type_input", "logprobs"]) == 1
+
+
+def test_help_explains_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--help"])
+    assert "0 no defect, 1 a defect, 2 the command is mistaken" in capsys.readouterr().out
