@@ -29,13 +29,22 @@ if TYPE_CHECKING:
 
 
 def start(
-    service: ServiceClient, model: str, init_from: str, lora_rank: int, seed: int
+    service: ServiceClient,
+    model: str,
+    init_from: str,
+    lora_rank: int,
+    seed: int,
+    checkpoint: str | None = None,
 ) -> TrainingClient:
     """The client a run trains: a fresh LoRA adapter, or what the folder `init_from` holds.
 
     The unembedding is left alone. With init_from its rank and alpha hold, and lora_rank and seed
-    are not used.
+    are not used. Where there is a `checkpoint`, of a run that goes on, it is that, optimizer and
+    all, and the rest is not used.
     """
+    if checkpoint:
+        restored = service.create_training_client_from_state_with_optimizer(checkpoint, model)
+        return restored.result()
     if init_from:
         return service.create_training_client_from_state(init_from, model).result()
     created = service.create_lora_training_client(model, lora_rank, seed, train_unembed=False)
@@ -43,15 +52,22 @@ def start(
 
 
 def frozen_copy(
-    service: ServiceClient, client: TrainingClient, model: str, name: str = "reference"
+    service: ServiceClient, client: TrainingClient, model: str, once: Callable[..., Any]
 ) -> TrainingClient:
-    """A second client with the first one's weights as they are now, saved under `name`.
+    """A second client with the first one's weights as they were when the run began.
 
     Nobody trains it, so it stays what it is: the reference of DPO and of KL terms. Scoring goes
     through the same path, so at the start both give the same bits.
+
+    Args:
+        once: `Run.once`: the weights are saved under the name "reference" in a new run, and read
+            from there in one that goes on.
     """
-    saved = client.save_state(name).result()
-    return service.create_training_client_from_state(saved.path, model).result()
+
+    def save() -> str:
+        return client.save_state("reference", overwrite=True).result().path
+
+    return service.create_training_client_from_state(once("reference", save), model).result()
 
 
 def score(client: TrainingClient, data: Sequence[Datum]) -> list[torch.Tensor]:

@@ -3,38 +3,61 @@
     runs/dpo-1/
       config.json     the parameters as run, and the versions of what they ran on
       metrics.jsonl   one JSON object per logged step
+      checkpoints/    the newest ones and the best, to go on from
       plot.png        2-4 panels drawn from metrics.jsonl
       summary.md      the before/after table
       samples.md      held-out prompts: before, after, expected
 
-Everything is plain UTF-8 text and can be read while the run goes on.
+Everything but the weights is plain UTF-8 text and can be read while the run goes on. A run that was
+interrupted, in whatever way, goes on when the same command is given again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
-import os
-import platform
-import re
+import shutil
+import signal
 import sys
-from collections.abc import Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from cookbook_core.errors import ConfigError, DataError, LossError, message, nearest
+from cookbook_core import run_files
+from cookbook_core.errors import ConfigError, LossError, message, nearest
 from cookbook_core.plots import Panel, draw_panels
+from cookbook_core.run_files import as_code, markdown_table, read_metrics, write_atomically
+
+if TYPE_CHECKING:
+    from cookbook_core.tinker import TrainingClient
+
+__all__ = ["Panel", "Run", "Saving", "check", "check_positive", "parse_config", "read_metrics"]
 
 ConfigT = TypeVar("ConfigT")
+T = TypeVar("T")
 
-_REPORTED_VERSIONS = ("torch", "transformers", "peft", "numpy")
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """Flags that every recipe has besides those of its Config."""
+
+    save_every: int = 20
+    """Steps between checkpoints; an interrupted run repeats at most so many."""
+    keep_last: int = 2
+    """Newest checkpoints to keep; the best one stays besides."""
+    fresh: bool = False
+    """Start over, rather than go on with an interrupted run of the same parameters."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "save_every", "keep_last")
 
 
-def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
+def parse_config(
+    config_class: type[ConfigT], argv: Sequence[str] | None = None
+) -> tuple[ConfigT, Saving]:
     """Build a recipe's config from command line flags; print help or the mistake, and exit.
 
     Args:
@@ -42,14 +65,18 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None)
             `--no_flag`), explained by the string under it. The docstring of the module it stands
             in is the program's description.
         argv: the flags; None takes the command line's.
+    Returns:
+        config, and the flags of `Saving`.
     Raises:
         SystemExit: 0 after --help; 2 after an unknown flag (the nearest known is named) or a value
             that does not fit the field's type or that the config itself refuses.
     """
     import tyro
 
-    config, unknown = tyro.cli(
-        config_class,
+    parts = {"config": config_class, "saving": Saving}
+    fields = [(name, tyro.conf.OmitArgPrefixes[part]) for name, part in parts.items()]
+    flags, unknown = tyro.cli(
+        dataclasses.make_dataclass("Flags", fields),
         args=list(sys.argv[1:] if argv is None else argv),
         description=sys.modules[config_class.__module__].__doc__ or "",
         use_underscores=True,
@@ -57,11 +84,11 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None)
     )
     if unknown:
         flag = unknown[0].split("=")[0]
-        known = [field.name for field in dataclasses.fields(cast(Any, config_class))]
+        known = [f.name for part in parts.values() for f in dataclasses.fields(cast(Any, part))]
         name = flag.lstrip("-").replace("-", "_")
         print(f"{flag}: no such flag. {nearest(name, known)}", file=sys.stderr)
         raise SystemExit(2)
-    return config
+    return flags.config, flags.saving
 
 
 def check_positive(config: Any, *names: str) -> None:
@@ -83,12 +110,16 @@ class Run:
         recipe: its name; names the folder when config.log_path is "".
         config: a dataclass with a field `log_path`.
         num_steps: optimizer steps in the whole run.
+        saving: when checkpoints are saved and how many are kept; whether to start over.
         progress: metrics to show while it runs.
-        start_step: 0 begins a run. Above 0 resumes the one in config.log_path at that step: what
-            it logged from there on is dropped, since those steps are about to run again.
+        best: the metric whose best value's checkpoint is kept, "-" before it where less is better.
+    Attributes:
+        path: the folder.
+        checkpoint: what to start from: the path of the newest checkpoint, None in a new run.
+        first_step: optimizer steps in that checkpoint.
     Raises:
-        ConfigError: log_path holds a run already (start_step 0) or none (above 0). Nothing is
-            written then.
+        ConfigError: log_path holds a finished run, or one with another config, or another process
+            is at it. CheckpointError: the newest checkpoint is damaged. Nothing is written then.
     """
 
     def __init__(
@@ -96,46 +127,142 @@ class Run:
         recipe: str,
         config: Any,
         num_steps: int,
+        saving: Saving | None = None,
         *,
         progress: Sequence[str] = ("loss",),
-        start_step: int = 0,
+        best: str = "",
     ) -> None:
         self.num_steps = num_steps
-        self.path = _claim_folder(recipe, config.log_path, resume=start_step > 0)
+        self._saving = saving or Saving()
+        self.path, self._lock = run_files.claim(recipe, config, fresh=self._saving.fresh)
+        self._record = run_files.read_record(self.path)
+        entry = run_files.newest(self._record)
+        self.first_step = entry["step"] if entry else 0
+        self.checkpoint = entry["path"] if entry else None
+        self._random = entry["random"] if entry else None
         self._metrics_path = self.path / "metrics.jsonl"
-        self._progress = tuple(progress)
+        self._progress, self._best = tuple(progress), best
         self._tables: list[str] = []
-        self._next_line = start_step
+        self._next_line = self.first_step
         self._null_metrics: set[str] = set()
-        if start_step:
-            kept = [row for row in read_metrics(self.path) if row["step"] < start_step]
-            lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
-            _write_atomically(self._metrics_path, lines)
-        name = f"config_from_step_{start_step}.json" if start_step else "config.json"
-        _write_atomically(self.path / name, _describe(recipe, config))
+        self._client: TrainingClient | None = None
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+        began = (self.path / "config.json").exists()
+        if began:
+            run_files.drop_steps_from(self.path, self.first_step)
+            run_files.sweep(self.path, self._record)
+        else:
+            write_atomically(self.path / "config.json", run_files.describe(recipe, config))
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=num_steps, initial=start_step, desc=recipe, unit="step")
+            self._bar = tqdm(total=num_steps, initial=self.first_step, desc=recipe, unit="step")
         print(f"{recipe}: run folder {self.path}")
+        if began:
+            print(f"going on at step {self.first_step} of {num_steps}; --fresh starts over")
 
     def __enter__(self) -> Run:
+        with contextlib.suppress(ValueError):  # signals are the main thread's alone
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._stop)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:  # the run has come to its end: there is nothing to go on with
+            self._record["finished"] = True
+            run_files.write_record(self.path, self._record)
         self.close()
 
     def close(self) -> None:
-        """End the progress line."""
+        """End the progress line, and let go of the folder."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
         if self._bar is not None:
             self._bar.close()
+        self._lock.release()
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        """Remember to stop after this step; a second signal stops at once."""
+        signal.signal(number, self._handlers[number])
+        self._signal = number
+        self._say("stopping after this step; once more stops at once")
+
+    def steps(self, client: TrainingClient) -> Iterator[int]:
+        """The steps that are still to run; between two of them checkpoints are saved.
+
+        Args:
+            client: what is trained, started from `checkpoint` where there is one.
+        Raises:
+            SystemExit: after SIGINT or SIGTERM, once the step is done and saved.
+        """
+        self._client = client
+        if self._random is not None:
+            run_files.set_random_state(self._random)
+        for step in range(self.first_step, self.num_steps):
+            yield step
+            done = step + 1
+            stop = self._signal is not None
+            if stop or done % self._saving.save_every == 0 or done == self.num_steps:
+                self._save(done)
+            if stop and done < self.num_steps:
+                self._say(
+                    f"stopped at step {done} of {self.num_steps}, which is saved in {self.path}. "
+                    "Give the same command to go on."
+                )
+                raise SystemExit(128 + (self._signal or 0))
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make()` gave when this was first asked in this run, also before an interruption.
+
+        Args:
+            name: of the value, kept in progress.json.
+            make: gives something that JSON holds; tuples come back as lists.
+        """
+        values = self._record["values"]
+        if name not in values:
+            values[name] = make()
+            run_files.write_record(self.path, self._record)
+        return json.loads(json.dumps(values[name]))
+
+    def _save(self, step: int) -> None:
+        """Save a checkpoint after `step` updates, then let go of those no longer kept."""
+        entries = self._record["checkpoints"]
+        if self._client is None or any(entry["step"] == step for entry in entries):
+            return
+        saved = self._client.save_state(f"step-{step:06d}", overwrite=True).result()
+        entries.append({"step": step, "path": saved.path, "random": run_files.random_state()})
+        entries.sort(key=lambda entry: entry["step"])
+        best = (self._record["best"] or {"step": None})["step"]
+        kept = [e for e in entries if e in entries[-self._saving.keep_last :] or e["step"] == best]
+        dropped = [entry for entry in entries if entry not in kept]
+        self._record["checkpoints"] = kept
+        run_files.write_record(self.path, self._record)
+        for entry in dropped:
+            path = Path(entry["path"])
+            if path.resolve().is_relative_to(self.path.resolve()):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _note_best(self, step: int, row: Mapping[str, Any]) -> None:
+        """Keep the checkpoint of these weights if its metric is the best so far."""
+        value = row.get(self._best.removeprefix("-"))
+        if not self._best or value is None or self._client is None:
+            return
+        sign = -1 if self._best.startswith("-") else 1
+        before = self._record["best"]
+        if before is None or sign * value > sign * before["value"]:
+            self._record["best"] = {"step": step, "value": value}
+            self._save(step)
+            run_files.write_record(self.path, self._record)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl and show progress.
 
         Args:
-            step: optimizer step from 0; may repeat (training and evaluation metrics of one step).
+            step: optimizer steps done before these were measured: 0 for the untrained model and
+                for the first step's loss; may repeat.
             metrics: name -> number or 0-d tensor. JSON has no NaN or infinity: those are written
                 as null, and said once per name.
         Raises:
@@ -158,6 +285,7 @@ class Run:
                 self._say(f'step {step}: metric "{name}" is {number}; written as null')
         with open(self._metrics_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._note_best(step, row)
         self._show(step, row)
 
     def plot(self, panels: Sequence[Panel]) -> Path:
@@ -171,14 +299,14 @@ class Run:
 
         Rows are the metrics of `after`, named without the "test_" of held-out ones.
         """
-        table = _markdown_table(
+        table = markdown_table(
             [
                 {"metric": name.removeprefix("test_"), "before": before[name], "after": after[name]}
                 for name in after
             ]
         )
         self._tables.append(f"## {title}\n\n{table}")
-        _write_atomically(self.path / "summary.md", "\n".join(self._tables))
+        write_atomically(self.path / "summary.md", "\n".join(self._tables))
         self._say(f"\n{title}\n\n{table}")
 
     def save_samples(self, rows: Sequence[Mapping[str, str]]) -> None:
@@ -186,8 +314,8 @@ class Run:
 
         Texts are shown as code, with line breaks escaped, so that no markup in them is lost.
         """
-        quoted = [{key: _as_code(str(value)) for key, value in row.items()} for row in rows]
-        _write_atomically(self.path / "samples.md", f"## Samples\n\n{_markdown_table(quoted)}")
+        quoted = [{key: as_code(str(value)) for key, value in row.items()} for row in rows]
+        write_atomically(self.path / "samples.md", f"## Samples\n\n{markdown_table(quoted)}")
         for row in rows:
             self._say("\n" + "\n".join(f"{key:>8}: {value}" for key, value in row.items()))
 
@@ -208,90 +336,3 @@ class Run:
             self._bar.write(text)
         else:
             print(text, flush=True)
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read a run folder's metrics.jsonl, one dict per line; no file gives no rows.
-
-    A last line cut short by a crash is left out.
-
-    Raises:
-        DataError: another line is not JSON.
-    """
-    file = Path(path) / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.extend([json.loads(line)] if line else [])
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise DataError(
-                message(f"{file}:{number}", "broken", "JSON", repr(line[:60]))
-            ) from error
-    return rows
-
-
-# ---- files ---------------------------------------------------------------------------------
-
-
-def _claim_folder(recipe: str, log_path: str, resume: bool) -> Path:
-    """Create the run's folder, or for a resumed run find it."""
-    if log_path:
-        path = Path(log_path).expanduser()
-        exists = (path / "config.json").exists() or (path / "metrics.jsonl").exists()
-        if exists and not resume:
-            mend = "Give another log_path."
-            raise ConfigError(
-                message("Config.log_path", "holds a run already", "a new folder", path, mend)
-            )
-        if resume and not exists:
-            raise ConfigError(message("Config.log_path", "no run to resume", "its folder", path))
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-    if resume:
-        raise ConfigError(message("Config.log_path", "no run to resume", "its folder", '""'))
-    for number in itertools.count(1):
-        path = Path("runs") / f"{recipe}-{number}"
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
-            return path
-    raise AssertionError("count() ended")
-
-
-def _describe(recipe: str, config: Any) -> str:
-    versions = {"python": platform.python_version()}
-    for package in _REPORTED_VERSIONS:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    held = {"recipe": recipe, "config": dataclasses.asdict(config), "versions": versions}
-    return json.dumps(held, indent=2, ensure_ascii=False, default=str) + "\n"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader, or a crash, never sees half a file."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
-def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    keys = list(rows[0]) if rows else ["nothing to show"]
-    cells = [keys] + [[_as_cell(row.get(key, "")) for key in keys] for row in rows]
-    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(keys))]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = (" | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
-    return "".join(f"| {line} |\n" for line in lines)
-
-
-def _as_cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", "<br>")
-
-
-def _as_code(text: str) -> str:
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{ticks} {text} {ticks}".replace("\n", "\\n")

@@ -185,8 +185,8 @@ def load_scorer(
 # ---- train ---------------------------------------------------------------------------------------
 
 
-def train(config: Config) -> dict[str, float]:
-    """The whole run; returns the held-out metrics at its end."""
+def train(config: Config, saving: runs.Saving | None = None) -> dict[str, float]:
+    """The whole run, or the rest of one; returns the held-out metrics at its end."""
     train_rows, test_rows = train_test(
         config.dataset, ("prompt", "chosen", "rejected"), config.test_rows, config.seed
     )
@@ -197,12 +197,15 @@ def train(config: Config) -> dict[str, float]:
             "held-out rewards", "nats", ["test_chosen_reward", "test_rejected_reward"], 0.0, "even"
         ),
     ]
-    with runs.Run("bradley_terry", config, config.num_steps, progress=("loss", "accuracy")) as run:
+    progress = ("loss", "accuracy")
+    with runs.Run(
+        "bradley_terry", config, config.num_steps, saving, progress=progress, best="test_accuracy"
+    ) as run:
         service = tinker.ServiceClient(
             device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
         )
         client = clients.start(
-            service, config.model, config.init_from, config.lora_rank, config.seed
+            service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
         judge = Judge(client.get_tokenizer(), config.question, config.verdicts)
         given = len(train_rows) + len(test_rows)
@@ -219,19 +222,20 @@ def train(config: Config) -> dict[str, float]:
             loss, metrics = bradley_terry_loss(test_data, logprobs)
             return {f"test_{k}": v for k, v in {"loss": loss.item(), **metrics}.items()}, logprobs
 
-        before, _ = evaluate()
-        run.log(0, before)
-        for step in range(config.num_steps):
+        before = run.once("before", lambda: evaluate()[0])
+        for step in run.steps(client):
+            if step % config.eval_every == 0:
+                run.log(step, evaluate()[0] if step else before)
             rows = batch_indices(len(data) // 2, config.batch_size, step, config.seed)
             batch = [data[2 * row + side] for row in rows for side in (0, 1)]
             adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
             backward = client.forward_backward_custom(batch, bradley_terry_loss)
             stepped = client.optim_step(adam)  # submitted before waiting: no gap between the two
             metrics = {**backward.result().metrics, **stepped.result().metrics}
-            if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
-                after, logprobs = evaluate()
-                metrics |= after
             run.log(step, metrics)
+
+        after, logprobs = evaluate()
+        run.log(config.num_steps, after)
 
         asked = {"question": config.question}
         asked |= {"verdict_good": config.verdicts[0], "verdict_bad": config.verdicts[1]}
@@ -258,4 +262,4 @@ def train(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    train(runs.parse_config(Config))
+    train(*runs.parse_config(Config))

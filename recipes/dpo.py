@@ -155,8 +155,8 @@ def build_pairs(
 # ---- train ---------------------------------------------------------------------------------------
 
 
-def train(config: Config) -> dict[str, float]:
-    """The whole run; returns the held-out metrics at its end."""
+def train(config: Config, saving: runs.Saving | None = None) -> dict[str, float]:
+    """The whole run, or the rest of one; returns the held-out metrics at its end."""
     train_rows, test_rows = train_test(
         config.dataset, ("prompt", "chosen", "rejected"), config.test_rows, config.seed
     )
@@ -170,14 +170,17 @@ def train(config: Config) -> dict[str, float]:
             ["test_chosen_logprob", "test_rejected_logprob"],
         ),
     ]
-    with runs.Run("dpo", config, config.num_steps, progress=("loss", "accuracy")) as run:
+    progress = ("loss", "accuracy")
+    with runs.Run(
+        "dpo", config, config.num_steps, saving, progress=progress, best="test_accuracy"
+    ) as run:
         service = tinker.ServiceClient(
             device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
         )
         client = clients.start(
-            service, config.model, config.init_from, config.lora_rank, config.seed
+            service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
-        reference = clients.frozen_copy(service, client, config.model)
+        reference = clients.frozen_copy(service, client, config.model, run.once)
 
         tokenizer = client.get_tokenizer()
         given = len(train_rows) + len(test_rows)
@@ -195,9 +198,13 @@ def train(config: Config) -> dict[str, float]:
             loss, metrics = loss_fn(test_data, clients.score(client, test_data))
             return {f"test_{k}": v for k, v in {"loss": loss.item(), **metrics}.items()}
 
-        before, shown_before = evaluate(), sample(client, test_rows[:3], config.seed)
-        run.log(0, before)
-        for step in range(config.num_steps):
+        def show() -> list[str]:
+            return sample(client, test_rows[:3], config.seed)
+
+        before, shown_before = run.once("before", lambda: (evaluate(), show()))
+        for step in run.steps(client):
+            if step % config.eval_every == 0:
+                run.log(step, evaluate() if step else before)
             rows = batch_indices(len(data) // 2, config.batch_size, step, config.seed)
             batch = [data[2 * row + side] for row in rows for side in (0, 1)]
             batch = clients.add_ref_logprobs(reference, batch)
@@ -205,11 +212,10 @@ def train(config: Config) -> dict[str, float]:
             backward = client.forward_backward_custom(batch, loss_fn)
             stepped = client.optim_step(adam)  # submitted before waiting: no gap between the two
             metrics = {**backward.result().metrics, **stepped.result().metrics}
-            if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
-                metrics |= evaluate()
             run.log(step, metrics)
 
-        after, shown_after = evaluate(), sample(client, test_rows[:3], config.seed)
+        after, shown_after = evaluate(), show()
+        run.log(config.num_steps, after)
         adapter = client.save_weights_for_sampler("final").result().path
         run.save_before_after("Held-out pairs, before and after", before, after)
         run.save_samples(
@@ -236,4 +242,4 @@ def sample(client: tinker.TrainingClient, rows: list[dict], seed: int) -> list[s
 
 
 if __name__ == "__main__":
-    train(runs.parse_config(Config))
+    train(*runs.parse_config(Config))

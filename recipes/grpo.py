@@ -243,8 +243,8 @@ def with_prompt_tokens(rows: list[dict], tokenizer, longest: int) -> list[dict]:
 # ---- train ---------------------------------------------------------------------------------------
 
 
-def train(config: Config) -> dict[str, float]:
-    """The whole run; returns the held-out metrics at its end."""
+def train(config: Config, saving: runs.Saving | None = None) -> dict[str, float]:
+    """The whole run, or the rest of one; returns the held-out metrics at its end."""
     fields = ("prompt",) if config.reward_model else ("prompt", "answer")
     train_rows, test_rows = train_test(config.dataset, fields, config.test_rows, config.seed)
     panels = [
@@ -253,14 +253,17 @@ def train(config: Config) -> dict[str, float]:
         runs.Panel("off-policy", "", ["ratio_max", "clip_fraction", "zero_variance"]),
         runs.Panel("entropy", "nats per token", ["entropy", "test_entropy"]),
     ]
-    with runs.Run("grpo", config, config.num_steps, progress=("reward", "kl", "loss")) as run:
+    progress = ("reward", "kl", "loss")
+    with runs.Run(
+        "grpo", config, config.num_steps, saving, progress=progress, best="test_reward"
+    ) as run:
         service = tinker.ServiceClient(
             device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
         )
         client = clients.start(
-            service, config.model, config.init_from, config.lora_rank, config.seed
+            service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
-        reference = clients.frozen_copy(service, client, config.model)
+        reference = clients.frozen_copy(service, client, config.model, run.once)
         tokenizer = client.get_tokenizer()
         reward_fn = bradley_terry_reward(service, config) if config.reward_model else reward
         given = len(train_rows) + len(test_rows)
@@ -290,9 +293,10 @@ def train(config: Config) -> dict[str, float]:
             found = measure(data, rewards)
             return {f"test_{k}": v for k, v in found.items()}, [group[0] for group in texts[:3]]
 
-        before, shown_before = evaluate()
-        run.log(0, before)
-        for step in range(config.num_steps):
+        before, shown_before = run.once("before", evaluate)
+        for step in run.steps(client):
+            if step % config.eval_every == 0:
+                run.log(step, evaluate()[0] if step else before)
             started = time.perf_counter()
             chosen = batch_indices(len(train_rows), config.batch_size, step, config.seed)
             rows = [train_rows[i] for i in chosen]
@@ -311,11 +315,10 @@ def train(config: Config) -> dict[str, float]:
                 metrics |= {**new, "logprob_gap": gap}  # later it holds the updates' own change
             seconds = time.perf_counter() - started
             metrics["tokens_per_second"] = int(tokens) / seconds
-            if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
-                after, shown_after = evaluate()
-                metrics |= after
             run.log(step, metrics)
 
+        after, shown_after = evaluate()
+        run.log(config.num_steps, after)
         adapter = client.save_weights_for_sampler("final").result().path
         run.save_before_after("Held-out prompts, before and after", before, after)
         run.save_samples(
@@ -329,4 +332,4 @@ def train(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    train(runs.parse_config(Config))
+    train(*runs.parse_config(Config))

@@ -150,20 +150,23 @@ def generate(client: tinker.TrainingClient, rows: list[dict], max_tokens: int) -
 # ---- train ---------------------------------------------------------------------------------------
 
 
-def train(config: Config) -> dict[str, float]:
-    """The whole run; returns the held-out metrics at its end."""
+def train(config: Config, saving: runs.Saving | None = None) -> dict[str, float]:
+    """The whole run, or the rest of one; returns the held-out metrics at its end."""
     columns = (("prompt", "completion"), ("messages",))
     train_rows, test_rows = train_test(config.dataset, columns, config.test_rows, config.seed)
     panels = [
         runs.Panel("loss", "nats per token", ["loss", "test_loss"]),
         runs.Panel("held-out exact match", "share of answers", ["test_exact_match"], 0.0),
     ]
-    with runs.Run("sft", config, config.num_steps, progress=("loss", "test_exact_match")) as run:
+    progress = ("loss", "test_exact_match")
+    with runs.Run(
+        "sft", config, config.num_steps, saving, progress=progress, best="test_exact_match"
+    ) as run:
         service = tinker.ServiceClient(
             device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
         )
         client = clients.start(
-            service, config.model, config.init_from, config.lora_rank, config.seed
+            service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
         tokenizer = client.get_tokenizer()
         given = len(train_rows) + len(test_rows)
@@ -182,19 +185,19 @@ def train(config: Config) -> dict[str, float]:
             hits = [a.strip() == e.strip() for a, e in zip(answers, expected, strict=True)]
             return {"test_loss": loss.item(), "test_exact_match": sum(hits) / len(hits)}, answers
 
-        before, answers_before = evaluate()
-        run.log(0, before)
-        for step in range(config.num_steps):
+        before, answers_before = run.once("before", evaluate)
+        for step in run.steps(client):
+            if step % config.eval_every == 0:
+                run.log(step, evaluate()[0] if step else before)
             rows = batch_indices(len(data), config.batch_size, step, config.seed)
             adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
             backward = client.forward_backward_custom([data[row] for row in rows], sft_loss)
             stepped = client.optim_step(adam)  # submitted before waiting: no gap between the two
             metrics = {**backward.result().metrics, **stepped.result().metrics}
-            if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
-                after, answers_after = evaluate()
-                metrics |= after
             run.log(step, metrics)
 
+        after, answers_after = evaluate()
+        run.log(config.num_steps, after)
         adapter = client.save_weights_for_sampler("final").result().path
         run.save_before_after("Held-out, before and after", before, after)
         shown = [
@@ -214,4 +217,4 @@ def train(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    train(runs.parse_config(Config))
+    train(*runs.parse_config(Config))

@@ -171,8 +171,8 @@ def build_data(
 # ---- train ---------------------------------------------------------------------------------------
 
 
-def train(config: Config) -> dict[str, float]:
-    """The whole run; returns the held-out metrics at its end."""
+def train(config: Config, saving: runs.Saving | None = None) -> dict[str, float]:
+    """The whole run, or the rest of one; returns the held-out metrics at its end."""
     columns = (("text", "label_probs"), ("question", "answer"))
     train_rows, test_rows = train_test(config.dataset, columns, config.test_rows, config.seed)
     chance = 1 / len(config.labels)
@@ -181,12 +181,15 @@ def train(config: Config) -> dict[str, float]:
         runs.Panel("held-out accuracy", "share of rows", ["test_accuracy"], chance, "chance"),
         runs.Panel("mass on the set", "probability", ["set_mass", "test_set_mass"]),
     ]
-    with runs.Run("token_set_kl", config, config.num_steps, progress=("divergence",)) as run:
+    progress = ("divergence",)
+    with runs.Run(
+        "token_set_kl", config, config.num_steps, saving, progress=progress, best="-test_divergence"
+    ) as run:
         service = tinker.ServiceClient(
             device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
         )
         client = clients.start(
-            service, config.model, config.init_from, config.lora_rank, config.seed
+            service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
         tokenizer = client.get_tokenizer()
         given = len(train_rows) + len(test_rows)
@@ -207,19 +210,19 @@ def train(config: Config) -> dict[str, float]:
             shares = [lp[-1].softmax(dim=-1).tolist() for lp in logprobs[:3]]
             return {f"test_{k}": v for k, v in {"loss": loss.item(), **metrics}.items()}, shares
 
-        before, shown_before = evaluate()
-        run.log(0, before)
-        for step in range(config.num_steps):
+        before, shown_before = run.once("before", evaluate)
+        for step in run.steps(client):
+            if step % config.eval_every == 0:
+                run.log(step, evaluate()[0] if step else before)
             rows = batch_indices(len(data), config.batch_size, step, config.seed)
             adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
             backward = client.forward_backward_custom([data[row] for row in rows], loss_fn)
             stepped = client.optim_step(adam)  # submitted before waiting: no gap between the two
             metrics = {**backward.result().metrics, **stepped.result().metrics}
-            if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
-                after, shown_after = evaluate()
-                metrics |= after
             run.log(step, metrics)
 
+        after, shown_after = evaluate()
+        run.log(config.num_steps, after)
         adapter = client.save_weights_for_sampler("final").result().path
         run.save_before_after("Held-out rows, before and after", before, after)
         targets = [d.loss_fn_inputs["target_probs"].tolist() for d in test_data[:3]]
@@ -242,4 +245,4 @@ def train(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    train(runs.parse_config(Config))
+    train(*runs.parse_config(Config))

@@ -1,0 +1,302 @@
+"""A run's folder on disk: one process at a time, every file written whole, read back later.
+
+runs/dpo-1/
+  config.json     the parameters as run, and the versions of what they ran on
+  metrics.jsonl   one JSON object per logged step
+  progress.json   checkpoints, what was found once, whether the run has ended
+  checkpoints/    the newest, the best, the reference
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cookbook_core import manifest
+from cookbook_core.errors import CheckpointError, ConfigError, DataError, message
+
+Record = dict[str, Any]
+"""progress.json: {"checkpoints": [{"step", "path", "random"}], "best": {"step", "value"} or None,
+"values": {name: JSON}, "finished": bool}"""
+
+
+# ---- one process at a time -----------------------------------------------------------------------
+
+
+def lock(folder: Path) -> Any:
+    """Hold `folder` until the lock that comes back is released, or the process ends.
+
+    Raises:
+        ConfigError: another process holds it; which one is said.
+    """
+    import filelock
+
+    held = filelock.FileLock(folder / ".lock")
+    owner = folder / ".owner"
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout as error:
+        with contextlib.suppress(OSError):
+            where = owner.read_text(encoding="utf-8")
+            raise ConfigError(
+                message("Config.log_path", "in use", "a run of one process", f"{folder}: {where}")
+            ) from error
+        raise ConfigError(
+            message("Config.log_path", "in use", "a run of one process", folder)
+        ) from error
+    who = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    owner.write_text(who, encoding="utf-8")
+    return held
+
+
+def claim(recipe: str, config: Any, *, fresh: bool) -> tuple[Path, Any]:
+    """The folder a run goes to, and the lock on it.
+
+    With a log_path that folder: new, or a run of the same config to go on with. Without, the newest
+    runs/RECIPE-N that was interrupted under this config and nobody works in, else the next new one.
+
+    Raises:
+        ConfigError: log_path holds a finished run, one of another config, or one in use.
+    """
+    if not config.log_path:
+        for path in [] if fresh else _numbered(recipe):
+            with contextlib.suppress(ConfigError):
+                held = lock(path)
+                if not differences(path, recipe, config) and not read_record(path)["finished"]:
+                    return path, held
+                held.release()
+        for number in itertools.count(1):
+            path = Path("runs") / f"{recipe}-{number}"
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(parents=True)
+                return path, lock(path)
+    path = Path(config.log_path).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    held = lock(path)
+    if not (path / "config.json").exists():
+        return path, held
+    if fresh:
+        held.release()
+        for number in itertools.count(1):
+            aside = path.with_name(f"{path.name}.old-{number}")
+            if not aside.exists():
+                path.rename(aside)
+                print(f"the run that was in {path} is in {aside} now")
+                path.mkdir()
+                return path, lock(path)
+    differ = differences(path, recipe, config)
+    mend = "Give another log_path, or --fresh to move that run aside."
+    if differ:
+        what = "holds a run with other parameters"
+        got = ", ".join(f"{name} {old!r} there, {new!r} here" for name, old, new in differ)
+        raise ConfigError(message("Config.log_path", what, f"those of {path}", got, mend))
+    if read_record(path)["finished"]:
+        raise ConfigError(
+            message("Config.log_path", "holds a finished run", "a new folder", path, mend)
+        )
+    return path, held
+
+
+def _numbered(recipe: str) -> list[Path]:
+    """Folders runs/RECIPE-N, the newest first."""
+    found = [
+        (int(match[1]), path)
+        for path in Path("runs").glob(f"{recipe}-*")
+        if (match := re.fullmatch(rf"{re.escape(recipe)}-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def differences(path: Path, recipe: str, config: Any) -> list[tuple[str, Any, Any]]:
+    """(field, value there, value here) where a folder's run is another than this."""
+    try:
+        held = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        there = {"recipe": held["recipe"], **held["config"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [("config.json", f"unreadable ({error})", "a run's config")]
+    here = json.loads(describe(recipe, config))
+    here = {"recipe": here["recipe"], **here["config"]}
+    return [
+        (name, there.get(name), here.get(name))
+        for name in here | there
+        if name != "log_path" and there.get(name) != here.get(name)
+    ]
+
+
+# ---- what a run keeps ----------------------------------------------------------------------------
+
+
+def read_record(path: Path) -> Record:
+    """progress.json of a run; of a new one, empty."""
+    empty: Record = {"checkpoints": [], "best": None, "values": {}, "finished": False}
+    file = path / "progress.json"
+    try:
+        return {**empty, **json.loads(file.read_text(encoding="utf-8"))}
+    except FileNotFoundError:
+        return empty
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(message(str(file), "damaged", "JSON", error)) from error
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Replace progress.json, all or nothing, and have it on disk."""
+    write_atomically(path / "progress.json", json.dumps(record, allow_nan=False) + "\n")
+
+
+def newest(record: Record) -> Record | None:
+    """The newest checkpoint's entry, its files compared with their hashes.
+
+    Entries whose folder is gone are passed over. Paths that are no folders here (those of a
+    service) are taken as they are.
+
+    Raises:
+        CheckpointError: its files are damaged; the next older one is named.
+    """
+    there = [
+        entry
+        for entry in sorted(record["checkpoints"], key=lambda entry: -entry["step"])
+        if "://" in entry["path"] or Path(entry["path"]).is_dir()
+    ]
+    if not there:
+        return None
+    try:
+        if "://" not in there[0]["path"]:
+            manifest.check(Path(there[0]["path"]))
+    except CheckpointError as error:
+        mend = "Start over with --fresh."
+        if there[1:]:
+            mend = (
+                f"The checkpoint before it is that of step {there[1]['step']}: to go on from "
+                f"there, remove {there[0]['path']} and give the same command."
+            )
+        raise CheckpointError(f"{error} {mend}") from error
+    return there[0]
+
+
+def sweep(path: Path, record: Record) -> None:
+    """Remove checkpoints of the run's steps that the record does not list, whole or half-written;
+    nothing that is not in the run's folder."""
+    listed = {Path(entry["path"]).resolve() for entry in record["checkpoints"]}
+    for found in (path / "checkpoints").glob("*/weights/*"):
+        ours = re.fullmatch(r"step-\d{6,}|\..+-.+", found.name)
+        if ours and found.resolve() not in listed:
+            shutil.rmtree(found, ignore_errors=True)
+
+
+def random_state() -> dict[str, Any]:
+    """Where Python's, numpy's and torch's random numbers stand, as JSON."""
+    import numpy as np
+    import torch
+
+    version, words, spare = random.getstate()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    found: dict[str, Any] = {
+        "python": [version, list(words), spare],
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        "torch": bytes(torch.get_rng_state().numpy()).hex(),
+    }
+    if torch.cuda.is_available():
+        found["cuda"] = [bytes(s.numpy()).hex() for s in torch.cuda.get_rng_state_all()]
+    return found
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go on with the random numbers of `random_state`."""
+    import numpy as np
+    import torch
+
+    def as_tensor(text: str) -> torch.Tensor:
+        return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+    version, words, spare = state["python"]
+    random.setstate((version, tuple(words), spare))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(as_tensor(state["torch"]))
+    if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all([as_tensor(text) for text in state["cuda"]])
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def describe(recipe: str, config: Any) -> str:
+    """config.json."""
+    held = {
+        "recipe": recipe,
+        "config": dataclasses.asdict(config),
+        "versions": manifest.versions(),
+    }
+    return json.dumps(held, indent=2, ensure_ascii=False, default=str) + "\n"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, sync, then rename: a reader, or a crash, never sees half a file."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read a run folder's metrics.jsonl, one dict per line; no file gives no rows.
+
+    A last line cut short by a crash is left out.
+
+    Raises:
+        DataError: another line is not JSON.
+    """
+    return list(_rows(Path(path) / "metrics.jsonl"))
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield from [json.loads(line)] if line else []
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise DataError(
+                message(f"{file}:{number}", "broken", "JSON", repr(line[:60]))
+            ) from error
+
+
+def drop_steps_from(path: Path, step: int) -> None:
+    """Drop the rows of metrics.jsonl at `step` and after, since those steps are to run again."""
+    kept: Sequence[Any] = [row for row in read_metrics(path) if row["step"] < step]
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
+    write_atomically(path / "metrics.jsonl", lines)
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a table, columns of equal width; the first row names the columns."""
+    keys = list(rows[0]) if rows else ["nothing to show"]
+    cells = [keys] + [[_as_cell(row.get(key, "")) for key in keys] for row in rows]
+    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(keys))]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = (" | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def _as_cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", "<br>")
+
+
+def as_code(text: str) -> str:
+    """Text as inline code, line breaks escaped."""
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}".replace("\n", "\\n")
