@@ -60,6 +60,9 @@ def frozen_copy(
     through the same path, so at the start both give the same bits.
 
     Args:
+        service: where both live.
+        client: with weights as the run begins; not looked at in a run that goes on.
+        model: the base model.
         once: `Run.once`: the weights are saved under the name "reference" in a new run, and read
             from there in one that goes on.
     """

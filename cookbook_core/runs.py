@@ -254,7 +254,8 @@ class Run:
         before = self._record["best"]
         if before is None or sign * value > sign * before["value"]:
             self._record["best"] = {"step": step, "value": value}
-            self._save(step)
+            if step:  # the untrained weights can be had without one
+                self._save(step)
             run_files.write_record(self.path, self._record)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

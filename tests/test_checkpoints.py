@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import peft
@@ -184,6 +185,7 @@ def damaged(client, tmp_path: Path, damage) -> str:
     path = Path(client.save_state("whole").result().path)
     copy = tmp_path / "damaged"
     shutil.copytree(path, copy)
+    (copy / "manifest.json").unlink()  # as in a folder that peft or another tool wrote
     damage(copy)
     return str(copy)
 
@@ -241,9 +243,120 @@ def test_an_adapter_of_another_base_or_layout_is_refused(client, service, model_
     before = weights_of(client)
     with pytest.raises(CheckpointError, match=r"does not fit.*tensors differ"):
         client.load_state(few_path).result()
+    create = service.create_training_client_from_state
+    base = r"base model: not the one .* Expected LlamaForCausalLM of .*, got GPT2LMHeadModel of"
+    with pytest.raises(CheckpointError, match=base):
+        create(path, base_model=model_folder("gpt2")).result()
+    with pytest.raises(CheckpointError, match=r"base model: not the one"):
+        client.load_state(path).result()
+    (Path(path) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"does not fit.*tensors differ"):
-        service.create_training_client_from_state(path, base_model=model_folder("gpt2")).result()
+        create(path, base_model=model_folder("gpt2")).result()
     assert weights_of(client) == before
+
+
+def test_the_base_model_is_known_by_its_weights(service, make_service, model_folder, tmp_path):
+    """Moved to another folder, or loaded in another dtype, it is the same; one number changed in
+    a copy of the same shape, it is another."""
+    path = service.create_lora_training_client(model_folder("qwen3"), rank=4).result()
+    path = path.save_state("a").result().path
+    moved = shutil.copytree(model_folder("qwen3"), tmp_path / "moved")
+    for dtype in ("float32", "bfloat16", "float64"):
+        make_service(dtype=dtype).create_training_client_from_state(path, str(moved)).result()
+    weights = safetensors.torch.load_file(moved / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    safetensors.torch.save_file(weights, moved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="base model: not the one it was trained on"):
+        make_service().create_training_client_from_state(path, str(moved)).result()
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone", "header"])
+def test_a_damaged_file_is_found_by_its_hash(client, random_data, file, how):
+    train(client, random_data(2), 1)
+    path = Path(client.save_state(f"{how}-{file[0]}").result().path)
+    held = bytearray((path / file).read_bytes())
+    if how == "cut":
+        held = held[:-1]
+    elif how == "flipped":
+        held[-5] ^= 1
+    elif how == "header":  # a header said to be longer than any memory
+        held[:8] = (2**62).to_bytes(8, "little")
+    (path / file).write_bytes(held)
+    if how == "gone":
+        (path / file).unlink()
+    before = weights_of(client), moments_of(client)
+    says = {"cut": "cut short", "gone": "missing|no safetensors"}.get(how, "damaged")
+    with pytest.raises(CheckpointError, match=rf"{file}.*({says})|{says}"):
+        client.load_state_with_optimizer(str(path)).result()
+    if how == "header":  # nor is it believed without a manifest
+        (path / "manifest.json").unlink()
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            client.load_state_with_optimizer(str(path)).result()
+    assert (weights_of(client), moments_of(client)) == before
+
+
+def test_the_manifest_says_what_is_there(client, random_data):
+    train(client, random_data(2), 3)
+    path = Path(client.save_state("told").result().path)
+    held = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    assert held["step"] == 3
+    assert set(held["files"]) == {p.name for p in path.iterdir()} - {"manifest.json"}
+    assert held["base_model"]["architecture"] == "Qwen3ForCausalLM"
+    assert {"python", "torch", "transformers", "peft"} <= set(held["versions"])
+    held["format"] = 99
+    (path / "manifest.json").write_text(json.dumps(held), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="format: is newer"):
+        client.load_state(str(path)).result()
+
+
+def test_the_same_weights_under_the_same_name_are_no_mistake(client, random_data):
+    path = client.save_weights_for_sampler("twice").result().path
+    assert client.save_weights_for_sampler("twice").result().path == path
+    train(client, random_data(2), 1)
+    with pytest.raises(CheckpointError, match="already exists"):
+        client.save_weights_for_sampler("twice").result()
+
+
+def test_a_full_disk_leaves_what_was_there(client, random_data, tmp_path):
+    """Bytes a file may have are limited, as a quota does, in the middle of a save."""
+    resource = pytest.importorskip("resource")
+    path = Path(client.save_state("full").result().path)
+    held = {p.name: p.read_bytes() for p in path.iterdir()}
+    train(client, random_data(2), 1)
+    before = weights_of(client), moments_of(client)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        saved = client.save_state("full", overwrite=True)
+        other = client.save_state("other")
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            saved.result()
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            other.result()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == held
+    assert [p.name for p in path.parent.iterdir()] == ["full"]  # nothing half-written beside it
+    assert (weights_of(client), moments_of(client)) == before
+    client.save_state("full", overwrite=True).result()
+
+
+def test_a_link_out_of_the_folder_is_not_followed(client, tmp_path):
+    """A checkpoint's name may be taken by a link: what it points to stays as it is."""
+    path = Path(client.save_state("linked").result().path)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("mine", encoding="utf-8")
+    shutil.rmtree(path)
+    path.symlink_to(outside, target_is_directory=True)
+    with pytest.raises(CheckpointError, match="already exists"):
+        client.save_state("linked").result()
+    client.save_state("linked", overwrite=True).result()
+    assert not path.is_symlink()
+    assert [p.name for p in outside.iterdir()] == ["precious"]
 
 
 def test_sampler_weights_hold_no_optimizer(client, service):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cookbook_core.errors import ConfigError, DataError, LossError
-from cookbook_core.runs import Panel, Run, parse_config, read_metrics
+from cookbook_core.runs import Panel, Run, Saving, parse_config, read_metrics
 
 
 @dataclass
@@ -38,8 +38,10 @@ class Config:
 
 def test_flags_set_fields() -> None:
     argv = ["--num_steps", "7", "--learning-rate=1e-4", "--no_shuffle", "--log_path", "a b"]
-    assert parse_config(Config, argv) == Config(7, 1e-4, False, "a b")
-    assert parse_config(Config, []) == Config()
+    assert parse_config(Config, argv) == (Config(7, 1e-4, False, "a b"), Saving())
+    assert parse_config(Config, []) == (Config(), Saving())
+    argv = ["--save_every", "3", "--keep_last", "1", "--fresh"]
+    assert parse_config(Config, argv) == (Config(), Saving(3, 1, True))
 
 
 def test_help_shows_each_docstring_default_and_the_recipe(capsys: pytest.CaptureFixture) -> None:
@@ -56,7 +58,11 @@ def test_help_shows_each_docstring_default_and_the_recipe(capsys: pytest.Capture
     [
         (["--num_step", "3"], '--num_step: no such flag. Did you mean "num_steps"?'),
         (["--learning-rat=3"], '--learning-rat: no such flag. Did you mean "learning_rate"?'),
-        (["--zzz"], "Known: learning_rate, log_path, num_steps, shuffle."),
+        (
+            ["--zzz"],
+            "Known: fresh, keep_last, learning_rate, log_path, num_steps, save_every, shuffle.",
+        ),
+        (["--save_every", "0"], "Config.save_every: out of range"),
         (["--num_steps", "many"], "--num_steps"),
         (["--num_steps", "0"], "Config.num_steps: too few"),
     ],
@@ -81,53 +87,6 @@ def test_the_command_line_needs_no_heavy_import() -> None:
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
-
-
-# ---- folder --------------------------------------------------------------------------------
-
-
-def test_first_free_folder_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    paths = [Run("dpo", Config(num_steps=n), 3).path for n in (1, 2)]
-    assert [path.as_posix() for path in paths] == ["runs/dpo-1", "runs/dpo-2"]
-    held = json.loads((paths[1] / "config.json").read_text(encoding="utf-8"))
-    assert (held["recipe"], Config(**held["config"])) == ("dpo", Config(num_steps=2))
-    assert [path.name for path in paths[1].iterdir()] == ["config.json"]
-
-
-def test_a_folder_that_holds_a_run_is_left_alone(tmp_path: Path) -> None:
-    config = Config(log_path=str(tmp_path / "mine"))
-    with Run("sft", config, 3) as run:
-        run.log(0, {"loss": 1.0})
-    before = {path.name: path.read_bytes() for path in run.path.iterdir()}
-    with pytest.raises(ConfigError, match=r"Config\.log_path: holds a run already"):
-        Run("sft", Config(9, log_path=config.log_path), 3)
-    assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
-
-
-def test_resume_drops_the_steps_that_run_again(tmp_path: Path) -> None:
-    """Also a last line cut short by a crash; the first config stays beside the second."""
-    config = Config(log_path=str(tmp_path / "a"))
-    run = Run("sft", config, 4)
-    for step in range(3):
-        run.log(step, {"loss": float(step)})
-    with open(run.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"step": 3, "lo')
-    assert len(read_metrics(run.path)) == 3
-    again = Run("sft", Config(5, log_path=config.log_path), 5, start_step=2)
-    assert again.path == run.path
-    again.log(2, {"loss": 20.0})
-    assert [(row["step"], row["loss"]) for row in read_metrics(run.path)] == [
-        (0, 0.0),
-        (1, 1.0),
-        (2, 20.0),
-    ]
-    assert (run.path / "config.json").exists()
-    assert (run.path / "config_from_step_2.json").exists()
-    for nowhere in ("", str(tmp_path / "b")):
-        with pytest.raises(ConfigError, match="no run to resume"):
-            Run("sft", Config(log_path=nowhere), 5, start_step=2)
-    assert not (tmp_path / "b").exists()
 
 
 # ---- metrics -------------------------------------------------------------------------------
@@ -181,6 +140,7 @@ def test_plain_progress_lines(
             run.log(step, {"loss": 0.5, "accuracy": 0.25, "grad_norm": 9.0})
             run.log(step, {"test_loss": 1.0})
     lines = capsys.readouterr().out.splitlines()[1:]
+    assert (run.path / "config.json").exists()
     assert least <= len(lines) <= most
     assert lines[0] == f"step 1/{num_steps}  loss 0.5  accuracy 0.25"
     assert lines[-1].startswith(f"step {num_steps}/{num_steps}  ")

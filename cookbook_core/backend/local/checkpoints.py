@@ -3,6 +3,7 @@
 adapter_config.json, adapter_model.safetensors     what peft reads
 optimizer.safetensors                              Adam moments (not in sampler weights)
 state.json                                         format, step, base model, user metadata
+manifest.json                                      versions, base model, sizes and hashes
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Any
 
 import torch
 
+from cookbook_core import manifest
 from cookbook_core.backend.local.adapters import Adapter, AdapterBank, plain_config
+from cookbook_core.backend.local.model import BaseModel
 from cookbook_core.errors import CheckpointError, message
 
 FORMAT = 1
@@ -53,6 +56,8 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
     moments: dict[str, torch.Tensor] | None = field(default=None, repr=False)
     step: int = 0
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """What the manifest says of the base model; empty without one."""
 
 
 def check_name(name: str) -> str:
@@ -77,31 +82,29 @@ def write(
     folder: Path,
     adapter: Adapter,
     *,
-    base_model: str,
+    base: BaseModel,
     with_optimizer: bool,
     overwrite: bool,
     user_metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Save an adapter as `folder`: into a temporary neighbour, synced, then renamed.
 
+    The same weights under the same name once more are no mistake: a run that was interrupted after
+    its last save ends so.
+
     Raises:
-        CheckpointError: the folder exists and overwrite is False, or it cannot be written; in
-            either case what was there stays.
+        CheckpointError: the folder exists, holds something else and overwrite is False, or it
+            cannot be written; in either case what was there stays.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    if folder.exists() and not overwrite:
-        raise CheckpointError(
-            message(
-                str(folder), "already exists", "a new name", folder.name, "Or pass overwrite=True."
-            )
-        )
     config = {**plain_config(adapter.slot.config), "inference_mode": True}
-    config["base_model_name_or_path"] = base_model
+    config["base_model_name_or_path"] = base.path
     state = {
         "format": FORMAT,
         "step": adapter.step,
-        "base_model": base_model,
+        "base_model": base.path,
         "user_metadata": dict(user_metadata or {}),
     }
     try:
@@ -120,11 +123,19 @@ def write(
                 save_file(_moments(adapter), temporary / "optimizer.safetensors")
             _write_json(temporary / "adapter_config.json", config)
             _write_json(temporary / "state.json", state)
+            manifest.write(temporary, {"base_model": base.identity(), "step": adapter.step})
+            if folder.exists() and not overwrite:
+                if _same_files(temporary, folder):
+                    return folder
+                got, mend = folder.name, "Or pass overwrite=True."
+                raise CheckpointError(
+                    message(str(folder), "already exists", "a new name", got, mend)
+                )
             _sync(temporary)
             _replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second where the disk is full
         raise CheckpointError(
             message(str(folder), "cannot be written", "a writable folder", error)
         ) from error
@@ -158,6 +169,7 @@ def read(path: str | Path, *, with_optimizer: bool = False) -> Checkpoint:
                 found,
             )
         )
+    held = manifest.check(folder) or {}
     try:
         config: Any = peft.PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, peft.LoraConfig):
@@ -191,14 +203,35 @@ def read(path: str | Path, *, with_optimizer: bool = False) -> Checkpoint:
     config.init_lora_weights = True  # every value is overwritten; nothing is to be computed
     config.inference_mode = False
     config.lora_dropout = 0.0  # see load_base_model: no dropout anywhere
-    return Checkpoint(folder, config, tensors, moments, step)
+    return Checkpoint(folder, config, tensors, moments, step, held.get("base_model", {}))
 
 
 def new_adapter(bank: AdapterBank, checkpoint: Checkpoint) -> Adapter:
     """A new adapter with the configuration and weights (and moments, if read) of a checkpoint."""
+    check_base(checkpoint, bank.base)
     adapter = bank.empty(checkpoint.config)
     restore(adapter, checkpoint)
     return adapter
+
+
+def check_base(checkpoint: Checkpoint, base: BaseModel) -> None:
+    """Refuse a checkpoint that was trained on another base model than this.
+
+    Raises:
+        CheckpointError: its manifest names other weights.
+    """
+    here, there = base.identity(), checkpoint.base
+    if there and there.get("fingerprint") != here["fingerprint"]:
+
+        def say(held: Mapping[str, Any]) -> str:
+            kind, size = held.get("architecture"), held.get("parameters")
+            weights = str(held.get("fingerprint"))[:12]
+            return f"{kind} of {size} parameters, weights {weights}, at {held.get('path')}"
+
+        where = f"{checkpoint.path}: base model"
+        raise CheckpointError(
+            message(where, "not the one it was trained on", say(there), say(here))
+        )
 
 
 def restore(adapter: Adapter, checkpoint: Checkpoint) -> None:
@@ -298,18 +331,39 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _same_files(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same bytes."""
+    try:
+        held = manifest.check(other)
+    except CheckpointError:
+        return False
+    return held is not None and held["files"] == (manifest.read(one) or {})["files"]
+
+
 def _sync(folder: Path) -> None:
     """Have the files' bytes on disk before the folder gets its name."""
     for path in folder.iterdir():
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
     folder.chmod(0o755)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a folder's list of names on disk; Windows has no such call."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _replace(temporary: Path, folder: Path) -> None:
     """Give `temporary` its final name; a folder of that name goes only after the new one is in."""
     if not folder.exists():
         temporary.rename(folder)
+        _sync_folder(folder.parent)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
     folder.rename(old / folder.name)

@@ -289,7 +289,7 @@ class LocalTraining:
             written = checkpoints.write(
                 path,
                 self._adapter,
-                base_model=engine.base.path,
+                base=engine.base,
                 with_optimizer=not for_sampler,
                 overwrite=overwrite,
                 user_metadata={**(self._metadata or {}), **(user_metadata or {})},
@@ -299,8 +299,9 @@ class LocalTraining:
         return self._submit("save_weights_for_sampler" if for_sampler else "save_state", save)
 
     def load(self, path: str, *, with_optimizer: bool) -> Future[None]:
-        def load(_: Engine) -> None:
+        def load(engine: Engine) -> None:
             checkpoint = checkpoints.read(path, with_optimizer=with_optimizer)
+            checkpoints.check_base(checkpoint, engine.base)
             checkpoints.restore(self._adapter, checkpoint)
 
         return self._submit("load_state", load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class BaseModel:
     vocab_size: int
     max_context: int | None
     _tokenizer: Any = field(default=None, repr=False)
+    _identity: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def adapter_dtype(self) -> torch.dtype:
@@ -46,6 +48,31 @@ class BaseModel:
             max_context_length=self.max_context,
             vocab_size=self.vocab_size,
         )
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from others: where it is, its architecture and size, and a
+        fingerprint of its weights, the same whatever the dtype they are loaded in."""
+        if self._identity is None:
+            digest, count = hashlib.sha256(), 0
+            for name, p in sorted(self._own_parameters()):
+                count += p.numel()
+                values = p.detach().flatten()[:: max(1, p.numel() // 64)].bfloat16().contiguous()
+                digest.update(f"{name}{tuple(p.shape)}".encode())
+                digest.update(values.view(torch.uint8).cpu().numpy().tobytes())
+            architecture = type(self.model).__name__
+            self._identity = {
+                "path": self.path,
+                "architecture": architecture,
+                "parameters": count,
+                "fingerprint": digest.hexdigest()[:32],
+            }
+        return self._identity
+
+    def _own_parameters(self) -> Iterator[tuple[str, Any]]:
+        """The base model's parameters by their own names, adapters left out."""
+        for name, p in self.model.named_parameters():
+            if ".lora_" not in name:
+                yield name.replace(".base_layer", ""), p
 
     def tokenizer(self) -> Any:
         """The model's Hugging Face tokenizer."""
