@@ -1,10 +1,11 @@
 # make quickstart: set everything up, train the SFT recipe on the bundled model
 # make test:       set everything up, then run exactly what CI runs
+# make audit:      known vulnerabilities of the pinned versions (asks the package index)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test audit clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m recipes.sft
@@ -25,6 +26,10 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
 	touch $@
+
+audit: $(VENV)/bin/python
+	$(BIN)/pip install -q pip-audit
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
