@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from cookbook_core.errors import ConfigError, DatumError, message, raise_all
+import numpy as np
+
+from cookbook_core.errors import ConfigError, DatumError, check_choice, message, raise_all
+from cookbook_core.tinker.tensors import to_array
 from cookbook_core.tinker.types import Datum, TensorData
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ def input_tensor(datum: Datum, key: str, like: torch.Tensor) -> torch.Tensor:
         raise DatumError(
             message(f'loss_fn_inputs["{key}"]', "missing", "an array of this name", have)
         )
-    return _tensor(value, like)
+    return _tensor(value, like, f'loss_fn_inputs["{key}"]')
 
 
 def input_tensors(data: Sequence[Datum], key: str) -> list[torch.Tensor]:
@@ -76,9 +79,8 @@ def align_weights(
         DatumError: lengths differ (strict), or the cut would drop a non-zero weight.
         ConfigError: unknown mode.
     """
-    if mode not in ("strict", "min_length"):
-        raise ConfigError(message("mode", "unknown", '"strict" or "min_length"', repr(mode)))
-    w = _tensor(weights, logprobs)
+    check_choice(ConfigError, "mode", "unknown", mode, ("strict", "min_length"))
+    w = _tensor(weights, logprobs, where)
     if w.dim() == 0:
         raise DatumError(
             message(where, "not one per logprob", f"{len(logprobs)} values", "a single number")
@@ -128,6 +130,8 @@ def check_alignment(
         DatumError: for every misaligned or missing input (first five): datum, field, lengths.
     """
     problems = []
+    if not data:
+        raise DatumError(message("data", "empty", "at least one Datum", 0))
     if len(data) != len(logprobs_list):
         raise DatumError(
             message("logprobs_list", "not one per datum", len(data), len(logprobs_list))
@@ -223,9 +227,14 @@ def weighted_mean(logprobs: torch.Tensor, weights: Any, **align: Any) -> torch.T
     return weighted_sum(logprobs, w) / total
 
 
-def _tensor(values: Any, like: torch.Tensor) -> torch.Tensor:
+def _tensor(values: Any, like: torch.Tensor, where: str) -> torch.Tensor:
     import torch
 
     if isinstance(values, TensorData):
         values = values.to_torch()
+    elif not isinstance(values, torch.Tensor):
+        values = to_array(where, values, np.dtype("float64"))
+    elif values.is_meta or values.is_complex() or values.layout != torch.strided:
+        got = f"{values.dtype}, {values.layout}, on {values.device}"
+        raise DatumError(message(where, "not numeric", "a dense tensor of real numbers", got))
     return torch.as_tensor(values, dtype=like.dtype, device=like.device)

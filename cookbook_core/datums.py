@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cookbook_core.errors import ConfigError, DatumError, message, raise_all
-from cookbook_core.tinker.tensors import TensorData, as_numbers
+from cookbook_core.errors import ConfigError, DatumError, check_choice, message, raise_all
+from cookbook_core.tinker.tensors import TensorData, to_array
 from cookbook_core.tinker.types import Datum, ModelInput
 
 Reduction = Literal["none", "mean"]
@@ -54,7 +54,7 @@ def shift_values(values: Any) -> np.ndarray:
     >>> shift_values([0.0, 1.0, 2.0]).tolist()
     [1.0, 2.0]
     """
-    return np.asarray(as_numbers(values), dtype=np.float32)[1:]
+    return to_array("values", values, np.dtype("float32"))[1:]
 
 
 def datum_from_tokens_weights(
@@ -89,11 +89,13 @@ def datum_from_tokens_weights(
     >>> datum.model_input.to_ints(), datum.loss_fn_inputs["weights"].tolist()
     ([5, 6], [0.0, 1.0])
     """
-    if max_length is not None and max_length < 2:
-        raise ConfigError(message("max_length", "leaves nothing to predict", ">= 2", max_length))
-    if reduction not in ("none", "mean"):
-        raise ConfigError(message("reduction", "unknown", '"none" or "mean"', repr(reduction)))
-    tokens, given = list(tokens), np.asarray(as_numbers(weights), dtype=np.float64)
+    whole = isinstance(max_length, (int, np.integer)) and max_length >= 2
+    if max_length is not None and not whole:
+        rule = "None or an integer >= 2"
+        raise ConfigError(message("max_length", "leaves nothing to predict", rule, max_length))
+    check_choice(ConfigError, "reduction", "unknown", reduction, ("none", "mean"))
+    tokens = ModelInput.from_ints(tokens).to_ints()
+    given = to_array("weights", weights, np.dtype("float64"))
     if given.shape != (len(tokens),):
         raise DatumError(
             message("weights", "not one per token", f"shape ({len(tokens)},)", given.shape)
@@ -151,7 +153,8 @@ def datum_from_prompt_completion(
         DatumError: an empty part, a per_token array of another length, or a completion that
             max_length cuts off whole.
     """
-    prompt, completion = list(prompt_tokens), list(completion_tokens)
+    prompt = ModelInput.from_ints(prompt_tokens).to_ints()
+    completion = ModelInput.from_ints(completion_tokens).to_ints()
     if not prompt or not completion:
         name = "completion_tokens" if prompt else "prompt_tokens"
         raise DatumError(message(name, "empty", "at least one token", 0))
@@ -161,7 +164,7 @@ def datum_from_prompt_completion(
     if not score_prompt:
         extra[SCORE_MASK] = shift_values(weights)[: datum.model_input.length]
     for key, values in per_token.items():
-        array = np.asarray(as_numbers(values), dtype=np.float32)
+        array = to_array(key, values, np.dtype("float32"))
         if array.shape not in ((), (len(completion),)):
             raise DatumError(
                 message(
@@ -237,7 +240,7 @@ def _datum_problems(
                 "Truncate with max_length when building the datum.",
             )
         )
-    found += _input_problems(f"{where}.model_input", datum.model_input.to_ints(), vocab_size)
+    found += input_problems(f"{where}.model_input", datum.model_input.to_ints(), vocab_size)
     for key in needs:
         if key not in datum.loss_fn_inputs:
             have = ", ".join(datum.loss_fn_inputs) or "nothing"
@@ -282,9 +285,10 @@ def _datum_problems(
     return found
 
 
-def _input_problems(field: str, ids: list[int], vocab_size: int) -> list[str]:
+def input_problems(field: str, ids: list[int], vocab_size: int) -> list[str]:
+    """The first id that is no integer or outside the vocabulary: zero or one messages."""
     for at, token in enumerate(ids):  # chunks take whatever list they are given
-        if not isinstance(token, (int, np.integer)):
+        if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
             return [message(f"{field}[{at}]", "not a token id", "an integer", repr(token))]
     return token_problems(field, np.asarray(ids), vocab_size)
 

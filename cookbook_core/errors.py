@@ -10,7 +10,12 @@ exception that plain Python code would have raised, so `except ValueError` keeps
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
 from collections.abc import Iterable, Sequence
+
+LONGEST_GOT = 600
+"""Characters of a value that an error shows."""
 
 
 class CookbookError(Exception):
@@ -47,8 +52,19 @@ class RequestError(CookbookError, RuntimeError):
 
 def message(where: str, what: str, expected: object, got: object, mend: str = "") -> str:
     """Compose the text of an error: where, what is wrong, expected against got, the mend."""
-    text = f"{where}: {what}. Expected {expected}, got {got}."
+    found = str(got)
+    if len(found) > LONGEST_GOT:
+        found = f"{found[:LONGEST_GOT]}... ({len(found)} characters)"
+    text = f"{where}: {what}. Expected {expected}, got {found}."
     return f"{text} {mend}" if mend else text
+
+
+def check_choice(
+    error: type[CookbookError], where: str, what: str, name: object, known: Iterable[str]
+) -> None:
+    """Raise `error`, naming the nearest match, unless `name` is one of the names `known`."""
+    if not isinstance(name, str) or name not in known:
+        raise error(message(where, what, "a name it knows", repr(name), nearest(str(name), known)))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -60,7 +76,26 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f'Did you mean "{close[0]}"? ' if close else ""
-    return f"{hint}Known: {', '.join(names)}."
+    return f"{hint}Known: {', '.join(names) or 'none'}."
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a number (not a bool) that a float can hold, and neither NaN nor infinite."""
+    try:
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return number and math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def check_text(error: type[CookbookError], where: str, text: object) -> None:
+    """Raise `error` unless `text` is a str of whole characters (JSON can hold halves of pairs)."""
+    try:
+        if isinstance(text, str) and text.encode() is not None:
+            return
+    except UnicodeEncodeError:
+        pass
+    raise error(message(where, "not text", "a str that UTF-8 can encode", f"{text!r:.80}"))
 
 
 def raise_all(error: type[CookbookError], problems: Sequence[str], limit: int = 5) -> None:

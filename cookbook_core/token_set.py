@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cookbook_core.datums import SCORE_MASK
-from cookbook_core.errors import ConfigError, DataError, DatumError, message
+from cookbook_core.errors import ConfigError, DataError, DatumError, check_text, is_finite, message
 from cookbook_core.tinker.types import Datum, ModelInput
 
 
@@ -26,8 +26,11 @@ def single_tokens(tokenizer: Any, labels: Sequence[str]) -> list[int]:
         ConfigError: fewer than 2 labels, or labels that are several tokens, none, or the same
             token as another; all offenders are listed with their pieces.
     """
-    if isinstance(labels, str) or len(labels) < 2:
-        raise ConfigError(message("labels", "nothing to choose from", "at least 2", labels))
+    if not isinstance(labels, (list, tuple)) or len(labels) < 2:
+        rule = "a list of at least 2 words"
+        raise ConfigError(message("labels", "nothing to choose from", rule, repr(labels)))
+    for i, label in enumerate(labels):
+        check_text(ConfigError, f"labels[{i}]", label)
     encoded = [list(tokenizer.encode(label, add_special_tokens=False)) for label in labels]
     split = [
         f"{label!r} is {tokenizer.convert_ids_to_tokens(ids)}"
@@ -70,7 +73,8 @@ def datum_from_token_set(
     >>> datum.loss_fn_inputs["target_tokens"].tolist(), datum.loss_fn_inputs["weights"].tolist()
     ([[8, 9], [8, 9]], [0.0, 1.0])
     """
-    n, ids = len(tokens), list(token_ids)
+    tokens, ids = (ModelInput.from_ints(x).to_ints() for x in (tokens, token_ids))
+    n = len(tokens)
     if n == 0 or len(ids) < 2:
         raise DatumError(
             message("datum_from_token_set", "too few tokens", "N >= 1 and K >= 2", (n, len(ids)))
@@ -110,10 +114,8 @@ def label_distribution(
         probs = [float(name == answer) for name in names]
     else:
         given = row["label_probs"]
-        try:
-            probs = [float(p) for p in given]
-        except (TypeError, ValueError):
-            probs = []
+        listed = isinstance(given, (list, tuple)) and all(map(is_finite, given))
+        probs = [float(p) for p in given] if listed else []
         if len(probs) != k or not all(p >= 0 for p in probs) or not abs(sum(probs) - 1) < 1e-3:
             rule = f"{k} numbers >= 0 that sum to 1, one per label"
             raise DataError(message(f"{where}.label_probs", "no distribution", rule, repr(given)))

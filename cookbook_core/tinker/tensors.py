@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -36,23 +37,14 @@ class TensorData:
         dtype: TensorDtype | None = None,
         shape: Sequence[int] | None = None,
     ) -> None:
-        if dtype not in ("float32", "int64", "float64"):
+        if str(dtype) not in ("float32", "int64", "float64"):
             raise DatumError(
                 message("TensorData.dtype", "unknown dtype", '"float32" or "int64"', repr(dtype))
             )
         array = to_array("TensorData.data", [] if data is None else data, np.dtype(dtype))
         if shape is not None:
-            if int(np.prod(shape)) != array.size:
-                raise DatumError(
-                    message(
-                        "TensorData.shape",
-                        "shape does not fit the data",
-                        f"{array.size} values in all",
-                        f"shape {list(shape)}",
-                    )
-                )
-            array = array.reshape(shape)
-        object.__setattr__(self, "dtype", dtype)
+            array = _reshaped(array, shape)
+        object.__setattr__(self, "dtype", str(dtype))
         object.__setattr__(self, "shape", list(array.shape))
         object.__setattr__(self, "_numpy", array)
 
@@ -64,14 +56,13 @@ class TensorData:
     @classmethod
     def from_numpy(cls, array: np.ndarray) -> TensorData:
         """Wrap an array: floats become float32, integers int64."""
+        array = to_array("TensorData.from_numpy", array, None)
         return cls(array, dtype="float32" if array.dtype.kind == "f" else "int64")
 
     @classmethod
     def from_torch(cls, tensor: torch.Tensor) -> TensorData:
         """Wrap a tensor of any dtype and device: floats become float32, integers int64."""
-        tensor = tensor.detach().cpu()
-        dtype = "float32" if tensor.dtype.is_floating_point else "int64"
-        return cls((tensor.double() if dtype == "float32" else tensor).numpy(), dtype=dtype)
+        return cls.from_numpy(to_array("TensorData.from_torch", tensor, None))
 
     @classmethod
     def from_torch_sparse(cls, tensor: torch.Tensor, pad_value: int = 0) -> TensorData:
@@ -103,11 +94,15 @@ class TensorData:
 
 
 def to_array(where: str, value: Any, dtype: np.dtype[Any] | None) -> np.ndarray:
-    """Numbers of any nesting as an array of `dtype` (None: float32 or int64 by kind)."""
+    """Numbers of any nesting as a new array of `dtype` (None: float32 or int64 by kind).
+
+    Raises:
+        DatumError: not a rectangular array of numbers, or numbers that `dtype` cannot hold.
+    """
     mend = "Give every row the same number of entries."
     try:
-        array = np.asarray(value)
-    except (ValueError, TypeError) as error:
+        array = np.asarray(_as_numbers(value))
+    except (ValueError, TypeError, RuntimeError) as error:
         raise DatumError(
             message(where, "not a rectangular array", "a rectangular numeric array", error, mend)
         ) from None
@@ -123,13 +118,29 @@ def to_array(where: str, value: Any, dtype: np.dtype[Any] | None) -> np.ndarray:
     if dtype.kind == "i" and not whole:
         raise DatumError(message(where, "not whole numbers", "integers", array.dtype))
     # Always a copy: a caller's later in-place change must not reach data already handed over.
-    return np.array(array, dtype=dtype)
+    with np.errstate(all="ignore"):
+        kept = np.array(array, dtype=dtype)
+    lost = kept != array if dtype.kind == "i" else np.isinf(kept) & ~np.isinf(array)
+    if array.size and lost.any():
+        raise DatumError(message(where, "out of range", f"what {dtype} can hold", array[lost][0]))
+    return kept
 
 
-def as_numbers(value: Any) -> Any:
-    """Tensors of any device as numpy; everything else as it is."""
+def _as_numbers(value: Any) -> Any:
+    """Tensors of any device, and TensorData, as numpy; everything else as it is."""
+    if isinstance(value, TensorData):
+        return value.to_numpy()
     detach = getattr(value, "detach", None)
     if detach is None:
         return value
     tensor = detach().cpu()
     return (tensor.double() if tensor.dtype.is_floating_point else tensor).numpy()
+
+
+def _reshaped(array: np.ndarray, shape: Any) -> np.ndarray:
+    sizes = list(shape) if isinstance(shape, Sequence) else [None]
+    whole = all(isinstance(n, (int, np.integer)) and n >= 0 for n in sizes)
+    if not whole or math.prod(sizes) != array.size:
+        what, rule = "shape does not fit the data", f"{array.size} values in all"
+        raise DatumError(message("TensorData.shape", what, rule, f"shape {shape!r}"))
+    return array.reshape(sizes)

@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from cookbook_core.errors import ConfigError, DatumError, message
-from cookbook_core.tinker.tensors import TensorData, as_numbers, to_array
+from cookbook_core.errors import ConfigError, DatumError, is_finite, message
+from cookbook_core.tinker.tensors import TensorData, to_array
 from cookbook_core.tinker.tensors import TensorDtype as TensorDtype
 
 StopReason: TypeAlias = Literal["length", "stop"]
@@ -39,6 +39,12 @@ class EncodedTextChunk:
     tokens: Sequence[int]
     type: Literal["encoded_text"] = "encoded_text"
 
+    def __post_init__(self) -> None:
+        listed = isinstance(self.tokens, (Sequence, np.ndarray)) and (
+            not isinstance(self.tokens, (str, bytes)) and getattr(self.tokens, "ndim", 1) == 1
+        )
+        _require(listed, "EncodedTextChunk.tokens", "a flat list of token ids", self.tokens)
+
     @property
     def length(self) -> int:
         """Number of tokens."""
@@ -54,10 +60,17 @@ class ModelInput:
 
     chunks: Sequence[ModelInputChunk]
 
+    def __post_init__(self) -> None:
+        rule, listed = "a list of EncodedTextChunk", isinstance(self.chunks, (list, tuple))
+        _require(listed, "ModelInput.chunks", rule, self.chunks)
+        for i, chunk in enumerate(self.chunks):
+            known = isinstance(chunk, EncodedTextChunk)
+            _require(known, f"ModelInput.chunks[{i}]", "EncodedTextChunk", chunk)
+
     @classmethod
     def from_ints(cls, tokens: Sequence[int]) -> ModelInput:
         """One chunk of these token ids (a list, numpy array or tensor)."""
-        ids = to_array("ModelInput.tokens", as_numbers(tokens), np.dtype("int64"))
+        ids = to_array("ModelInput.tokens", tokens, np.dtype("int64"))
         if ids.ndim != 1:
             raise DatumError(
                 message(
@@ -107,27 +120,39 @@ class Datum:
             and never reaches the model.
 
     Raises:
-        DatumError: a value that is not a rectangular numeric array.
+        DatumError: a value that is not a rectangular numeric array, or a name that is not text.
     """
 
     model_input: ModelInput
     loss_fn_inputs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        known = isinstance(self.model_input, ModelInput)
+        _require(known, "Datum.model_input", "ModelInput", self.model_input)
+        named = isinstance(self.loss_fn_inputs, Mapping)
+        _require(named, "Datum.loss_fn_inputs", "arrays by name", self.loss_fn_inputs)
+        for key in self.loss_fn_inputs:
+            _require(isinstance(key, str), "Datum.loss_fn_inputs", "names that are str", key)
         inputs = {k: _to_tensor_data(k, v) for k, v in self.loss_fn_inputs.items()}
         object.__setattr__(self, "loss_fn_inputs", inputs)
 
 
 def _to_tensor_data(key: str, value: Any) -> TensorData:
-    if isinstance(value, TensorData):
+    if isinstance(value, TensorData) and (key not in _INTEGER_KEYS or value.dtype == "int64"):
         return value
     if isinstance(value, ModelInput):  # the SDK's own examples pass targets this way
         value = value.to_ints()
     dtype = "int64" if key in _INTEGER_KEYS else "float32" if key in _FLOAT_KEYS else None
-    array = to_array(
-        f'Datum.loss_fn_inputs["{key}"]', as_numbers(value), np.dtype(dtype) if dtype else None
-    )
+    where = f'Datum.loss_fn_inputs["{key}"]'
+    array = to_array(where, value, np.dtype(dtype) if dtype else None)
     return TensorData(array, dtype="float32" if array.dtype.kind == "f" else "int64")
+
+
+def _require(good: bool, where: str, rule: str, value: object) -> None:
+    """Raise DatumError that `value` is of the wrong type, unless it is `good`."""
+    if not good:
+        got = f"{type(value).__name__} {value!r:.80}"
+        raise DatumError(message(where, "wrong type", rule, got))
 
 
 # ---- parameters ---------------------------------------------------------------------------------
@@ -155,11 +180,12 @@ class AdamParams:
     def __post_init__(self) -> None:
         for f in fields(self):
             value, below = getattr(self, f.name), 1.0 if f.name.startswith("beta") else math.inf
-            if not isinstance(value, (int, float)) or not 0 <= value < below:
+            if not is_finite(value) or not 0 <= value < below:
                 rule = f"0 <= {f.name} < {below:g}" if below < math.inf else "a finite number >= 0"
                 raise ConfigError(
                     message(f"AdamParams.{f.name}", "out of range", rule, repr(value))
                 )
+            object.__setattr__(self, f.name, float(value))
 
 
 @dataclass(frozen=True)

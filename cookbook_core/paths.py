@@ -1,0 +1,26 @@
+"""Paths as people give them: checked before anything looks them up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cookbook_core.errors import CookbookError, message
+
+
+def usable_path(where: str, path: object, error: type[CookbookError]) -> Path:
+    """`path` with ~ expanded, whether or not anything is there.
+
+    Raises:
+        error: not a path at all, empty, or one that this system cannot look up: too long, of an
+            unknown user, with a NUL or half a character in it.
+    """
+    try:
+        if path == "" or not isinstance(path, (str, Path)):
+            raise ValueError(type(path).__name__)
+        found = Path(path).expanduser()
+        found.as_posix().encode()
+        found.exists()
+    except (ValueError, OSError, RuntimeError) as reason:
+        got = f"{path!r:.80} ({str(reason)[:80]})"
+        raise error(message(where, "not a usable path", "a path on this machine", got)) from reason
+    return found
