@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cookbook_core.alignment import align_weights, input_tensor, weighted_sum
-from cookbook_core.errors import ConfigError, DatumError, message, nearest
+from cookbook_core.errors import ConfigError, DatumError, check_choice, is_finite, message
 from cookbook_core.tinker.types import Datum
 
 if TYPE_CHECKING:
@@ -143,8 +143,9 @@ def builtin_loss(name: str, config: Mapping[str, float | str] | None = None) -> 
     Raises:
         ConfigError: unknown loss, or an option the loss does not have (nearest match suggested).
     """
-    if name not in BUILTIN_LOSSES:
-        raise ConfigError(f'loss_fn: unknown loss "{name}". {nearest(str(name), BUILTIN_LOSSES)}')
+    check_choice(ConfigError, "loss_fn", "unknown loss", name, BUILTIN_LOSSES)
+    if not isinstance(config, Mapping | None):
+        raise ConfigError(message("loss_fn_config", "wrong type", "a dict or None", repr(config)))
     loss = BUILTIN_LOSSES[name]
     options = [
         p.name
@@ -152,14 +153,12 @@ def builtin_loss(name: str, config: Mapping[str, float | str] | None = None) -> 
         if p.kind is inspect.Parameter.KEYWORD_ONLY
     ]
     for key, value in (config or {}).items():
-        if key not in options:
-            known = nearest(key, options) if options else f"{name} has no options."
-            raise ConfigError(f'loss_fn_config["{key}"]: unknown option of {name}. {known}')
-        if not isinstance(value, (int, float)):
-            raise ConfigError(
-                message(f'loss_fn_config["{key}"]', "not a number", "a float", repr(value))
-            )
-    return functools.partial(loss, **(config or {}))
+        where = f'loss_fn_config["{key}"]'
+        what = f"unknown option of {name}" if options else f"{name} has no options"
+        check_choice(ConfigError, where, what, key, options)
+        if not is_finite(value):
+            raise ConfigError(message(where, "not a number", "a finite number", repr(value)))
+    return functools.partial(loss, **{key: float(value) for key, value in (config or {}).items()})
 
 
 def with_entropy_bonus(loss_fn: LossFn, entropy_coef: float) -> LossFn:

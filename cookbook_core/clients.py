@@ -141,7 +141,8 @@ def grade(
     try:
         rewards = [float(value) for value in reward_fn(row, completions)]
     except Exception as error:
-        raise LossError(f"{where}: raised {type(error).__name__}: {error}") from error
+        what, rule = f"raised {type(error).__name__}: {error}", "one number per completion"
+        raise LossError(message(where, what, rule, "this exception")) from error
     if len(rewards) != len(completions) or not all(map(math.isfinite, rewards)):
         rule = f"{len(completions)} finite numbers, one per completion"
         raise LossError(message(where, "not usable", rule, rewards))

@@ -23,8 +23,8 @@ from cookbook_core.errors import (
     CookbookError,
     DatumError,
     LossError,
+    check_choice,
     message,
-    nearest,
     raise_all,
 )
 from cookbook_core.tinker.types import Datum, ForwardBackwardOutput, TensorData
@@ -65,10 +65,9 @@ def check_loss(loss_fn: Any, loss_type_input: str | None) -> LossTypeInput:
     Raises:
         ConfigError: an unknown form, or a loss that is not a function.
     """
-    forms = get_args(LossTypeInput)
-    if loss_type_input not in (None, *forms):
-        known = nearest(str(loss_type_input), forms)
-        raise ConfigError(f"loss_type_input: {loss_type_input!r}. {known}")
+    if loss_type_input is not None:
+        forms = get_args(LossTypeInput)
+        check_choice(ConfigError, "loss_type_input", "unknown form", loss_type_input, forms)
     if not callable(loss_fn):
         raise ConfigError(
             message(
@@ -147,10 +146,9 @@ def differentiate(
         except CookbookError:
             raise
         except Exception as error:
-            raise LossError(
-                f"{where}: raised {type(error).__name__}: {error}. Nothing was accumulated; "
-                "gradients and weights are as they were."
-            ) from error
+            what, rule = f"raised {type(error).__name__}: {error}", "(loss, metrics)"
+            mend = "Nothing was accumulated; gradients and weights are as they were."
+            raise LossError(message(where, what, rule, "this exception", mend)) from error
         loss, metrics = _check_returned(where, returned)
         if not loss.requires_grad:
             raise LossError(
@@ -166,9 +164,14 @@ def differentiate(
             found = torch.autograd.grad(loss, [*leaves, *params], allow_unused=True)
         except Exception as error:
             raise LossError(
-                f"{where}: no gradient can be taken of what it returned "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}). Return the loss without "
-                "calling .backward() on it, and change no tensor in place."
+                message(
+                    where,
+                    "no gradient can be taken of what it returned",
+                    "a loss that autograd can differentiate",
+                    f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+                    "Return the loss without calling .backward() on it, and change no tensor in "
+                    "place.",
+                )
             ) from error
     grads, param_grads = found[: len(leaves)], list(found[len(leaves) :])
     if all(g is None for g in grads):
@@ -206,13 +209,13 @@ def _check_returned(where: str, returned: Any) -> tuple[torch.Tensor, dict[str, 
     loss, metrics = returned
     if not isinstance(loss, torch.Tensor):
         raise LossError(message(where, "loss is not a tensor", "a 0-d tensor", type(loss).__name__))
-    if loss.dim() != 0:
+    if loss.dim() != 0 or loss.is_meta or loss.is_complex():
         raise LossError(
             message(
                 where,
                 "loss is not a scalar",
-                "a 0-d tensor",
-                f"shape {tuple(loss.shape)}",
+                "a 0-d tensor of a real number",
+                f"shape {tuple(loss.shape)}, {loss.dtype} on {loss.device}",
                 "Reduce it: .sum() or .mean().",
             )
         )
@@ -227,7 +230,7 @@ def _number(where: str, key: Any, value: Any) -> float:
     try:
         if not isinstance(value, (str, bytes)):
             return float(value.detach() if hasattr(value, "detach") else value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     shape = getattr(value, "shape", None)
     got = value if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"

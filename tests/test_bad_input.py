@@ -221,7 +221,7 @@ BAD_CALLS = {
     "unknown loss": (
         lambda c: c.forward_backward([datum()], "cross_entrpy"),
         ConfigError,
-        'unknown loss "cross_entrpy".*Did you mean "cross_entropy"',
+        "loss_fn: unknown loss.*'cross_entrpy'.*Did you mean .cross_entropy.",
     ),
     "unknown option": (
         lambda c: c.forward_backward([datum()], "ppo", {"clip_low": 0.1}),
@@ -320,7 +320,7 @@ def test_a_folder_without_a_model_and_an_unreachable_name(service, tmp_path):
 
 def test_bad_device_dtype_and_url(make_service, model_folder):
     folder = model_folder("qwen3")
-    with pytest.raises(ConfigError, match=r'dtype: unknown dtype "float23".*"float32"'):
+    with pytest.raises(ConfigError, match=r"dtype: unknown dtype.*'float23'.*float32"):
         make_service(dtype="float23").create_lora_training_client(folder).result()
     with pytest.raises(ConfigError, match=r"device: not usable here.*warp"):
         make_service(device="warp").create_lora_training_client(folder).result()
