@@ -10,7 +10,7 @@ from collections.abc import Generator
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
-from cookbook_core.errors import RequestError
+from cookbook_core.errors import RequestError, message
 
 T = TypeVar("T")
 logger = logging.getLogger("cookbook_core")
@@ -119,9 +119,14 @@ class APIFuture(Generic[T]):
     def _refuse_to_wait_for_itself(self) -> None:
         if in_worker_thread() and not self._future.done():
             raise RequestError(
-                f"{self.outcome.label}.result(): waiting inside a loss function would wait for "
-                "itself, since requests run one after another. Compute what the loss needs before "
-                "the call and put it on the datums (with_inputs)."
+                message(
+                    f"{self.outcome.label}.result()",
+                    "waiting inside a loss function would wait for itself",
+                    "a result that is there, since requests run one after another",
+                    "one that has yet to run",
+                    "Compute what the loss needs before the call and put it on the datums "
+                    "(with_inputs).",
+                )
             )
 
     def future(self) -> Future[T]:

@@ -51,7 +51,7 @@ class SamplingClient:
             "prompt_alt_tokens_k": prompt_alt_tokens_k,
             "prompt_logprobs_last_n": prompt_logprobs_last_n,
         }.items():
-            if value:
+            if value is not None and value is not False and not (type(value) is int and value == 0):
                 raise ConfigError(
                     message(name, "not offered by this backend", "its default", repr(value))
                 )

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cookbook_core.backend.interface import Backend
-from cookbook_core.errors import ConfigError, message
+from cookbook_core.errors import CheckpointError, ConfigError, message
+from cookbook_core.paths import usable_path
 from cookbook_core.tinker.futures import ClientFuture, mapped
 from cookbook_core.tinker.sampling import SamplingClient
 from cookbook_core.tinker.training import TrainingClient
@@ -60,7 +61,7 @@ class ServiceClient:
             "dtype": dtype,
             "gradient_checkpointing": gradient_checkpointing,
         }
-        self._checkpoint_dir = Path(checkpoint_dir)
+        self._checkpoint_dir = usable_path("checkpoint_dir", checkpoint_dir, ConfigError)
         self._backends: dict[str, Any] = {}
         self._model_ids = itertools.count()
 
@@ -137,7 +138,7 @@ class ServiceClient:
             raise ConfigError(
                 message("create_sampling_client", "nothing named", "model_path or base_model", None)
             )
-        backend = self._backend(base_model or _base_of(str(model_path)))
+        backend = self._backend(_base_of(model_path) if base_model is None else base_model)
         created = backend.create_sampler(model_path)
         return ClientFuture(mapped(created, SamplingClient), "create_sampling_client")
 
@@ -236,12 +237,12 @@ class ServiceClient:
     def _restore(
         self, path: str, base_model: str | None, *, with_optimizer: bool
     ) -> ClientFuture[TrainingClient]:
-        backend = self._backend(base_model or _base_of(path))
+        backend = self._backend(_base_of(path) if base_model is None else base_model)
         created = backend.restore_training(path, with_optimizer=with_optimizer)
         return ClientFuture(mapped(created, TrainingClient), "create_training_client_from_state")
 
 
-def _base_of(path: str) -> str:
+def _base_of(path: Any) -> str:
     from cookbook_core.backend.local.checkpoints import base_model_of
 
-    return base_model_of(path)
+    return base_model_of(usable_path("path", path, CheckpointError))

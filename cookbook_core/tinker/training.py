@@ -11,7 +11,7 @@ from cookbook_core.backend.interface import TrainingBackend
 from cookbook_core.builtin_losses import builtin_loss, needed_inputs
 from cookbook_core.custom_loss import LossFn, LossTypeInput, check_loss
 from cookbook_core.datums import check_data, score_where_weighted
-from cookbook_core.errors import ConfigError, message
+from cookbook_core.errors import ConfigError, check_choice, message
 from cookbook_core.tinker.futures import APIFuture, ClientFuture, Outcome, mapped
 from cookbook_core.tinker.sampling import SamplingClient
 from cookbook_core.tinker.types import (
@@ -122,7 +122,7 @@ class TrainingClient:
             ConfigError: at once. RequestError: from the future.
         """
         if optim_params is not None and adam_params is not None:
-            raise ConfigError("optim_step: give optim_params or adam_params, not both.")
+            raise ConfigError(message("optim_step", "given twice", "one AdamParams", "two"))
         params = optim_params if optim_params is not None else adam_params
         if not isinstance(params, AdamParams):
             raise ConfigError(
@@ -198,8 +198,7 @@ class TrainingClient:
         local request is never retried, and a snapshot is the only kind.
         """
         del name, retry_config, record_stability_info
-        if kind != "snapshot":
-            raise ConfigError(message("kind", "not offered here", '"snapshot"', repr(kind)))
+        check_choice(ConfigError, "kind", "not offered here", kind, ("snapshot",))
         snapshot = mapped(self._backend.snapshot(), SamplingClient)
         return self._future("save_weights_and_get_sampling_client", snapshot, ClientFuture)
 

@@ -7,6 +7,7 @@ of a list, clients cannot touch each other, and a snapshot is a copy of an adapt
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from cookbook_core.backend.local.fused_lora import fuse
@@ -58,8 +60,10 @@ class Adapter:
         return Adapter(self.slot, [_parameter(p.detach().clone()) for p in self.params])
 
     def accumulate(self, grads: Sequence[torch.Tensor]) -> None:
-        """Add a gradient, all of it or (when it is not finite) nothing."""
-        norm = torch.stack([g.norm() for g in grads]).norm()
+        """Add a gradient, all of it or (when the sum is not finite) nothing."""
+        held = self.grads or [torch.zeros_like(p) for p in self.params]
+        totals = [total + g for total, g in zip(held, grads, strict=True)]
+        norm = torch.stack([g.norm() for g in totals]).norm()
         if not torch.isfinite(norm):
             raise RequestError(
                 message(
@@ -70,10 +74,7 @@ class Adapter:
                     "Nothing was accumulated. Lower the loss's scale, or use float32.",
                 )
             )
-        if self.grads is None:
-            self.grads = [torch.zeros_like(p) for p in self.params]
-        for total, g in zip(self.grads, grads, strict=True):
-            total.add_(g)
+        self.grads = totals
 
     def optim_step(self, adam: AdamParams) -> dict[str, float]:
         """One AdamW step on the accumulated gradient, which is then gone.
@@ -81,7 +82,8 @@ class Adapter:
         Returns:
             grad_norm (before clipping), update_norm (of the change made), lr.
         Raises:
-            RequestError: nothing accumulated; nothing is changed.
+            RequestError: nothing accumulated, or a step that leaves the range of the weights'
+                dtype; nothing is changed then.
         """
         if self.grads is None:
             raise RequestError(
@@ -93,6 +95,7 @@ class Adapter:
                 )
             )
         optimizer = self.ready_optimizer()
+        moments = copy.deepcopy(optimizer.state_dict()["state"])
         for group in optimizer.param_groups:
             group.update(
                 lr=adam.learning_rate,
@@ -101,17 +104,32 @@ class Adapter:
                 weight_decay=adam.weight_decay,
             )
         before = [p.detach().clone() for p in self.params]
+        grad_norm = torch.stack([g.norm() for g in self.grads]).norm()
+        shrink = torch.clamp((adam.grad_clip_norm or math.inf) / (grad_norm + 1e-6), max=1.0)
         for p, g in zip(self.params, self.grads, strict=True):
-            p.grad = g
-        limit = adam.grad_clip_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.params, limit)
+            p.grad = g * shrink
         optimizer.step()
         for p in self.params:
             p.grad = None
-        self.grads = None
-        self.step += 1
         moved = [p.detach() - b for p, b in zip(self.params, before, strict=True)]
         update_norm = torch.stack([change.norm() for change in moved]).norm()
+        state = optimizer.state_dict()
+        held = [t for each in state["state"].values() for t in each.values()]
+        if not all(torch.isfinite(t).all() for t in (update_norm, *held)):
+            for p, b in zip(self.params, before, strict=True):
+                p.data.copy_(b)
+            optimizer.load_state_dict({**state, "state": moments})
+            raise RequestError(
+                message(
+                    "optim_step",
+                    "the step leaves the range of the weights",
+                    "finite weights and moments",
+                    f"an update of norm {float(update_norm)} with {adam}",
+                    "Nothing was stepped. Lower learning_rate, raise eps, or clip the gradient.",
+                )
+            )
+        self.grads = None
+        self.step += 1
         return {
             "grad_norm": float(grad_norm),
             "update_norm": float(update_norm),
@@ -139,10 +157,12 @@ class AdapterBank:
         """A fresh adapter: A uniform, B zero. The same seed gives the same bytes anywhere.
 
         Raises:
-            ConfigError: rank below 1, or nothing to train.
+            ConfigError: a rank or seed out of range, or nothing to train.
         """
+        self._check(lora)
         adapter = self.empty(self.peft_config(lora))
-        generator = torch.Generator().manual_seed(torch.seed() if lora.seed is None else lora.seed)
+        seed = torch.seed() if lora.seed is None else int(lora.seed)
+        generator = torch.Generator().manual_seed(seed)
         for key, p in zip(adapter.slot.params, adapter.params, strict=True):
             if ".lora_A." in key:
                 start = torch.empty(p.shape, dtype=torch.float32)
@@ -222,8 +242,6 @@ class AdapterBank:
         """peft's own configuration for `lora` on this model."""
         import peft
 
-        if not isinstance(lora.rank, int) or lora.rank < 1:
-            raise ConfigError(message("rank", "too small", "an integer >= 1", lora.rank))
         targets = self._target_modules(lora)
         if not targets:
             raise ConfigError(
@@ -243,6 +261,19 @@ class AdapterBank:
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.base.path,
         )
+
+    def _check(self, lora: LoraConfig) -> None:
+        widest = max(max(p.shape) for p in self.base.model.parameters())
+        if not _whole(lora.rank, 1, widest):
+            what = "too small" if _whole(lora.rank, -math.inf, 0) else "out of range"
+            rule = f"an integer from 1 to {widest}, the width of the widest layer"
+            raise ConfigError(message("rank", what, rule, repr(lora.rank)))
+        if lora.seed is not None and not _whole(lora.seed, -(2**63), 2**64 - 1):
+            rule = "an integer from -2**63 to 2**64 - 1, or None"
+            raise ConfigError(message("seed", "out of range", rule, repr(lora.seed)))
+        for name in ("train_attn", "train_mlp", "train_unembed"):
+            if not isinstance(value := getattr(lora, name), (int, np.bool_)):
+                raise ConfigError(message(name, "wrong type", "True or False", repr(value)))
 
     def _target_modules(self, lora: LoraConfig) -> list[str]:
         """Names, as short as they are unambiguous, of the linear layers `lora` asks for."""
@@ -318,6 +349,11 @@ def plain_config(config: Any) -> dict[str, Any]:
             continue
         plain[key] = sorted(value) if isinstance(value, (set, frozenset)) else value
     return json.loads(json.dumps(plain, default=str))
+
+
+def _whole(value: Any, low: float, high: float) -> bool:
+    number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return bool(number and low <= value <= high)
 
 
 def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:

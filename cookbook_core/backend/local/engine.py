@@ -24,7 +24,7 @@ from cookbook_core.backend.local.model import BaseModel, load_base_model
 from cookbook_core.backend.local.passes import Pass, Score, Scored, Tensors, backward, once
 from cookbook_core.backend.local.room import Room, check_mode
 from cookbook_core.backend.local.sampler import sample_batch
-from cookbook_core.backend.local.sampling_requests import SampleRequest, check_request
+from cookbook_core.backend.local.sampling_requests import SampleRequest, check_prompt, check_request
 from cookbook_core.backend.local.scoring import Scorer
 from cookbook_core.backend.local.vocab_logprobs import VocabLogprobs
 from cookbook_core.backend.local.worker import Worker
@@ -37,7 +37,8 @@ from cookbook_core.custom_loss import (
     merge_metrics,
 )
 from cookbook_core.datums import check_data, shift_tokens
-from cookbook_core.errors import RequestError
+from cookbook_core.errors import CheckpointError, RequestError, check_text, message
+from cookbook_core.paths import usable_path
 from cookbook_core.tinker.types import (
     AdamParams,
     Datum,
@@ -88,6 +89,8 @@ class LocalBackend:
     def create_training(
         self, lora: LoraConfig, user_metadata: dict[str, str] | None = None
     ) -> Future[LocalTraining]:
+        check_metadata(user_metadata)
+
         def create() -> LocalTraining:
             return LocalTraining(self, self.engine().bank.create(lora), user_metadata)
 
@@ -95,7 +98,8 @@ class LocalBackend:
 
     def restore_training(self, path: str, *, with_optimizer: bool) -> Future[LocalTraining]:
         def create() -> LocalTraining:
-            checkpoint = checkpoints.read(path, with_optimizer=with_optimizer)
+            folder = usable_path("path", path, CheckpointError)
+            checkpoint = checkpoints.read(folder, with_optimizer=with_optimizer)
             return LocalTraining(self, checkpoints.new_adapter(self.engine().bank, checkpoint))
 
         return self.worker.submit("create_training_client_from_state", create)
@@ -105,7 +109,8 @@ class LocalBackend:
             engine = self.engine()
             if path is None:
                 return LocalSampler(self, None)
-            return LocalSampler(self, checkpoints.new_adapter(engine.bank, checkpoints.read(path)))
+            checkpoint = checkpoints.read(usable_path("path", path, CheckpointError))
+            return LocalSampler(self, checkpoints.new_adapter(engine.bank, checkpoint))
 
         return self.worker.submit("create_sampling_client", create)
 
@@ -202,6 +207,18 @@ _Form: TypeAlias = tuple[Score, Callable[[LossFn, Sequence[Datum], Tensors], Sco
 """How micro-batches are scored, and the loss on what comes of it."""
 
 
+def check_metadata(user_metadata: Any) -> None:
+    """Refuse, with a CheckpointError, what cannot be written beside a checkpoint."""
+    if user_metadata is None:
+        return
+    if not isinstance(user_metadata, dict):
+        got = f"{type(user_metadata).__name__} {user_metadata!r:.80}"
+        raise CheckpointError(message("user_metadata", "wrong type", "a dict of str, or None", got))
+    for key, value in user_metadata.items():
+        check_text(CheckpointError, "user_metadata", key)
+        check_text(CheckpointError, f"user_metadata[{key!r}]", value)
+
+
 def _has_text(stop: Any) -> bool:
     return isinstance(stop, str) or any(isinstance(s, str) for s in stop)
 
@@ -265,9 +282,14 @@ class LocalTraining:
             errors = [e for f in after if not f.cancelled() and (e := f.exception())]
             if errors:
                 raise RequestError(
-                    f"optim_step: a forward_backward before it failed ({errors[0]}), and nobody "
-                    "had read its result. Nothing was stepped; accumulated gradients are kept. "
-                    "Read the failed future's .result(), then decide."
+                    message(
+                        "optim_step",
+                        "a forward_backward before it failed, and nobody had read its result",
+                        "no failure since the last step",
+                        errors[0],
+                        "Nothing was stepped; accumulated gradients are kept. Read the failed "
+                        "future's .result(), then decide.",
+                    )
                 ) from errors[0]
             return OptimStepResponse(self._adapter.optim_step(params))
 
@@ -281,6 +303,7 @@ class LocalTraining:
         overwrite: bool = False,
         user_metadata: dict[str, str] | None = None,
     ) -> Future[str]:
+        check_metadata(user_metadata)
         kind = "sampler_weights" if for_sampler else "weights"
         folder = self._backend.checkpoint_dir / self.info.model_id / kind
         path = folder / checkpoints.check_name(name)
@@ -300,7 +323,8 @@ class LocalTraining:
 
     def load(self, path: str, *, with_optimizer: bool) -> Future[None]:
         def load(engine: Engine) -> None:
-            checkpoint = checkpoints.read(path, with_optimizer=with_optimizer)
+            folder = usable_path("path", path, CheckpointError)
+            checkpoint = checkpoints.read(folder, with_optimizer=with_optimizer)
             checkpoints.check_base(checkpoint, engine.base)
             checkpoints.restore(self._adapter, checkpoint)
 
@@ -338,8 +362,9 @@ class LocalSampler:
         topk_prompt_logprobs: int = 0,
     ) -> Future[SampleResponse]:
         """Queued; requests made back to back on the same snapshot are decoded together."""
+        ids = check_prompt(prompt, "sample")
         request = SampleRequest(
-            prompt.to_ints(), num_samples, params, include_prompt_logprobs, topk_prompt_logprobs
+            ids, num_samples, params, include_prompt_logprobs, topk_prompt_logprobs
         )
         base = self.model_data
         check_request(request, vocab_size=base.vocab_size or 0, max_context=base.max_context_length)
@@ -352,7 +377,7 @@ class LocalSampler:
 
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
         """log p of each prompt token given those before it, through the training's scoring path."""
-        inputs, targets = shift_tokens(prompt.to_ints())
+        inputs, targets = shift_tokens(check_prompt(prompt, "compute_logprobs"))
         datum = Datum(ModelInput.from_ints(inputs), {"target_tokens": targets})
         base = self.model_data
         check_data([datum], vocab_size=base.vocab_size or 0, max_context=base.max_context_length)

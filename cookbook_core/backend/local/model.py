@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from cookbook_core.backend.local import fused_norm
-from cookbook_core.errors import ConfigError, ModelError, message, nearest
+from cookbook_core.errors import ConfigError, ModelError, check_choice, message
+from cookbook_core.paths import usable_path
 from cookbook_core.tinker.types import ModelData
 
 TINY_MODEL = "tiny"
@@ -89,7 +90,7 @@ def resolve_model(name: str) -> str:
     """
     if name == TINY_MODEL:
         return str(Path(__file__).parents[2] / "assets" / "tiny_model")
-    path = Path(name).expanduser()
+    path = usable_path("base_model", name, ModelError)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -130,8 +131,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Choose: "auto" is bfloat16 on cuda and float32 elsewhere."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in DTYPES:
-        raise ConfigError(f'dtype: unknown dtype "{dtype}". {nearest(dtype, ["auto", *DTYPES])}')
+    check_choice(ConfigError, "dtype", "unknown dtype", dtype, ("auto", *DTYPES))
     return DTYPES[dtype]
 
 

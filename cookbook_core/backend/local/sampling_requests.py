@@ -9,8 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from cookbook_core.errors import ConfigError, DatumError, message, raise_all
-from cookbook_core.tinker.types import SamplingParams
+from cookbook_core.datums import input_problems
+from cookbook_core.errors import ConfigError, DatumError, is_finite, message, raise_all
+from cookbook_core.tinker.types import ModelInput, SamplingParams
+
+MOST_SAMPLES = 65_536
+"""Completions of one prompt in one request: a row of state is kept for each."""
+LEAST_TEMPERATURE = 1e-6
+"""Of those above 0: logits divided by less leave the range of float32."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,19 @@ class SampleRequest:
     params: SamplingParams
     include_prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+
+
+def check_prompt(prompt: object, where: str) -> list[int]:
+    """The token ids of a prompt.
+
+    Raises:
+        DatumError: it is no ModelInput.
+    """
+    if not isinstance(prompt, ModelInput):
+        got = f"{type(prompt).__name__} {prompt!r:.80}"
+        mend = "Wrap token ids with ModelInput.from_ints()."
+        raise DatumError(message(f"{where}.prompt", "wrong type", "ModelInput", got, mend))
+    return prompt.to_ints()
 
 
 def check_request(
@@ -42,20 +61,10 @@ def check_request(
     prompt, params = request.prompt, request.params
     if not prompt:
         raise DatumError(message(f"{where}.prompt", "is empty", "at least 1 token", "0"))
-    outside = [i for i, token in enumerate(prompt) if not 0 <= token < vocab_size]
-    raise_all(
-        DatumError,
-        [
-            message(
-                f"{where}.prompt[{i}]",
-                "token id outside the vocabulary",
-                f"0 to {vocab_size - 1}",
-                prompt[i],
-                "Encode the prompt with this model's own tokenizer.",
-            )
-            for i in outside
-        ],
-    )
+    raise_all(DatumError, input_problems(f"{where}.prompt", prompt, vocab_size))
+    if not isinstance(params, SamplingParams):
+        got = f"{type(params).__name__} {params!r:.80}"
+        raise ConfigError(message(f"{where}.params", "wrong type", "SamplingParams", got))
     problems = [
         message(f"{where}.{name}", "cannot work", expected, repr(got))
         for name, good, expected, got in _parameter_checks(request, vocab_size)
@@ -93,22 +102,23 @@ def _parameter_checks(
         integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         return bool(integer and low <= value <= high)
 
-    def real(value: Any) -> bool:
-        number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-        return bool(number and math.isfinite(value))
-
-    yield "num_samples", whole(request.num_samples, 1), "an integer >= 1", request.num_samples
+    good = whole(request.num_samples, 1, MOST_SAMPLES)
+    yield "num_samples", good, f"an integer, 1 to {MOST_SAMPLES}", request.num_samples
     top = request.topk_prompt_logprobs
     yield "topk_prompt_logprobs", whole(top, 0, vocab_size), f"0 to {vocab_size}", top
+    flag = request.include_prompt_logprobs
+    yield "include_prompt_logprobs", isinstance(flag, int), "True or False", flag
     longest, seed = params.max_tokens, params.seed
     good = longest is None or whole(longest, 1)
     yield "params.max_tokens", good, "an integer >= 1, or None for the context limit", longest
     yield "params.seed", seed is None or whole(seed, -math.inf), "an integer or None", seed
-    good = real(params.temperature) and params.temperature >= 0
-    yield "params.temperature", good, "finite and >= 0 (0 is greedy)", params.temperature
-    good = real(params.top_p) and 0 < params.top_p <= 1
+    warmth = params.temperature
+    good = is_finite(warmth) and (warmth == 0 or warmth >= LEAST_TEMPERATURE)
+    rule = f"0 (greedy), or finite and >= {LEAST_TEMPERATURE}"
+    yield "params.temperature", good, rule, warmth
+    good = is_finite(params.top_p) and 0 < params.top_p <= 1
     yield "params.top_p", good, "in (0, 1]", params.top_p
-    good = whole(params.top_k, 1) or params.top_k == -1
+    good = whole(params.top_k, -1, 2**62) and params.top_k != 0
     yield "params.top_k", good, ">= 1, or -1 for all tokens", params.top_k
     stop = [params.stop] if isinstance(params.stop, str) else params.stop
     good = stop is None or (

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cookbook_core.backend.local.threads import release_helpers
-from cookbook_core.errors import RequestError
+from cookbook_core.errors import RequestError, message
 from cookbook_core.tinker.futures import in_worker_thread, mark_worker_thread
 
 LINGER_SECONDS = 0.002
@@ -69,14 +69,19 @@ class Worker:
     def _put(self, job: _Job) -> Future[Any]:
         if in_worker_thread():
             raise RequestError(
-                f"{job.label}: requests cannot be made from inside a loss function. The loss runs "
-                "in a slot of the queue this request would wait in. Make the call first and put "
-                "its result on the datums with with_inputs()."
+                message(
+                    job.label,
+                    "requests cannot be made from inside a loss function",
+                    "a call outside of it",
+                    "one in the slot of the queue that this request would wait in",
+                    "Make the call first and put its result on the datums with with_inputs().",
+                )
             )
         release_helpers()  # of the caller, who is about to wait
         with self._changed:
             if self._closed:
-                raise RequestError(f"{job.label}: this client has been closed. Make a new one.")
+                what = "this client has been closed"
+                raise RequestError(message(job.label, what, "an open one", "a closed one"))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
                 self._thread.start()
