@@ -12,17 +12,21 @@ path the template alone decides about BOS and EOS, as it does when the model is 
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from cookbook_core.errors import ConfigError, DataError, ModelError, message, nearest
+from cookbook_core.conversations import Message, check_messages
+from cookbook_core.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    check_choice,
+    check_text,
+    message,
+)
 
-Message = Mapping[str, Any]
 Boundary = Literal["check", "split"]
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _REWRITTEN = "the chat template renders it differently when more messages follow"
 _MEND_REWRITTEN = (
@@ -78,19 +82,18 @@ def render_completion(
         ModelError: the tokenizer lacks a chat template or an EOS.
     """
     plain = isinstance(prompt, str)
-    if plain != isinstance(completion, str) or not completion:
+    if plain != isinstance(completion, str) or (plain and not completion):
         rule = "non-empty text" if plain else "a list of one assistant message"
         mend = "Prompt and completion are both plain text or both messages."
         raise DataError(
             message("completion", "does not fit the prompt", rule, repr(completion), mend)
         )
-    if boundary not in ("check", "split"):
-        raise ConfigError(f'boundary: got "{boundary}". {nearest(boundary, ("check", "split"))}')
+    check_choice(ConfigError, "boundary", "unknown", boundary, ("check", "split"))
     before = _prompt_text(tokenizer, prompt)
     if plain:
         whole = prompt + completion
     else:
-        _check_messages(completion, "completion")
+        check_messages(completion, "completion")
         if len(completion) != 1 or completion[0]["role"] != "assistant":
             roles = [entry["role"] for entry in completion]
             mend = "For longer conversations use render_messages()."
@@ -137,9 +140,8 @@ def render_messages(
             generated, or a template whose {% generation %} tags disagree with these weights.
         ModelError: the tokenizer has no chat template.
     """
-    _check_messages(messages, "messages")
-    if train_on not in ("last", "all"):
-        raise ConfigError(f'train_on: got "{train_on}". {nearest(train_on, ("last", "all"))}')
+    check_messages(messages, "messages")
+    check_choice(ConfigError, "train_on", "unknown", train_on, ("last", "all"))
     answers = [i for i, entry in enumerate(messages) if entry["role"] == "assistant"]
     if not answers or answers[0] == 0:
         rule = "an assistant message, with another before it"
@@ -180,7 +182,10 @@ def render_messages(
 
 def last_text(turns: str | Sequence[Message]) -> str:
     """Text as it is; of messages the content of the last: for showing to people."""
-    return turns if isinstance(turns, str) else turns[-1]["content"]
+    if isinstance(turns, str):
+        return turns
+    check_messages(turns, "messages")
+    return turns[-1]["content"]
 
 
 def stop_tokens(tokenizer: Any) -> list[int]:
@@ -205,7 +210,7 @@ def stop_tokens(tokenizer: Any) -> list[int]:
 def _prompt_text(tokenizer: Any, prompt: str | Sequence[Message]) -> str:
     if isinstance(prompt, str):
         return prompt
-    _check_messages(prompt, "prompt")
+    check_messages(prompt, "prompt")
     if prompt[-1]["role"] == "assistant":
         mend = "Move the answer to the completion."
         where = f"prompt[{len(prompt) - 1}]"
@@ -235,6 +240,7 @@ def _apply_template(
 
 def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
     """Encode text: one leading BOS at most, and no EOS that the text does not spell out."""
+    check_text(DataError, "text", text)
     tokens = list(tokenizer.encode(text, add_special_tokens=special))
     while len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id:
         del tokens[0]
@@ -282,28 +288,6 @@ def _ended(
 
 
 # ---- checks --------------------------------------------------------------------------------
-
-
-def _check_messages(messages: Sequence[Message], where: str) -> None:
-    """Raise DataError, naming the message, unless each has a known role and text content."""
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        rule = "a non-empty list of messages"
-        raise DataError(message(where, "not a conversation", rule, repr(messages)))
-    for i, entry in enumerate(messages):
-        spot = f"{where}[{i}]"
-        if not isinstance(entry, Mapping) or not {"role", "content"} <= set(entry):
-            keys = sorted(entry) if isinstance(entry, Mapping) else repr(entry)
-            raise DataError(message(spot, "not a message", 'keys "role" and "content"', keys))
-        if entry["role"] not in ROLES:
-            raise DataError(f"{spot}: role {entry['role']!r}. {nearest(str(entry['role']), ROLES)}")
-        if not isinstance(entry["content"], str):
-            got = f"{entry['content']!r} (keys: {', '.join(sorted(entry))})"
-            raise DataError(message(f"{spot} content", "not text", "a str", got))
-        weight = entry.get("weight", 0)
-        number = isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0
-        if not number or (weight and entry["role"] != "assistant"):
-            rule = "a number >= 0, on assistant messages only"
-            raise DataError(message(f"{spot} weight", f"on a {entry['role']}", rule, repr(weight)))
 
 
 def _require_prefix(part: Any, whole: Any, where: str, what: str, mend: str, show: Any) -> None:

@@ -21,7 +21,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cookbook_core.errors import ConfigError, DataError, message, nearest, raise_all
+from cookbook_core.errors import (
+    ConfigError,
+    DataError,
+    check_choice,
+    message,
+    nearest,
+    raise_all,
+)
+from cookbook_core.paths import usable_path
 
 Row = dict[str, Any]
 Columns = Sequence[str] | Sequence[Sequence[str]]
@@ -66,6 +74,10 @@ def train_test(
     Raises:
         DataError: as for load_rows, and when too few rows are there.
     """
+    if not isinstance(test_rows, int) or test_rows < 1:
+        raise ConfigError(message("test_rows", "no number of rows", "an integer >= 1", test_rows))
+    if not isinstance(seed, (int, str)):
+        raise ConfigError(message("seed", "wrong type", "an integer", f"{seed!r:.80}"))
     splits = _open_splits(dataset)
     train = _select(dataset, splits, "train", columns)
     if "test" in splits:
@@ -97,6 +109,9 @@ def batch_indices(num_rows: int, batch_size: int, step: int, seed: int) -> list[
     >>> sorted(batch_indices(6, 3, step=0, seed=1) + batch_indices(6, 3, step=1, seed=1))
     [0, 1, 2, 3, 4, 5]
     """
+    for name, value in {"num_rows": num_rows, "batch_size": batch_size, "step": step}.items():
+        if not isinstance(value, int):
+            raise ConfigError(message(name, "wrong type", "an integer", f"{value!r:.80}"))
     if not 1 <= batch_size <= num_rows:
         mend = "Lower batch_size or give more rows."
         raise ConfigError(
@@ -117,12 +132,13 @@ def _epoch_order(num_rows: int, epoch: int, seed: int) -> tuple[int, ...]:
 
 def _select(dataset: str, splits: Mapping[str, Any], split: str, columns: Columns) -> list[Row]:
     """Read one split and keep the first alternative of columns that it has; see load_rows."""
-    if isinstance(columns, str):
-        raise ConfigError(message("columns", "not a list", f'["{columns}"]', repr(columns)))
-    alternatives: Any = [columns] if isinstance(columns[0], str) else columns
+    alternatives: Any = [columns] if _are_names(columns) else columns
+    listed = isinstance(alternatives, (list, tuple)) and alternatives
+    if not listed or not all(map(_are_names, alternatives)):
+        rule = 'names such as ["prompt"], or alternatives of them'
+        raise ConfigError(message("columns", "not a list", rule, repr(columns)))
     choices: list[tuple[str, ...]] = [tuple(choice) for choice in alternatives]
-    if split not in splits:
-        raise DataError(f'{dataset}: no split "{split}". {nearest(split, splits)}')
+    check_choice(DataError, dataset, f'no split "{split!s:.80}"', split, splits)
     rows = list(_read(dataset, splits[split]))
     if not rows:
         raise DataError(message(dataset, f'split "{split}" is empty', "at least 1 row", 0))
@@ -143,12 +159,17 @@ def _select(dataset: str, splits: Mapping[str, Any], split: str, columns: Column
     return [{name: row[name] for name in chosen} for _, row in rows]
 
 
+def _are_names(choice: Any) -> bool:
+    listed = isinstance(choice, (list, tuple)) and bool(choice)
+    return listed and all(isinstance(name, str) for name in choice)
+
+
 # ---- where rows come from ------------------------------------------------------------------
 
 
 def _open_splits(dataset: str) -> Mapping[str, Any]:
     """Map the dataset's split names to a file (Path) or to a table of the `datasets` library."""
-    path = Path(dataset).expanduser()
+    path = usable_path("dataset", dataset, DataError)
     if dataset.startswith("tiny/"):
         return _bundled(dataset.removeprefix("tiny/"))
     if path.is_file() and path.suffix in SUFFIXES:
@@ -167,7 +188,7 @@ def _open_splits(dataset: str) -> Mapping[str, Any]:
         raise DataError(message(dataset, "no dataset in this folder", "train.jsonl", names, _KINDS))
     if path.exists() or path.suffix in SUFFIXES or dataset[:1] in ("", "/", ".", "~"):
         what = "not a dataset file" if path.exists() else "no such file"
-        raise DataError(f"{dataset}: {what}. {_KINDS}")
+        raise DataError(message(dataset, what, "a dataset", "none there", _KINDS))
     import datasets
 
     name, _, config = dataset.partition(":")
@@ -175,16 +196,15 @@ def _open_splits(dataset: str) -> Mapping[str, Any]:
         loaded: Any = datasets.load_dataset(name, config or None)
         return loaded
     except Exception as error:  # hub, network and format errors share no base class
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{dataset}: cannot be loaded ({reason}). {_KINDS}") from error
+        text = message(dataset, "cannot be loaded", "a dataset", f"{type(error).__name__}: {error}")
+        raise DataError(f"{text} {_KINDS}") from error
 
 
 def _bundled(name: str) -> dict[str, Path]:
     folder = asset_path("data")
     stems = {path.stem for path in folder.glob("*.jsonl") if not path.stem.endswith("_test")}
     names = {stem.removesuffix("_train") for stem in stems}
-    if name not in names:
-        raise DataError(f"tiny/{name}: no such bundled dataset. {nearest(name, names)}")
+    check_choice(DataError, f"tiny/{name}", "no such bundled dataset", name, names)
     if name in stems:
         return {"train": folder / f"{name}.jsonl"}
     files = {split: folder / f"{name}_{split}.jsonl" for split in ("train", "test")}
@@ -202,8 +222,11 @@ def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        table = pyarrow.parquet.read_table(path)
-        yield from ((f"{path.name}[{i}]", row) for i, row in enumerate(table.to_pylist()))
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise DataError(message(path.name, "broken", "a parquet file", error)) from error
+        yield from ((f"{path.name}[{i}]", row) for i, row in enumerate(rows))
         return
     try:
         text = path.read_bytes().decode("utf-8-sig")  # UTF-8; a byte order mark is skipped
@@ -213,7 +236,8 @@ def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
     if path.suffix == ".csv":
         yield from _parse_csv(path.name, text)
     elif path.suffix == ".json" and text.lstrip().startswith("["):
-        for i, row in enumerate(_parse_json(path.name, 1, text)):
+        rows = _parse_json(path.name, 1, text)
+        for i, row in enumerate(rows):
             yield f"{path.name}[{i}]", _as_row(f"{path.name}[{i}]", row)
     else:
         # not splitlines(): it also splits at U+2028 and the like, which JSON strings may hold
@@ -232,6 +256,10 @@ def _parse_json(name: str, first_line: int, text: str) -> Any:
         what = f"broken JSON, {error.msg} at column {error.colno}"
         mend = "Write one JSON object per line." if name.endswith(".jsonl") else ""
         raise DataError(message(where, what, "valid JSON", repr(near), mend)) from error
+    except (ValueError, RecursionError) as error:  # a number or a nesting without end
+        where, near = f"{name}:{first_line}", f"{text[:40]!r}..."
+        what = f"JSON that cannot be read, {error}"
+        raise DataError(message(where, what, "a row of text and numbers", near)) from error
 
 
 def _parse_csv(name: str, text: str) -> Iterator[tuple[str, Row]]:
@@ -247,7 +275,8 @@ def _parse_csv(name: str, text: str) -> Iterator[tuple[str, Row]]:
                 )
             yield where, row
     except csv.Error as error:
-        raise DataError(f"{name}:{reader.line_num}: broken CSV ({error}).") from error
+        where = f"{name}:{reader.line_num}"
+        raise DataError(message(where, "broken CSV", "quoted fields", error)) from error
 
 
 def _as_row(where: str, row: Any) -> Row:

@@ -24,10 +24,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from cookbook_core import run_files
-from cookbook_core.errors import ConfigError, LossError, message, nearest
+from cookbook_core.errors import ConfigError, LossError, is_finite, message, nearest
 from cookbook_core.plots import Panel, draw_panels
 from cookbook_core.run_files import as_code, markdown_table, read_metrics, write_atomically
 
@@ -95,6 +95,26 @@ def check_positive(config: Any, *names: str) -> None:
     """Raise ConfigError for the first of these fields that is not a finite number above 0."""
     for name in names:
         check(config, name, 0 < getattr(config, name) < math.inf, "> 0")
+
+
+def check_types(config: Any) -> None:
+    """Raise ConfigError for the first field whose value does not fit its annotation."""
+    for name, hint in get_type_hints(type(config)).items():
+        check(config, name, _fits(getattr(config, name), hint), f"a value of type {hint}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kinds = get_args(hint)
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in kinds
+    if get_origin(hint) is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False
+        parts = kinds[:1] * len(value) if Ellipsis in kinds else kinds
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint in (int, float) and not isinstance(value, bool):
+        return isinstance(value, (int, hint)) and is_finite(value)
+    return isinstance(value, (str, Path) if hint is str else hint)
 
 
 def check(config: Any, name: str, good: bool, rule: str) -> None:

@@ -77,6 +77,7 @@ class Config:
     """Run folder; empty takes the next free runs/bradley_terry-N."""
 
     def __post_init__(self) -> None:
+        runs.check_types(self)
         sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
         runs.check_positive(self, "learning_rate", *sizes)
 
@@ -139,6 +140,7 @@ class Judge:
         if isinstance(prompt, str):
             asked = f"{prompt}{answer}\n\n{self.question}"
         else:
+            chat.check_messages(prompt, "prompt")
             turns = (("assistant", answer), ("user", self.question))
             asked = [*prompt, *({"role": role, "content": text} for role, text in turns)]
         tokens = chat.render_prompt(self.tokenizer, asked)

@@ -85,6 +85,7 @@ class Config:
     """Run folder; empty takes the next free runs/dpo-N."""
 
     def __post_init__(self) -> None:
+        runs.check_types(self)
         sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
         runs.check_positive(self, "beta", "learning_rate", *sizes)
 

@@ -109,6 +109,7 @@ class Config:
     """Run folder; empty takes the next free runs/grpo-N."""
 
     def __post_init__(self) -> None:
+        runs.check_types(self)
         sizes = ("num_steps", "batch_size", "lora_rank", "max_tokens", "test_rows", "eval_every")
         runs.check_positive(self, "updates_per_rollout", "learning_rate", *sizes)
         runs.check(self, "group_size", self.group_size >= 2, ">= 2")

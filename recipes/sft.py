@@ -79,6 +79,7 @@ class Config:
     """Run folder; empty takes the next free runs/sft-N."""
 
     def __post_init__(self) -> None:
+        runs.check_types(self)
         sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
         runs.check_positive(self, "max_tokens", "learning_rate", *sizes)
 

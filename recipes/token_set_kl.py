@@ -84,6 +84,7 @@ class Config:
     """Run folder; empty takes the next free runs/token_set_kl-N."""
 
     def __post_init__(self) -> None:
+        runs.check_types(self)
         sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
         runs.check_positive(self, "learning_rate", *sizes)
         runs.check(self, "smoothing", 0 <= self.smoothing < 1, "in [0, 1)")

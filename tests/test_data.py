@@ -78,7 +78,7 @@ def test_folder_with_train_and_test_files(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", ROWS[:4])
     write_jsonl(tmp_path / "test.jsonl", ROWS[4:])
     assert load_rows(str(tmp_path), PAIR, "test") == WANTED[4:]
-    with pytest.raises(DataError, match=r'no split "tset"\. Did you mean "test"'):
+    with pytest.raises(DataError, match=r'no split "tset".* Did you mean "test"'):
         load_rows(str(tmp_path), PAIR, "tset")
 
 
@@ -161,7 +161,7 @@ def test_rows_without_a_value_are_named(tmp_path: Path, value: object) -> None:
         ("a.csv", b'prompt\na\n"b\n', r"a\.csv:\d: broken CSV"),
         ("a.jsonl", b"\n\n", r"a\.jsonl: split \"train\" is empty"),
         ("a.csv", b"prompt\n", r"a\.csv: split \"train\" is empty"),
-        ("a.txt", b"prompt", r"a\.txt: not a dataset file\. Accepted: tiny/NAME"),
+        ("a.txt", b"prompt", r"a\.txt: not a dataset file.*Accepted: tiny/NAME"),
     ],
 )
 def test_broken_files(tmp_path: Path, name: str, content: bytes, says: str) -> None:
@@ -172,7 +172,7 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes, says: str) -> N
 
 def test_missing_paths_say_what_is_accepted(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path / "none.jsonl"):
-        with pytest.raises(DataError, match=r"no such file\. Accepted: tiny/NAME"):
+        with pytest.raises(DataError, match=r"none(.jsonl)?: no such file.*Accepted: tiny/NAME"):
             load_rows(str(path), PAIR)
     (tmp_path / "readme.md").touch()
     with pytest.raises(DataError, match=r"no dataset in this folder.*got \['readme.md'\]"):
