@@ -13,6 +13,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 LONGEST_GOT = 600
 """Characters of a value that an error shows."""
@@ -79,11 +80,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{hint}Known: {', '.join(names) or 'none'}."
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: Any) -> bool:
     """Whether it is a number (not a bool) that a float can hold, and neither NaN nor infinite."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
     try:
-        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        return number and math.isfinite(float(value))
+        return math.isfinite(float(value))
     except OverflowError:
         return False
 

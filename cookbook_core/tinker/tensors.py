@@ -138,9 +138,9 @@ def _as_numbers(value: Any) -> Any:
 
 
 def _reshaped(array: np.ndarray, shape: Any) -> np.ndarray:
-    sizes = list(shape) if isinstance(shape, Sequence) else [None]
-    whole = all(isinstance(n, (int, np.integer)) and n >= 0 for n in sizes)
-    if not whole or math.prod(sizes) != array.size:
+    listed = isinstance(shape, Sequence)
+    whole = listed and all(isinstance(n, (int, np.integer)) and n >= 0 for n in shape)
+    if not whole or math.prod(shape) != array.size:
         what, rule = "shape does not fit the data", f"{array.size} values in all"
         raise DatumError(message("TensorData.shape", what, rule, f"shape {shape!r}"))
-    return array.reshape(sizes)
+    return array.reshape(shape)
