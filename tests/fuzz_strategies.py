@@ -111,27 +111,32 @@ nested = st.recursive(
 junk = st.one_of(nested, odd_arrays(), odd_objects())
 
 
+def rare(odds: int) -> st.SearchStrategy[bool]:
+    """True one time in `odds` + 1. (Not at 0, nor at the end: hypothesis is fond of those.)"""
+    return st.integers(0, odds).map(lambda i: i == (2 * odds) // 3)
+
+
 def mostly(good: st.SearchStrategy[Any], bad: st.SearchStrategy[Any] = junk, odds: int = 3) -> Any:
     """`good`, and one time in `odds` + 1 `bad`."""
-    return st.integers(0, odds).flatmap(lambda i: good if i else bad)
+    return rare(odds).flatmap(lambda wrong: bad if wrong else good)
 
 
 # ---- datums ----------------------------------------------------------------------------------
 
-tokens = st.one_of(st.integers(0, VOCAB - 1), st.integers(0, VOCAB - 1), st.integers(-2, VOCAB + 2))
+tokens = mostly(st.integers(0, VOCAB - 1), st.sampled_from([-1, VOCAB]), 200)
 token_lists = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)
 floats = st.floats(-3, 3, width=32)
 lengths = st.integers(0, 12)
 
 
 @st.composite
-def arrays(draw: Any, n: int, of: st.SearchStrategy[Any], wrong: bool = True) -> Any:
-    """n numbers, or [n, K] of them, as a list, array, tensor or TensorData; sometimes not n."""
-    n = max(0, n + draw(st.sampled_from([0, 0, 0, 0, -1, 1]))) if wrong else n
-    k = draw(st.sampled_from([None, None, None, 1, 2, 3]))
+def arrays(draw: Any, n: int, of: st.SearchStrategy[Any], k: int | None = None) -> Any:
+    """n numbers, or [n, k] of them, as a list, array, tensor or TensorData; now and then not so."""
+    n = max(0, n + (draw(st.sampled_from([-1, 1])) if draw(rare(15)) else 0))
+    k = draw(st.sampled_from([None, 1, 2])) if draw(rare(15)) else k
     row = of if k is None else st.lists(of, min_size=k, max_size=k)
     values = draw(st.lists(row, min_size=n, max_size=n))
-    if wrong and n and draw(st.integers(0, 9)) == 0:
+    if n and draw(rare(19)):
         values[draw(st.integers(0, n - 1))] = draw(nested)
     form = draw(st.sampled_from(["list", "list", "numpy", "torch", "TensorData"]))
     try:
@@ -148,16 +153,18 @@ def arrays(draw: Any, n: int, of: st.SearchStrategy[Any], wrong: bool = True) ->
 
 
 @st.composite
-def loss_inputs(draw: Any, n: int, wrong: bool = True) -> Any:
-    """loss_fn_inputs for n positions."""
-    inputs: dict[Any, Any] = {"target_tokens": draw(arrays(n, tokens, wrong))}
+def loss_inputs(draw: Any, n: int) -> Any:
+    """loss_fn_inputs for n positions, as they should be or nearly."""
+    k = draw(st.sampled_from([None, None, None, 1, 3]))
+    inputs: dict[Any, Any] = {"target_tokens": draw(arrays(n, tokens, k))}
     for key in ("weights", "logprobs", "advantages", "score_mask", "mine", "ref_logprobs"):
-        if draw(st.integers(0, 2)) == 0:
-            of = st.sampled_from([0, 1]) if key == "score_mask" else st.one_of(floats, st.just(0.0))
-            inputs[key] = draw(arrays(n, of, wrong))
-    if wrong and draw(st.integers(0, 9)) == 0:
+        if draw(rare(2)):
+            mask = key == "score_mask"
+            of = st.sampled_from([0, 1]) if mask else st.one_of(floats, st.just(0.0))
+            inputs[key] = draw(arrays(n, of, None if mask else k))
+    if draw(rare(19)):
         inputs.pop("target_tokens")
-    if wrong and draw(st.integers(0, 4)) == 0:
+    if draw(rare(9)):
         inputs[draw(st.one_of(nasty_text, st.sampled_from(["weights", 3, None])))] = draw(junk)
     return inputs
 
@@ -166,16 +173,16 @@ def loss_inputs(draw: Any, n: int, wrong: bool = True) -> Any:
 def model_inputs(draw: Any, n: int) -> Any:
     """Arguments of a ModelInput, as a function that makes it."""
     ids = draw(st.lists(tokens, min_size=n, max_size=n))
-    if ids and draw(st.integers(0, 9)) == 0:
+    if ids and draw(rare(19)):
         ids[draw(st.integers(0, n - 1))] = draw(scalars)
-    form = draw(st.integers(0, 9))
-    if form == 0:
+    form = draw(st.sampled_from(["chunks", "other chunks", "bare"])) if draw(rare(9)) else "whole"
+    if form == "chunks":
         rest = draw(mostly(st.just(ids[1:]), junk, 2))
         return lambda: tinker.ModelInput([*map(tinker.EncodedTextChunk, (ids[:1], rest))])
-    if form == 1:
+    if form == "other chunks":
         chunks = draw(junk)
         return lambda: tinker.ModelInput(chunks)
-    if form == 2:
+    if form == "bare":
         return lambda: ids  # not a ModelInput at all
     return lambda: tinker.ModelInput.from_ints(ids)
 
@@ -183,9 +190,9 @@ def model_inputs(draw: Any, n: int) -> Any:
 @st.composite
 def datums(draw: Any) -> Any:
     """A function that makes a datum, or fails to."""
-    n = draw(lengths)
+    n = draw(st.one_of(st.integers(1, 12), lengths))
     make_input, inputs = draw(model_inputs(n)), draw(loss_inputs(n))
-    if draw(st.integers(0, 19)) == 0:
+    if draw(rare(19)):
         inputs = draw(junk)
     return lambda: tinker.Datum(make_input(), inputs)
 
@@ -205,7 +212,7 @@ def good_datums(draw: Any, k: bool = True) -> tinker.Datum:
             values = draw(st.lists(floats, min_size=n, max_size=n))
             column = np.array(values, dtype=np.float32).reshape((n,) + (1,) * (len(shape) - 1))
             inputs[key] = np.broadcast_to(column, shape)
-    if draw(st.integers(0, 3)) == 0:
+    if draw(rare(3)):
         inputs["score_mask"] = draw(st.lists(st.integers(0, 1), min_size=n, max_size=n))
     return tinker.Datum(
         tinker.ModelInput.from_ints(draw(st.lists(ids, min_size=n, max_size=n))), inputs
@@ -319,25 +326,28 @@ metrics = st.one_of(
 @st.composite
 def losses(draw: Any) -> Any:
     """A loss function, good or bad, or something that is none."""
-    if draw(st.integers(0, 19)) == 0:
+    if draw(rare(19)):
         return draw(junk)
     name = draw(st.sampled_from(sorted(SUMS)))
-    if draw(st.integers(0, 4)) == 0:
-        name = "sum"
-    own, shape = draw(metrics), draw(st.integers(0, 14))
+    if draw(st.booleans()):
+        name = draw(st.sampled_from(["sum", "mean", "first only", "second order", "double"]))
+    own, shape = (
+        draw(mostly(st.just({"mine": 1.5}), metrics, 1)),
+        draw(st.sampled_from([None] * 9 + ["bare", "list", "three"])),
+    )
 
     def loss_fn(data: Any, logprobs: Any) -> Any:
         loss = SUMS[name](data, logprobs)
-        if shape == 0:
+        if shape == "bare":
             return loss
-        if shape == 1:
+        if shape == "list":
             return [loss, own]
-        if shape == 2:
+        if shape == "three":
             return loss, own, 1
         return loss, own
 
     loss_fn.__name__ = f"loss of {name}"
-    return (lambda: None) if shape == 3 else loss_fn
+    return (lambda: None) if draw(rare(30)) else loss_fn
 
 
 # ---- rows of datasets ------------------------------------------------------------------------
@@ -355,7 +365,7 @@ json_values = st.recursive(
     ),
     max_leaves=5,
 )
-words = st.one_of(st.sampled_from(["2 + 3 =", " 5", "good", "a b"]), nasty_text)
+words = mostly(st.sampled_from(["2 + 3 =", " 5", "good", "a b"]), nasty_text, 15)
 
 
 @st.composite
@@ -364,43 +374,42 @@ def messages(draw: Any, last: str) -> Any:
     roles = draw(st.sampled_from([[], ["system"], ["user", "assistant"]]))
     roles = [*roles, "user", "assistant"] if last == "both" else [*roles, last]
     found: list[Any] = [{"role": role, "content": draw(words)} for role in roles]
-    spoilt = draw(st.integers(0, 3))
-    if spoilt == 0:
+    if draw(rare(9)):
         entry = draw(st.sampled_from(found))
         keys = st.sampled_from(["role", "content", "weight", "tool_calls", "x"])
         entry[draw(keys)] = draw(st.one_of(json_values, st.sampled_from(["tool", "user", 1, 0])))
-    elif spoilt == 1 and draw(st.booleans()):
+    elif draw(rare(19)):
         found.insert(draw(st.integers(0, len(found))), draw(json_values))
     return found
 
 
 def text_or(last: str, chats: bool) -> st.SearchStrategy[Any]:
-    good = messages("both" if last == "both" else last) if chats else words
-    return mostly(good, json_values, 5)
+    good = messages(last) if chats else words
+    return mostly(good, json_values, 15)
 
 
 @st.composite
-def rows(draw: Any, recipe: str) -> dict[str, Any]:
+def rows(draw: Any, recipe: str, chats: bool = True) -> dict[str, Any]:
     """A row as the recipe wants it, or nearly so."""
-    chats = draw(st.booleans())
     user, answer = text_or("user", chats), text_or("assistant", chats)
-    if recipe == "sft" and draw(st.booleans()):
-        row = {"messages": draw(mostly(messages("both"), json_values, 5))}
+    if recipe == "sft" and chats and draw(st.booleans()):
+        row = {"messages": draw(text_or("both", True))}
     elif recipe == "sft":
         row = {"prompt": draw(user), "completion": draw(answer)}
     elif recipe in ("dpo", "bradley_terry"):
         row = {"prompt": draw(user), "chosen": draw(answer), "rejected": draw(answer)}
     elif recipe == "grpo":
         row = {"prompt": draw(user), "answer": draw(mostly(words, json_values))}
-    elif draw(st.booleans()):
+    elif chats:
         labels = st.sampled_from([" good", "good", " fair"])
         row = {"question": draw(words), "answer": draw(mostly(labels, json_values))}
     else:
-        shares = st.sampled_from([[0, 0, 1, 0, 0], [0.2] * 5, [1e308] * 5, "01000", [10**400] * 5])
-        row = {"text": draw(words), "label_probs": draw(mostly(shares, json_values))}
-    if draw(st.integers(0, 9)) == 0:
+        shares = st.sampled_from([[0, 0, 1, 0, 0], [0.2] * 5, [0.5, 0.25, 0.25, 0, 0]])
+        wrong = st.one_of(json_values, st.sampled_from([[1e308] * 5, "01000", [10**400] * 5]))
+        row = {"text": draw(words), "label_probs": draw(mostly(shares, wrong, 7))}
+    if draw(rare(19)):
         row.pop(draw(st.sampled_from(sorted(row))))
-    if draw(st.integers(0, 9)) == 0:
+    if draw(rare(19)):
         row[draw(nasty_text)] = draw(json_values)
     return row
 
@@ -408,7 +417,8 @@ def rows(draw: Any, recipe: str) -> dict[str, Any]:
 @st.composite
 def files(draw: Any, recipe: str) -> tuple[str, bytes]:
     """(suffix, bytes) of a dataset file: whole, or damaged."""
-    held = draw(st.lists(rows(recipe), min_size=1, max_size=4))
+    chats = draw(st.booleans())
+    held = draw(st.lists(rows(recipe, chats), min_size=2, max_size=5))
     suffix = draw(st.sampled_from([".jsonl", ".jsonl", ".jsonl", ".json", ".csv", ".parquet"]))
     if suffix == ".csv":
         columns = list(held[0]) or ["prompt"]
@@ -418,13 +428,13 @@ def files(draw: Any, recipe: str) -> tuple[str, bytes]:
         text = json.dumps(held)
     else:
         lines = [json.dumps(row) for row in held]
-        if draw(st.integers(0, 5)) == 0:
+        if draw(rare(9)):
             odd = ["[", "9", "NaN", '"a"', "{", "{}", "[]", "null", '{"a":1}}']
             times = draw(st.sampled_from([1, 5_000, 100_000]))
             lines.insert(draw(st.integers(0, len(lines))), draw(st.sampled_from(odd)) * times)
         text = "\n".join(lines)
     body = text.encode("utf-8", "surrogatepass")
-    if draw(st.integers(0, 5)) == 0:
+    if draw(rare(9)):
         at = draw(st.integers(0, len(body)))
         body = body[:at] + draw(st.binary(max_size=3)) + body[at + draw(st.integers(0, 4)) :]
     return suffix, body

@@ -223,13 +223,15 @@ def test_builders_of_datums(tokens, other, max_length, reduction, extra, flag):
 @cases(
     80,
     datums=st.lists(fuzz.good_datums(), max_size=3),
-    weights=st.one_of(junk, fuzz.lengths.flatmap(lambda n: fuzz.arrays(n, fuzz.floats))),
-    mode=mostly(st.sampled_from(["strict", "min_length"])),
-    n=fuzz.lengths,
+    pair=fuzz.lengths.flatmap(
+        lambda n: st.tuples(st.just(n), mostly(fuzz.arrays(n, fuzz.floats), junk))
+    ),
+    mode=mostly(st.sampled_from(["strict", "min_length"]), odds=8),
     flag=st.booleans(),
     key=st.one_of(st.sampled_from(["weights", "advantages", "nothing"]), nasty_text),
 )
-def test_alignment(datums, weights, mode, n, flag, key):
+def test_alignment(datums, pair, mode, flag, key):
+    n, weights = pair
     options = {"mode": mode, "allow_dropped_weights": flag}
     for logprobs in (-torch.ones(n), -torch.ones(n, 2)):
         logprobs.requires_grad_(True)
@@ -394,7 +396,7 @@ def test_sampling(live, prompt, make, num_samples, values, params, options):
     60,
     values=st.dictionaries(
         st.sampled_from(["rank", "seed", "train_mlp", "train_attn", "train_unembed", "optimizer"]),
-        mostly(st.integers(1, 8), st.one_of(numbers, scalars, junk), 1),
+        mostly(st.integers(1, 8), st.one_of(numbers, scalars, junk), 2),
         min_size=1,
         max_size=2,
     ),
@@ -514,7 +516,9 @@ def check_built(built: Any) -> None:
 
 
 recipe_rows = st.sampled_from(sorted(COLUMNS)).flatmap(
-    lambda name: st.tuples(st.just(name), st.lists(fuzz.rows(name), min_size=1, max_size=3))
+    lambda name: st.booleans().flatmap(
+        lambda chats: st.tuples(st.just(name), st.lists(fuzz.rows(name, chats), max_size=3))
+    )
 )
 recipe_files = st.sampled_from(sorted(COLUMNS)).flatmap(
     lambda name: st.tuples(st.just(name), fuzz.files(name))
