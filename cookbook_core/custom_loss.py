@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
+import numpy as np
+
 from cookbook_core.errors import (
     ConfigError,
     CookbookError,
@@ -228,7 +230,8 @@ def _check_returned(where: str, returned: Any) -> tuple[torch.Tensor, dict[str, 
 
 def _number(where: str, key: Any, value: Any) -> float:
     try:
-        if not isinstance(value, (str, bytes)):
+        complex_one = isinstance(value, (np.generic, np.ndarray)) and value.dtype.kind == "c"
+        if not isinstance(value, (str, bytes)) and not complex_one:
             return float(value.detach() if hasattr(value, "detach") else value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass

@@ -278,7 +278,7 @@ BUILTIN = ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
 
 
 @cases(
-    130,
+    110,
     makes=st.lists(fuzz.datums(), max_size=3),
     method=st.sampled_from(METHODS),
     loss=st.sampled_from(BUILTIN),
@@ -325,7 +325,7 @@ def test_builtin_losses(live, datums, loss, config, method):
 
 
 @cases(
-    150,
+    120,
     datums=st.lists(fuzz.good_datums(), min_size=1, max_size=4),
     loss=fuzz.losses(),
     form=mostly(st.sampled_from([None, "logprobs", "vocab_logprobs"]), odds=12),
@@ -410,7 +410,7 @@ def test_making_clients(live, values, model):
         assert np.isfinite(made.forward([good_datum()], "cross_entropy").result(60).loss)
 
 
-@cases(60, name=st.one_of(nasty_text, junk), more=st.one_of(st.none(), junk), again=st.booleans())
+@cases(40, name=st.one_of(nasty_text, junk), more=st.one_of(st.none(), junk), again=st.booleans())
 def test_names_and_paths(live, name, more, again):
     client, service = live.client, live.service
     saved = call(live, lambda: client.save_state(name, overwrite=again), changes=True)
