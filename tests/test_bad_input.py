@@ -77,6 +77,27 @@ def untouched(client: Any, act: Any, error: type[CookbookError], match: str) -> 
 
 
 BAD_DATA = {
+    "truth values for ids": (
+        lambda: [
+            tinker.Datum(
+                tinker.ModelInput([tinker.EncodedTextChunk([True, False])]),
+                {"target_tokens": [6, 7]},
+            )
+        ],
+        r"data\[0\].model_input\[0\]: not a token id.*got True",
+    ),
+    "fractional TensorData for targets": (
+        lambda: [datum(target_tokens=tinker.TensorData([1.5, 2.0, 3.0], "float32"))],
+        r'\["target_tokens"\]: not whole numbers',
+    ),
+    "a weight beyond float32": (
+        lambda: [datum(weights=[0.0, 1e39, 1.0])],
+        r'\["weights"\]: out of range. Expected what float32 can hold, got 1e\+39',
+    ),
+    "inputs that have no name": (
+        lambda: [tinker.Datum(datum().model_input, {3: [1.0]})],
+        r"Datum.loss_fn_inputs: wrong type.*str, got int 3",
+    ),
     "tokens that are not ids": (
         lambda: [
             tinker.Datum(
@@ -290,6 +311,43 @@ def test_optim_step_with_nothing_accumulated(client):
         RequestError,
         "no gradient has been accumulated",
     )
+
+
+def test_a_step_that_leaves_the_range_of_floats_changes_nothing(service, model_folder):
+    """eps=0 divides 0 by 0 where lora_B is still 0; a learning rate of 1e300 overflows."""
+    client = service.create_lora_training_client(model_folder("qwen3"), rank=4, seed=0).result()
+    client.forward_backward([datum()], "cross_entropy").result()
+    for wrong in ({"eps": 0.0}, {"learning_rate": 1e300}):
+        before = state_of(client)
+        with pytest.raises(RequestError, match="leaves the range of the weights"):
+            client.optim_step(tinker.AdamParams(**wrong)).result()
+        assert_same(before, state_of(client))
+    client.optim_step(tinker.AdamParams()).result()
+
+
+def test_gradients_whose_sum_overflows_are_not_added(client):
+    norm = client.optim_step(tinker.AdamParams(learning_rate=0.0)).result().metrics["grad_norm"]
+    huge = datum(weights=[0.0, *[1.2e19 / norm] * 2])  # squares of float32 end at 1.8e19
+    client.forward_backward([huge], "cross_entropy").result()
+    before = state_of(client)
+    with pytest.raises(RequestError, match=r"gradient of the parameters is not finite.*norm inf"):
+        client.forward_backward([huge], "cross_entropy").result()
+    assert_same(before, state_of(client))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "says"),
+    [
+        ("rank", 10**9, r"rank: out of range.*1 to 100.*got 1000000000"),
+        ("rank", True, r"rank: out of range.*got True"),
+        ("seed", 2**64, r"seed: out of range.*got 18446744073709551616"),
+        ("train_mlp", None, r"train_mlp: wrong type.*got None"),
+        ("user_metadata", [1], r"user_metadata: wrong type.*got list"),
+    ],
+)
+def test_adapters_that_cannot_be_made(service, model_folder, name, wrong, says):
+    with pytest.raises(CookbookError, match=says):
+        service.create_lora_training_client(model_folder("qwen3"), **{name: wrong}).result()
 
 
 def test_nothing_trainable_is_refused(service, model_folder):
