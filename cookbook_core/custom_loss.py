@@ -18,8 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
-import numpy as np
-
 from cookbook_core.errors import (
     ConfigError,
     CookbookError,
@@ -230,8 +228,8 @@ def _check_returned(where: str, returned: Any) -> tuple[torch.Tensor, dict[str, 
 
 def _number(where: str, key: Any, value: Any) -> float:
     try:
-        complex_one = isinstance(value, (np.generic, np.ndarray)) and value.dtype.kind == "c"
-        if not isinstance(value, (str, bytes)) and not complex_one:
+        kind = getattr(getattr(value, "dtype", None), "kind", "")  # "c": float() halves a complex
+        if not isinstance(value, (str, bytes)) and kind != "c":
             return float(value.detach() if hasattr(value, "detach") else value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass

@@ -100,7 +100,7 @@ def check_positive(config: Any, *names: str) -> None:
 def check_types(config: Any) -> None:
     """Raise ConfigError for the first field whose value does not fit its annotation."""
     for name, hint in get_type_hints(type(config)).items():
-        check(config, name, _fits(getattr(config, name), hint), f"a value of type {hint}")
+        check(config, name, _fits(getattr(config, name), hint), f"{hint}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

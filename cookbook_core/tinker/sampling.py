@@ -45,13 +45,13 @@ class SamplingClient:
         Raises:
             ConfigError, DatumError: at once, before anything is queued.
         """
-        for name, value in {
-            "topk_sample_logprobs": topk_sample_logprobs,
-            "target_prompt_logprobs": target_prompt_logprobs,
-            "prompt_alt_tokens_k": prompt_alt_tokens_k,
-            "prompt_logprobs_last_n": prompt_logprobs_last_n,
-        }.items():
-            if value is not None and value is not False and not (type(value) is int and value == 0):
+        for name, value, default in (
+            ("topk_sample_logprobs", topk_sample_logprobs, 0),
+            ("target_prompt_logprobs", target_prompt_logprobs, None),
+            ("prompt_alt_tokens_k", prompt_alt_tokens_k, 0),
+            ("prompt_logprobs_last_n", prompt_logprobs_last_n, None),
+        ):
+            if type(value) is not type(default) or value != default:
                 raise ConfigError(
                     message(name, "not offered by this backend", "its default", repr(value))
                 )

@@ -113,18 +113,16 @@ class Adapter:
             p.grad = None
         moved = [p.detach() - b for p, b in zip(self.params, before, strict=True)]
         update_norm = torch.stack([change.norm() for change in moved]).norm()
-        state = optimizer.state_dict()
-        held = [t for each in state["state"].values() for t in each.values()]
-        if not all(torch.isfinite(t).all() for t in (update_norm, *held)):
+        if not torch.isfinite(update_norm):
             for p, b in zip(self.params, before, strict=True):
                 p.data.copy_(b)
-            optimizer.load_state_dict({**state, "state": moments})
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
             raise RequestError(
                 message(
                     "optim_step",
                     "the step leaves the range of the weights",
-                    "finite weights and moments",
-                    f"an update of norm {float(update_norm)} with {adam}",
+                    "a finite update",
+                    f"one of norm {float(update_norm)} with {adam}",
                     "Nothing was stepped. Lower learning_rate, raise eps, or clip the gradient.",
                 )
             )
