@@ -25,6 +25,7 @@ from cookbook_core.errors import (
     ConfigError,
     DataError,
     check_choice,
+    check_text,
     message,
     nearest,
     raise_all,
@@ -76,8 +77,7 @@ def train_test(
     """
     if not isinstance(test_rows, int) or test_rows < 1:
         raise ConfigError(message("test_rows", "no number of rows", "an integer >= 1", test_rows))
-    if not isinstance(seed, (int, str)):
-        raise ConfigError(message("seed", "wrong type", "an integer", f"{seed!r:.80}"))
+    _check_seed(seed)
     splits = _open_splits(dataset)
     train = _select(dataset, splits, "train", columns)
     if "test" in splits:
@@ -112,6 +112,7 @@ def batch_indices(num_rows: int, batch_size: int, step: int, seed: int) -> list[
     for name, value in {"num_rows": num_rows, "batch_size": batch_size, "step": step}.items():
         if not isinstance(value, int):
             raise ConfigError(message(name, "wrong type", "an integer", f"{value!r:.80}"))
+    _check_seed(seed)
     if not 1 <= batch_size <= num_rows:
         mend = "Lower batch_size or give more rows."
         raise ConfigError(
@@ -121,6 +122,11 @@ def batch_indices(num_rows: int, batch_size: int, step: int, seed: int) -> list[
         )
     places = range(step * batch_size, (step + 1) * batch_size)
     return [_epoch_order(num_rows, place // num_rows, seed)[place % num_rows] for place in places]
+
+
+def _check_seed(seed: object) -> None:
+    if not isinstance(seed, int):
+        check_text(ConfigError, "seed", seed)
 
 
 @functools.lru_cache(maxsize=4)
