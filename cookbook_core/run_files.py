@@ -27,7 +27,7 @@ from cookbook_core import manifest
 from cookbook_core.errors import CheckpointError, ConfigError, DataError, message
 
 Record = dict[str, Any]
-"""progress.json: {"checkpoints": [{"step", "path", "random"}], "best": {"step", "value"} or None,
+"""progress.json: {"checkpoints": [{"step", "path"}], "best": {"step", "value"} or None,
 "values": {name: JSON}, "finished": bool}"""
 
 
@@ -194,8 +194,13 @@ def sweep(path: Path, record: Record) -> None:
             shutil.rmtree(found, ignore_errors=True)
 
 
-def random_state() -> dict[str, Any]:
-    """Where Python's, numpy's and torch's random numbers stand, as JSON."""
+def random_file(path: Path, step: int) -> Path:
+    """Where the random numbers stood when a checkpoint was saved."""
+    return path / "checkpoints" / f"random-{step:06d}.json"
+
+
+def keep_random_state(path: Path, step: int) -> None:
+    """Write down where Python's, numpy's and torch's random numbers stand."""
     import numpy as np
     import torch
 
@@ -208,23 +213,30 @@ def random_state() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         found["cuda"] = [bytes(s.numpy()).hex() for s in torch.cuda.get_rng_state_all()]
-    return found
+    write_atomically(random_file(path, step), json.dumps(found) + "\n")
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Go on with the random numbers of `random_state`."""
+def restore_random_state(path: Path, step: int) -> None:
+    """Go on with the random numbers of `keep_random_state`."""
     import numpy as np
     import torch
 
     def as_tensor(text: str) -> torch.Tensor:
         return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
-    version, words, spare = state["python"]
-    random.setstate((version, tuple(words), spare))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(as_tensor(state["torch"]))
-    if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
-        torch.cuda.set_rng_state_all([as_tensor(text) for text in state["cuda"]])
+    file = random_file(path, step)
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        version, words, spare = state["python"]
+        random.setstate((version, tuple(words), spare))
+        np.random.set_state(tuple(state["numpy"]))
+        torch.set_rng_state(as_tensor(state["torch"]))
+        if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
+            torch.cuda.set_rng_state_all([as_tensor(text) for text in state["cuda"]])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            message(str(file), "damaged or missing", "random states", error)
+        ) from error
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ interrupted, in whatever way, goes on when the same command is given again.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import shutil
@@ -24,103 +23,29 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cookbook_core import run_files
-from cookbook_core.errors import ConfigError, LossError, is_finite, message, nearest
+from cookbook_core.errors import LossError, message
+from cookbook_core.flags import Saving, check, check_positive, check_types, parse_config
 from cookbook_core.plots import Panel, draw_panels
 from cookbook_core.run_files import as_code, markdown_table, read_metrics, write_atomically
 
 if TYPE_CHECKING:
     from cookbook_core.tinker import TrainingClient
 
-__all__ = ["Panel", "Run", "Saving", "check", "check_positive", "parse_config", "read_metrics"]
+__all__ = [
+    "Panel",
+    "Run",
+    "Saving",
+    "check",
+    "check_positive",
+    "check_types",
+    "parse_config",
+    "read_metrics",
+]
 
-ConfigT = TypeVar("ConfigT")
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Saving:
-    """Flags that every recipe has besides those of its Config."""
-
-    save_every: int = 20
-    """Steps between checkpoints; an interrupted run repeats at most so many."""
-    keep_last: int = 2
-    """Newest checkpoints to keep; the best one stays besides."""
-    fresh: bool = False
-    """Start over, rather than go on with an interrupted run of the same parameters."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "save_every", "keep_last")
-
-
-def parse_config(
-    config_class: type[ConfigT], argv: Sequence[str] | None = None
-) -> tuple[ConfigT, Saving]:
-    """Build a recipe's config from command line flags; print help or the mistake, and exit.
-
-    Args:
-        config_class: a dataclass; each field is a flag (`--num_steps 30`, booleans `--flag` and
-            `--no_flag`), explained by the string under it. The docstring of the module it stands
-            in is the program's description.
-        argv: the flags; None takes the command line's.
-    Returns:
-        config, and the flags of `Saving`.
-    Raises:
-        SystemExit: 0 after --help; 2 after an unknown flag (the nearest known is named) or a value
-            that does not fit the field's type or that the config itself refuses.
-    """
-    import tyro
-
-    parts = {"config": config_class, "saving": Saving}
-    fields = [(name, tyro.conf.OmitArgPrefixes[part]) for name, part in parts.items()]
-    flags, unknown = tyro.cli(
-        dataclasses.make_dataclass("Flags", fields),
-        args=list(sys.argv[1:] if argv is None else argv),
-        description=sys.modules[config_class.__module__].__doc__ or "",
-        use_underscores=True,
-        return_unknown_args=True,
-    )
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        known = [f.name for part in parts.values() for f in dataclasses.fields(cast(Any, part))]
-        name = flag.lstrip("-").replace("-", "_")
-        print(f"{flag}: no such flag. {nearest(name, known)}", file=sys.stderr)
-        raise SystemExit(2)
-    return flags.config, flags.saving
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raise ConfigError for the first of these fields that is not a finite number above 0."""
-    for name in names:
-        check(config, name, 0 < getattr(config, name) < math.inf, "> 0")
-
-
-def check_types(config: Any) -> None:
-    """Raise ConfigError for the first field whose value does not fit its annotation."""
-    for name, hint in get_type_hints(type(config)).items():
-        check(config, name, _fits(getattr(config, name), hint), f"{hint}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    kinds = get_args(hint)
-    if get_origin(hint) is Literal:
-        return isinstance(value, str) and value in kinds
-    if get_origin(hint) is tuple:
-        if not isinstance(value, (tuple, list)):
-            return False
-        parts = kinds[:1] * len(value) if Ellipsis in kinds else kinds
-        return len(value) == len(parts) and all(map(_fits, value, parts))
-    if hint in (int, float) and not isinstance(value, bool):
-        return isinstance(value, (int, hint)) and is_finite(value)
-    return isinstance(value, (str, Path) if hint is str else hint)
-
-
-def check(config: Any, name: str, good: bool, rule: str) -> None:
-    """Raise ConfigError that the field's value breaks `rule`, unless it is `good`."""
-    if not good:
-        raise ConfigError(message(f"Config.{name}", "out of range", rule, getattr(config, name)))
 
 
 class Run:
@@ -159,7 +84,6 @@ class Run:
         entry = run_files.newest(self._record)
         self.first_step = entry["step"] if entry else 0
         self.checkpoint = entry["path"] if entry else None
-        self._random = entry["random"] if entry else None
         self._metrics_path = self.path / "metrics.jsonl"
         self._progress, self._best = tuple(progress), best
         self._tables: list[str] = []
@@ -219,8 +143,8 @@ class Run:
             SystemExit: after SIGINT or SIGTERM, once the step is done and saved.
         """
         self._client = client
-        if self._random is not None:
-            run_files.set_random_state(self._random)
+        if self.first_step:
+            run_files.restore_random_state(self.path, self.first_step)
         for step in range(self.first_step, self.num_steps):
             yield step
             done = step + 1
@@ -253,7 +177,8 @@ class Run:
         if self._client is None or any(entry["step"] == step for entry in entries):
             return
         saved = self._client.save_state(f"step-{step:06d}", overwrite=True).result()
-        entries.append({"step": step, "path": saved.path, "random": run_files.random_state()})
+        run_files.keep_random_state(self.path, step)
+        entries.append({"step": step, "path": saved.path})
         entries.sort(key=lambda entry: entry["step"])
         best = (self._record["best"] or {"step": None})["step"]
         kept = [e for e in entries if e in entries[-self._saving.keep_last :] or e["step"] == best]
@@ -261,6 +186,7 @@ class Run:
         self._record["checkpoints"] = kept
         run_files.write_record(self.path, self._record)
         for entry in dropped:
+            run_files.random_file(self.path, entry["step"]).unlink(missing_ok=True)
             path = Path(entry["path"])
             if path.resolve().is_relative_to(self.path.resolve()):
                 shutil.rmtree(path, ignore_errors=True)

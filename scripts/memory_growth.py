@@ -12,7 +12,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from cookbook_core import datum_from_tokens_weights, tinker
+from cookbook_core import tinker
 from cookbook_core.data import batch_indices, load_rows
 from recipes.sft import build_data, sft_loss
 
