@@ -7,7 +7,6 @@ of a list, clients cannot touch each other, and a snapshot is a copy of an adapt
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import warnings
@@ -95,7 +94,7 @@ class Adapter:
                 )
             )
         optimizer = self.ready_optimizer()
-        moments = copy.deepcopy(optimizer.state_dict()["state"])
+        held = {p: {k: x.clone() for k, x in of.items()} for p, of in optimizer.state.items()}
         for group in optimizer.param_groups:
             group.update(
                 lr=adam.learning_rate,
@@ -116,7 +115,8 @@ class Adapter:
         if not torch.isfinite(update_norm):
             for p, b in zip(self.params, before, strict=True):
                 p.data.copy_(b)
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+            optimizer.state.clear()
+            optimizer.state.update(held)
             raise RequestError(
                 message(
                     "optim_step",
