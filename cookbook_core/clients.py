@@ -52,7 +52,10 @@ def start(
 
 
 def frozen_copy(
-    service: ServiceClient, client: TrainingClient, model: str, once: Callable[..., Any]
+    service: ServiceClient,
+    client: TrainingClient,
+    model: str,
+    once: Callable[..., Any] | None = None,
 ) -> TrainingClient:
     """A second client with the first one's weights as they were when the run began.
 
@@ -63,14 +66,15 @@ def frozen_copy(
         service: where both live.
         client: with weights as the run begins; not looked at in a run that goes on.
         model: the base model.
-        once: `Run.once`: the weights are saved under the name "reference" in a new run, and read
-            from there in one that goes on.
+        once: `Run.once`, with which weights saved under the name "reference" in a new run are read
+            from there in one that goes on; None saves them now.
     """
 
     def save() -> str:
         return client.save_state("reference", overwrite=True).result().path
 
-    return service.create_training_client_from_state(once("reference", save), model).result()
+    path = save() if once is None else once("reference", save)
+    return service.create_training_client_from_state(path, model).result()
 
 
 def score(client: TrainingClient, data: Sequence[Datum]) -> list[torch.Tensor]:

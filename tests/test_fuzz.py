@@ -453,7 +453,7 @@ def test_flags(recipe, picks, extra):
     argv = [part for i, v in picks for part in (f"--{fields[i % len(fields)]}", v)]
     ended: list[Any] = []
     try:
-        config = attempt(lambda: runs.parse_config(RECIPES[recipe].Config, [*argv, *extra]))
+        config = attempt(lambda: runs.parse_config(RECIPES[recipe].Config, [*argv, *extra])[0])
     except SystemExit as error:  # the mistake has been printed
         config, ended = REFUSED, [error.code]
     assert ended in ([], [2]) or {"-h", "--help"} & {*argv, *extra}
