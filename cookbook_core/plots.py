@@ -41,42 +41,88 @@ def draw_panels(panels: Sequence[Panel], rows: Sequence[Mapping[str, Any]], path
     Raises:
         ConfigError: another number of panels.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not 2 <= len(panels) <= 4:
         raise ConfigError(message("panels", "cannot be laid out", "2 to 4", len(panels)))
-    shape = (2, 2) if len(panels) == 4 else (1, len(panels))
-    figure = Figure(figsize=(4.4 * shape[1], 3.3 * shape[0]), layout="constrained")
-    FigureCanvasAgg(figure)
-    cast(Any, figure.get_layout_engine()).set(w_pad=0.1, h_pad=0.08)
-    axes = figure.subplots(*shape).flat
+    figure, axes = _figure(len(panels))
+    total = len({row["step"] for row in rows})
     for axis, panel in zip(axes, panels, strict=True):
-        _draw(axis, panel, rows)
+        for i, name in enumerate(panel.metrics):
+            _draw_line(axis, rows, name, i, name, total)
+        if panel.null is not None:
+            label = f"{panel.null_label}: {panel.null:.3g}"
+            style: Any = {"color": "0.35", "linestyle": (0, (4, 3)), "linewidth": 1.2}
+            axis.axhline(panel.null, label=label, **style)
+        _finish(axis, panel.title, panel.ylabel)
+        axis.legend(frameon=False, fontsize="small", loc="best")
     figure.savefig(path, dpi=150)
     return path
 
 
-def _draw(axis: Any, panel: Panel, rows: Sequence[Mapping[str, Any]]) -> None:
+def draw_comparison(
+    metrics: Sequence[str], runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
+) -> Path:
+    """Draw 1-4 metrics, a panel each with a line per run, into a picture; returns its path.
+
+    Args:
+        metrics: names in metrics.jsonl.
+        runs: name in the legend -> rows of the run's metrics.jsonl.
+        path: of a file in a format matplotlib writes.
+    Raises:
+        ConfigError: another number of metrics.
+    """
+    if not 1 <= len(metrics) <= 4:
+        raise ConfigError(message("metrics", "cannot be laid out", "1 to 4", len(metrics)))
+    figure, axes = _figure(len(metrics))
+    for axis, metric in zip(axes, metrics, strict=True):
+        for i, (name, rows) in enumerate(runs.items()):
+            _draw_line(axis, rows, metric, i, name, len({row["step"] for row in rows}))
+        _finish(axis, metric, "")
+    columns = int(12 * figure.get_figwidth() / (6 + max(map(len, runs))))
+    figure.legend(
+        axes[0].get_lines(),
+        list(runs),
+        loc="outside lower center",
+        ncols=max(1, min(columns, len(runs))),
+        frameon=False,
+        fontsize="small",
+    )
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    """An empty figure and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shape = (2, 2) if panels == 4 else (1, panels)
+    figure = Figure(figsize=(4.4 * shape[1], 3.3 * shape[0]), layout="constrained")
+    FigureCanvasAgg(figure)
+    cast(Any, figure.get_layout_engine()).set(w_pad=0.1, h_pad=0.08)
+    return figure, list(figure.subplots(*shape, squeeze=False).flat)
+
+
+def _draw_line(
+    axis: Any, rows: Sequence[Mapping[str, Any]], metric: str, index: int, label: str, total: int
+) -> None:
+    """One metric over the steps; with its points where it was logged at few of `total` steps."""
+    points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+    sparse = len(points) <= 12 or len(points) < total / 3
+    axis.plot(
+        [step for step, _ in points],
+        [value for _, value in points],
+        color=_COLOURS[index % 6],
+        linestyle=("-", "--", ":")[index // 6 % 3],
+        marker=_MARKERS[index % 6] if sparse or index else None,
+        markevery=1 if sparse else max(1, len(points) // 8),
+        label=label if points else f"{label} (not logged)",
+    )
+
+
+def _finish(axis: Any, title: str, ylabel: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    total = len({row["step"] for row in rows})
-    for i, name in enumerate(panel.metrics):
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        sparse = len(points) <= 12 or len(points) < total / 3
-        axis.plot(
-            [step for step, _ in points],
-            [value for _, value in points],
-            color=_COLOURS[i],
-            marker=_MARKERS[i] if sparse or i else None,
-            markevery=1 if sparse else max(1, len(points) // 8),
-            label=name if points else f"{name} (not logged)",
-        )
-    if panel.null is not None:
-        label = f"{panel.null_label}: {panel.null:.3g}"
-        axis.axhline(panel.null, color="0.35", linestyle=(0, (4, 3)), linewidth=1.2, label=label)
-    axis.set(title=panel.title, xlabel="optimizer step", ylabel=panel.ylabel)
+    axis.set(title=title, xlabel="optimizer step", ylabel=ylabel)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize="small", loc="best")
