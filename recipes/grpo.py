@@ -128,7 +128,10 @@ def reward(row: dict, completions: list[str]) -> list[float]:
 
 def bradley_terry_reward(service: tinker.ServiceClient, config: Config) -> Callable:
     """The reward that recipes/bradley_terry.py has learnt, nats."""
-    from recipes.bradley_terry import load_scorer, score_texts
+    try:
+        from recipes.bradley_terry import load_scorer, score_texts
+    except ModuleNotFoundError:  # this file is a copy: the installed package has the recipe
+        from cookbook_core.recipes.bradley_terry import load_scorer, score_texts
 
     scorer, judge = load_scorer(service, config.reward_model, config.model)
     return lambda row, texts: score_texts(scorer, judge, [(row["prompt"], t) for t in texts])
