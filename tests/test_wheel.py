@@ -77,6 +77,18 @@ def test_the_wheel_holds_everything_under_one_name(wheel: Path) -> None:
     assert {name.split("/")[0] for name in held} == {"cookbook_core"}
 
 
+def test_the_wheel_says_what_the_project_files_say(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name.split(".dist-info/")[-1]: name for name in archive.namelist()}
+        metadata = archive.read(names["METADATA"]).decode()
+        license_text = archive.read(names["licenses/LICENSE"]).decode()
+    version = wheel.name.split("-")[1]
+    assert "License-Expression: Apache-2.0\n" in metadata
+    assert license_text == (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
 def test_the_command_and_a_copied_recipe(run: Command) -> None:
     listed = run("-m", "cookbook_core.cli", "list")
     recipes = {p.stem for p in (ROOT / "recipes").glob("*.py")} - {"__init__"}
