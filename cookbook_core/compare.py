@@ -10,8 +10,7 @@ from typing import Any
 
 from cookbook_core.errors import ConfigError, DataError, message, nearest
 from cookbook_core.plots import draw_comparison
-from cookbook_core.runs import _markdown_table as markdown_table
-from cookbook_core.runs import read_metrics
+from cookbook_core.run_files import markdown_table, read_metrics
 
 _HELD_OUT = "test_"
 _FORMATS = (".png", ".svg", ".pdf")

@@ -24,6 +24,8 @@ class Saving:
     """Newest checkpoints to keep; the best one stays besides."""
     fresh: bool = False
     """Start over, rather than go on with an interrupted run of the same parameters."""
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where metrics go besides metrics.jsonl; each needs the extra of its name."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -15,6 +15,7 @@ interrupted, in whatever way, goes on when the same command is given again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -30,6 +31,7 @@ from cookbook_core.errors import LossError, message
 from cookbook_core.flags import Saving, check, check_positive, check_types, parse_config
 from cookbook_core.plots import Panel, draw_panels
 from cookbook_core.run_files import as_code, markdown_table, read_metrics, write_atomically
+from cookbook_core.tracking import Tracker, open_tracker
 
 if TYPE_CHECKING:
     from cookbook_core.tinker import TrainingClient
@@ -98,6 +100,10 @@ class Run:
             run_files.sweep(self.path, self._record)
         else:
             write_atomically(self.path / "config.json", run_files.describe(recipe, config))
+        self._tracker: Tracker | None = None
+        if self._saving.track != "none":
+            told = dataclasses.asdict(config)
+            self._tracker = open_tracker(self._saving.track, self.path.name, told, self.path)
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -126,6 +132,9 @@ class Run:
         self._handlers.clear()
         if self._bar is not None:
             self._bar.close()
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
         self._lock.release()
 
     def _stop(self, number: int, _: FrameType | None) -> None:
@@ -232,6 +241,8 @@ class Run:
                 self._say(f'step {step}: metric "{name}" is {number}; written as null')
         with open(self._metrics_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
+        if self._tracker is not None:
+            self._tracker.log(step, {k: v for k, v in row.items() if k != "step"})
         self._note_best(step, row)
         self._show(step, row)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cookbook_core import tracking
 from cookbook_core.errors import ConfigError, DataError, LossError
 from cookbook_core.runs import Panel, Run, Saving, parse_config, read_metrics
 
@@ -60,7 +61,7 @@ def test_help_shows_each_docstring_default_and_the_recipe(capsys: pytest.Capture
         (["--learning-rat=3"], '--learning-rat: no such flag. Did you mean "learning_rate"?'),
         (
             ["--zzz"],
-            "Known: fresh, keep_last, learning_rate, log_path, num_steps, save_every, shuffle.",
+            "Known: fresh, keep_last, learning_rate, log_path, num_steps, save_every, shuffle, track.",
         ),
         (["--save_every", "0"], "Config.save_every: out of range"),
         (["--num_steps", "many"], "--num_steps"),
@@ -157,6 +158,19 @@ def test_progress_bar_on_a_terminal(
     assert "4/4" in streams.err
     assert "loss=0.125" in streams.err
     assert "step 1/4" not in streams.out
+
+
+def test_metrics_go_to_the_tracker_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[object] = []
+    tracker = tracking.Tracker(
+        lambda step, metrics: sent.append((step, dict(metrics))), lambda: sent.append("closed")
+    )
+    monkeypatch.setattr("cookbook_core.runs.open_tracker", lambda kind, *_: (kind, tracker)[1])
+    with make_run(tmp_path, saving=Saving(track="trackio")) as run:
+        run.log(0, {"loss": 0.5, "kl": math.nan})
+    assert sent == [(0, {"loss": 0.5, "kl": None}), "closed"]
 
 
 # ---- what is kept --------------------------------------------------------------------------
