@@ -56,7 +56,7 @@ def one_pass() -> None:
     axes.text(5.2, 2.4, "One pass", ha="center", fontsize=13, weight="bold")
     axes.text(3.15, 0.4, "exact LoRA gradients", ha="center", fontsize=10, color=ORANGE)
     arrow(axes, (3.15, 1.25), (3.15, 0.65), "", ORANGE, below=True)
-    note = "A service cannot keep your graph: it runs the forward a second time for the same gradient."
+    note = "A service cannot keep your graph: it runs the forward again for the same gradient."
     axes.text(10.3, 0.2, note, ha="right", fontsize=9, color=GREY, style="italic")
     figure.savefig(DOCS / "one_pass.png", dpi=110)
 
