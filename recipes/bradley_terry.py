@@ -177,11 +177,22 @@ def score_texts(client: tinker.TrainingClient, judge: Judge, texts: Sequence[tup
 def load_scorer(
     service: tinker.ServiceClient, path: str, model: str
 ) -> tuple[tinker.TrainingClient, Judge]:
-    """A scorer that this recipe saved at `path`, on base model `model`, for `score_texts`."""
-    asked = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))["user_metadata"]
+    """A scorer that this recipe saved at `path`, on base model `model`, for `score_texts`.
+
+    Raises:
+        CheckpointError: no checkpoint there. ValueError: one that this recipe did not save.
+    """
     client = service.create_training_client_from_state(path, model).result()
-    verdicts = (asked["verdict_good"], asked["verdict_bad"])
-    return client, Judge(client.get_tokenizer(), asked["question"], verdicts)
+    try:
+        held = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
+        asked = held["user_metadata"]
+        verdicts = (asked["verdict_good"], asked["verdict_bad"])
+        return client, Judge(client.get_tokenizer(), asked["question"], verdicts)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not a scorer that recipes/bradley_terry.py saved. Expected its question and "
+            f"verdicts in state.json, got {type(error).__name__}: {error}."
+        ) from error
 
 
 # ---- train ---------------------------------------------------------------------------------------

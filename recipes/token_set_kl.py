@@ -34,6 +34,7 @@ from typing import Literal
 import torch
 
 from cookbook_core import chat, clients, runs, tinker, token_set
+from cookbook_core.alignment import input_tensors
 from cookbook_core.data import batch_indices, train_test
 
 Divergence = Literal["forward", "reverse", "js"]
@@ -120,9 +121,11 @@ def token_set_kl_loss(
         loss: 0-d, nats; mean over datums.
         metrics: divergence (nats; the loss without the mass term), accuracy (of the likeliest
             label; a target's ties are shared), set_mass (what p gives to the whole set).
+    Raises:
+        DatumError: target_probs missing.
     """
     last = torch.stack([lp[-1] for lp in logprobs])  # (D, K)
-    target = torch.stack([d.loss_fn_inputs["target_probs"].to_torch() for d in data]).to(last)
+    target = torch.stack(input_tensors(data, "target_probs")).to(last)
     log_q, log_t = last.log_softmax(dim=-1), target.log()
     if divergence == "forward":
         each = torch.special.xlogy(target, target) - target * log_q

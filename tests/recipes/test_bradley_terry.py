@@ -10,7 +10,7 @@ import torch
 
 from cookbook_core import tinker
 from cookbook_core.custom_loss import differentiate
-from cookbook_core.errors import ConfigError
+from cookbook_core.errors import CheckpointError, ConfigError
 from recipes.bradley_terry import (
     Config,
     Judge,
@@ -116,3 +116,13 @@ def test_learns_and_the_saved_scorer_is_the_scorer(tmp_path):
     alone = [score_texts(scorer, judge, [text])[0] for text in texts]
     assert alone == pytest.approx(scores[0], abs=1e-4)
     assert score_texts(scorer, judge, texts[::-1]) == pytest.approx(scores[0][::-1], abs=1e-4)
+
+
+def test_what_is_no_scorer_is_said_to_be_none(tmp_path):
+    service = tinker.ServiceClient(device="cpu", checkpoint_dir=tmp_path)
+    client = service.create_lora_training_client("tiny", rank=2, train_unembed=False).result()
+    path = client.save_weights_for_sampler("other").result().path
+    with pytest.raises(ValueError, match=r"other: not a scorer .* KeyError: 'verdict_good'"):
+        load_scorer(service, path, "tiny")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        load_scorer(service, str(tmp_path / "nowhere"), "tiny")

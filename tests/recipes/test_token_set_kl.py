@@ -12,7 +12,7 @@ import torch
 
 from cookbook_core import datum_from_token_set, tinker
 from cookbook_core.custom_loss import differentiate
-from cookbook_core.errors import ConfigError, DataError
+from cookbook_core.errors import ConfigError, DataError, DatumError
 from recipes.token_set_kl import Config, build_data, token_set_kl_loss, train
 
 CONFIG = Config(labels=(" yes", " no"))
@@ -153,3 +153,9 @@ def test_learns(tmp_path, divergence):
     assert after["test_set_mass"] > 0.9
     assert (tmp_path / "run" / "plot.png").stat().st_size > 10_000
     assert (tmp_path / "run" / "samples.md").exists()
+
+
+def test_a_missing_target_is_named():
+    datum = tinker.Datum(tinker.ModelInput.from_ints([1]), {"target_tokens": [[1, 2]]})
+    with pytest.raises(DatumError, match=r'data\[0\].loss_fn_inputs\["target_probs"\]: missing'):
+        token_set_kl_loss([datum], [torch.zeros(1, 2)])
