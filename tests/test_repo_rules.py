@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import cookbook_core
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "cookbook_core").rglob("*.py"))
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.py") if p.stem != "__init__")
+NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 SOURCES = [*CORE, *RECIPES, *sorted((ROOT / "scripts").glob("*.py"))]
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "tyro")
 
@@ -128,9 +130,32 @@ def test_recipes(path):
     assert callable(module.train)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_notebooks(path):
+    """In the table, short, run in order, outputs stored without noise, something checked."""
+    table = (ROOT / "tutorials" / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"^\|.*\]\({path.name}\)", table, flags=re.MULTILINE)
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) <= 20
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    checked = [c for c in code if "".join(c["source"]).startswith("# NBVAL_CHECK_OUTPUT")]
+    assert checked
+    assert all(cell["outputs"] for cell in checked)
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    pictures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    assert max(map(len, pictures), default=0) < 80_000  # base64 of 60 kB
+    for before, cell in zip([None, *cells], cells, strict=False):
+        if cell["cell_type"] == "markdown":
+            assert len("".join(cell["source"]).splitlines()) <= 5
+            assert before is None or before["cell_type"] == "code"
+
+
 def test_readme_commands_and_links_exist():
     make = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for document in [*ROOT.glob("*.md"), *(ROOT / "recipes").glob("*.md")]:
+    folders = (ROOT, ROOT / "recipes", ROOT / "tutorials")
+    for document in [path for folder in folders for path in folder.glob("*.md")]:
         text = document.read_text(encoding="utf-8")
         for target in re.findall(r"^\s*make (\w+)", text, flags=re.MULTILINE):
             assert re.search(rf"^{target}:", make, flags=re.MULTILINE), target
