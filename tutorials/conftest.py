@@ -1,0 +1,8 @@
+"""Environment of the notebooks' kernels when pytest runs them."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# on layers this small two threads cost more than they give, many times more on a busy machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")
