@@ -1,8 +1,9 @@
-"""The command `cookbook`: what recipes there are, a copy of one to change, runs side by side.
+"""The command `cookbook`: recipes, a copy of one to change, runs side by side, models to serve.
 
     cookbook list
     cookbook new dpo my_dpo.py
     cookbook compare runs/dpo-1 runs/dpo-2
+    cookbook export runs/dpo-1 --to merged
 
 Recipes are read as text out of the installed package, or out of the checkout it is installed from,
 so a copy always fits the core it will run on. Exit code: 0 done, 1 a file is broken, 2 the command
@@ -20,8 +21,10 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from cookbook_core.errors import ConfigError, CookbookError, message, nearest
+from cookbook_core.export import DTYPES, FORMS, export
 
 
 def find_recipes() -> dict[str, Path]:
@@ -94,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        {"list": _list, "new": _new, "compare": _compare}[arguments.command](arguments)
+        commands = {"list": _list, "new": _new, "compare": _compare, "export": _export}
+        commands[arguments.command](arguments)
     except (CookbookError, OSError) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -126,7 +130,26 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--out", metavar="FILE", type=Path, default=Path("compare.png"), help="default: %(default)s"
     )
+    _add_export(commands)
     return parser
+
+
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser(
+        "export",
+        help="write a trained adapter as a PEFT folder, a merged model, or for llama.cpp",
+        description="Write a run's adapter in a form that other programs read (docs/export.md).",
+    )
+    command.add_argument("run", metavar="RUN", help="a run folder, or a folder with a LoRA in it")
+    command.add_argument("--to", required=True, choices=FORMS)
+    command.add_argument("--out", metavar="FOLDER", help="a new folder; default: RUN/export/FORM")
+    command.add_argument(
+        "--checkpoint", metavar="WHICH", default="final", help="final (default), best, or a step"
+    )
+    command.add_argument("--dtype", choices=DTYPES, help="of merged weights; default: the base's")
+    command.add_argument(
+        "--base_model", metavar="NAME", help="where the base model is now, if it was moved"
+    )
 
 
 def _list(_: argparse.Namespace) -> None:
@@ -160,6 +183,11 @@ def _compare(arguments: argparse.Namespace) -> None:
     metrics = None if arguments.metrics is None else arguments.metrics.split(",")
     print(compare_runs(folders, arguments.out, metrics))
     print(f"picture: {arguments.out}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    options = {k: v for k, v in vars(arguments).items() if k != "command"}
+    print(f"{arguments.to}: {export(**options)}")
 
 
 def _folder(name: str) -> Path:

@@ -49,7 +49,7 @@ def child(recipe: str, steps: int, folder: str, slow: bool) -> None:
     from cookbook_core.tinker import TrainingClient
 
     optim_step, save_file = TrainingClient.optim_step, safetensors.torch.save_file
-    sync, replace = checkpoints._sync, checkpoints._replace
+    sync, replace = checkpoints.sync, checkpoints.put_in_place
 
     def say(word: str) -> None:
         print(word, flush=True)
@@ -71,7 +71,7 @@ def child(recipe: str, steps: int, folder: str, slow: bool) -> None:
     TrainingClient.optim_step = step
     if slow:
         safetensors.torch.save_file = slowed(save_file)
-        checkpoints._sync, checkpoints._replace = slowed(sync), slowed(replace)
+        checkpoints.sync, checkpoints.put_in_place = slowed(sync), slowed(replace)
         run_files.write_record = slowed(run_files.write_record)
     module = importlib.import_module(f"recipes.{recipe}")
     config = module.Config(num_steps=steps, log_path=folder, **CONFIGS[recipe])

@@ -131,8 +131,8 @@ def write(
                 raise CheckpointError(
                     message(str(folder), "already exists", "a new name", got, mend)
                 )
-            _sync(temporary)
-            _replace(temporary, folder)
+            sync(temporary)
+            put_in_place(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # the second where the disk is full
@@ -340,7 +340,7 @@ def _same_files(one: Path, other: Path) -> bool:
     return held is not None and held["files"] == (manifest.read(one) or {})["files"]
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Have the files' bytes on disk before the folder gets its name."""
     for path in folder.iterdir():
         with open(path, "rb+") as file:
@@ -359,7 +359,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _replace(temporary: Path, folder: Path) -> None:
+def put_in_place(temporary: Path, folder: Path) -> None:
     """Give `temporary` its final name; a folder of that name goes only after the new one is in."""
     if not folder.exists():
         temporary.rename(folder)
