@@ -54,8 +54,7 @@ def export(
         The folder.
     Raises:
         ConfigError: no such run or checkpoint, or a target that exists.
-        CheckpointError: it is damaged, on a service, trained on another base model, or the target
-            cannot be written, as on a full disk.
+        CheckpointError: damaged, on a service, of another base model; or a target not writable.
         ModelError: the base model cannot be loaded, or merged into.
     """
     check_choice(ConfigError, "--to", "unknown form", to, FORMS)
