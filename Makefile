@@ -1,9 +1,10 @@
 # make quickstart: set everything up, train the SFT recipe on the bundled model
-# make test:       set everything up, then run exactly what CI runs
+# make test:       set everything up, then run exactly what CI runs, JOBS test files at a time
 # make audit:      known vulnerabilities of the pinned versions (asks the package index)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 
 .PHONY: quickstart test audit clean
 
@@ -14,7 +15,7 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
