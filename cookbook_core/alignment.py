@@ -143,13 +143,13 @@ def check_alignment(
             if value is None:
                 have = ", ".join(datum.loss_fn_inputs) or "nothing"
                 problems.append(message(where, "missing", "an array of this name", have))
-            elif value.shape[:1] != [len(logprobs)]:
+            elif (shape := value.to_numpy().shape)[:1] != (len(logprobs),):
                 problems.append(
                     message(
                         where,
                         "length does not match logprobs",
                         f"{len(logprobs)} (len of logprobs)",
-                        value.shape[0] if value.shape else "a single number",
+                        shape[0] if shape else "a single number",
                     )
                 )
     raise_all(DatumError, problems)

@@ -102,7 +102,7 @@ def logprobs_from_output(
     problems, logprobs = [], []
     for i, (out, datum) in enumerate(zip(output.loss_fn_outputs, data, strict=True)):
         found = out.get("logprobs")
-        expected = datum.loss_fn_inputs["target_tokens"].shape
+        expected = datum.loss_fn_inputs["target_tokens"].to_numpy().shape
         if found is None or list(found.shape) != list(expected):
             got = "nothing" if found is None else tuple(found.shape)
             where = f'output[{i}]["logprobs"]'

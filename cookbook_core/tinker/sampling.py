@@ -6,7 +6,9 @@ from typing import Any
 
 from cookbook_core.backend.interface import SamplingBackend
 from cookbook_core.errors import ConfigError, message
+from cookbook_core.tinker.foreign import own_params
 from cookbook_core.tinker.futures import APIFuture
+from cookbook_core.tinker.model_input import own_input
 from cookbook_core.tinker.types import ModelInput, SampleResponse, SamplingParams, TensorData
 
 
@@ -55,9 +57,10 @@ class SamplingClient:
                 raise ConfigError(
                     message(name, "not offered by this backend", "its default", repr(value))
                 )
+        prompt, params = own_input(prompt), own_params(SamplingParams, sampling_params)
         return APIFuture(
             self._backend.sample(
-                prompt, num_samples, sampling_params, include_prompt_logprobs, topk_prompt_logprobs
+                prompt, num_samples, params, include_prompt_logprobs, topk_prompt_logprobs
             ),
             "sample",
         )
@@ -79,7 +82,7 @@ class SamplingClient:
                     prompt_logprobs_last_n,
                 )
             )
-        return APIFuture(self._backend.compute_logprobs(prompt), "compute_logprobs")
+        return APIFuture(self._backend.compute_logprobs(own_input(prompt)), "compute_logprobs")
 
     def get_tokenizer(self) -> Any:
         """The base model's Hugging Face tokenizer."""

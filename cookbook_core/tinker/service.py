@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
 from cookbook_core.backend.interface import Backend
 from cookbook_core.errors import CheckpointError, ConfigError, message
 from cookbook_core.paths import usable_path
-from cookbook_core.tinker.futures import ClientFuture, mapped
+from cookbook_core.tinker.foreign import check_optimizer
+from cookbook_core.tinker.futures import APIFuture, ClientFuture, mapped
 from cookbook_core.tinker.sampling import SamplingClient
 from cookbook_core.tinker.training import TrainingClient
 from cookbook_core.tinker.types import (
@@ -88,10 +90,7 @@ class ServiceClient:
         Raises:
             ModelError, ConfigError: from the future.
         """
-        if optimizer is not None and not isinstance(optimizer, AdamOptimizerConfig):
-            raise ConfigError(
-                message("optimizer", "not offered here", "AdamOptimizerConfig or None", optimizer)
-            )
+        check_optimizer(optimizer)
         lora = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
         created = self._backend(base_model).create_training(lora, user_metadata)
         return ClientFuture(mapped(created, TrainingClient), "create_lora_training_client")
@@ -111,7 +110,8 @@ class ServiceClient:
                 wrote for a LoRA on this base model.
             base_model: None takes the base model the folder names.
         """
-        del user_metadata, weights_access_token, optimizer
+        del user_metadata, weights_access_token
+        check_optimizer(optimizer)
         return self._restore(path, base_model, with_optimizer=False)
 
     def create_training_client_from_state_with_optimizer(
@@ -150,12 +150,33 @@ class ServiceClient:
         self,
         status: Literal["success", "errored", "interrupted"] = "success",
         detail: str | None = None,
-    ) -> None:
-        """Finish what is queued and let go of the models."""
+    ) -> APIFuture[None]:
+        """Finish what is queued and let go of the models; done when it returns.
+
+        `with ServiceClient() as service:` does so at the end of the block.
+        """
         del status, detail
         for backend in self._backends.values():
             backend.worker.close()
         self._backends.clear()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return APIFuture(done, "close")
+
+    def __enter__(self) -> ServiceClient:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def create_rest_client(self) -> Any:
+        """Refused: no service, so none of its records of runs and checkpoints.
+
+        Raises:
+            ConfigError: always; a ValueError, which callers of the SDK's are prepared for.
+        """
+        what, rule = "there is no service to ask", "a folder of checkpoints, read as files"
+        raise ConfigError(message("create_rest_client", what, rule, "a call"))
 
     # ---- async names: each awaits to the client itself -------------------------------------------
 

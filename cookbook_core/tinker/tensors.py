@@ -127,9 +127,9 @@ def to_array(where: str, value: Any, dtype: np.dtype[Any] | None) -> np.ndarray:
 
 
 def _as_numbers(value: Any) -> Any:
-    """Tensors of any device, and TensorData, as numpy; everything else as it is."""
-    if isinstance(value, TensorData):
-        return value.to_numpy()
+    """Tensors of any device, and TensorData (ours or the SDK's), as numpy; the rest as it is."""
+    if callable(to_numpy := getattr(value, "to_numpy", None)):
+        return to_numpy()
     detach = getattr(value, "detach", None)
     if detach is None:
         return value

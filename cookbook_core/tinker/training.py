@@ -12,6 +12,7 @@ from cookbook_core.builtin_losses import builtin_loss, needed_inputs
 from cookbook_core.custom_loss import LossFn, LossTypeInput, check_loss
 from cookbook_core.datums import check_data, score_where_weighted
 from cookbook_core.errors import ConfigError, check_choice, message
+from cookbook_core.tinker.foreign import loss_on, own_data, own_params
 from cookbook_core.tinker.futures import APIFuture, ClientFuture, Outcome, mapped
 from cookbook_core.tinker.sampling import SamplingClient
 from cookbook_core.tinker.types import (
@@ -61,8 +62,8 @@ class TrainingClient:
             DatumError, ConfigError: at once, before anything is queued.
         """
         loss = builtin_loss(loss_fn, loss_fn_config)
-        self._check(data, needed_inputs(loss_fn))
-        return self._future("forward", self._backend.forward(list(data), loss))
+        own = self._own(data, needed_inputs(loss_fn))
+        return self._future("forward", self._backend.forward(list(own), loss))
 
     def forward_backward(
         self, data: list[Datum], loss_fn: str, loss_fn_config: LossConfig = None
@@ -72,8 +73,7 @@ class TrainingClient:
         Positions whose weights are 0 are not computed: their logprobs come back as 0.0.
         """
         loss = builtin_loss(loss_fn, loss_fn_config)
-        self._check(data, needed_inputs(loss_fn))
-        weighted = [score_where_weighted(datum) for datum in data]
+        weighted = [score_where_weighted(d) for d in self._own(data, needed_inputs(loss_fn))]
         return self._gradient("forward_backward", self._backend.forward_backward(weighted, loss))
 
     def forward_backward_custom(
@@ -91,7 +91,8 @@ class TrainingClient:
                 their logprobs read 0.0.
             loss_fn: `loss_fn(data, logprobs_list) -> (loss, metrics)`; logprobs_list[i] has the
                 shape of data[i]'s target_tokens, in nats, on the CPU. It may mix datums freely.
-                It runs exactly once, in this request's place in the queue.
+                It runs exactly once, in this request's place in the queue, and `data` holds the
+                very objects given here, the SDK's own datums included.
             loss_type_input: what the loss gets. "vocab_logprobs": logprobs_list[i] acts as a
                 tensor `(N, V)`, log p of every token at each position; rows are computed when
                 indexed (`[t][ids]` costs one), and no target_tokens are needed. None: "logprobs".
@@ -103,9 +104,11 @@ class TrainingClient:
             returned something without a finite gradient; nothing is accumulated then.
         """
         form = check_loss(loss_fn, loss_type_input)
-        self._check(data, ("target_tokens",) if form == "logprobs" else ())
+        own = self._own(data, ("target_tokens",) if form == "logprobs" else ())
+        if own is not data:
+            loss_fn = loss_on(data, loss_fn)
         return self._gradient(
-            "forward_backward_custom", self._backend.forward_backward(list(data), loss_fn, form)
+            "forward_backward_custom", self._backend.forward_backward(list(own), loss_fn, form)
         )
 
     def optim_step(
@@ -123,7 +126,7 @@ class TrainingClient:
         """
         if optim_params is not None and adam_params is not None:
             raise ConfigError(message("optim_step", "given twice", "one AdamParams", "two"))
-        params = optim_params if optim_params is not None else adam_params
+        params = own_params(AdamParams, optim_params if optim_params is not None else adam_params)
         if not isinstance(params, AdamParams):
             raise ConfigError(
                 message("optim_params", "wrong type", "AdamParams", type(params).__name__)
@@ -310,14 +313,12 @@ class TrainingClient:
 
     # ---- within ----------------------------------------------------------------------------------
 
-    def _check(self, data: Sequence[Datum], needs: Sequence[str]) -> None:
-        model = self._backend.info.model_data
-        check_data(
-            data,
-            vocab_size=model.vocab_size or 0,
-            max_context=model.max_context_length,
-            needs=needs,
-        )
+    def _own(self, data: Any, needs: Sequence[str]) -> Sequence[Datum]:
+        """The batch as our own datums, checked."""
+        data, model = own_data(data), self._backend.info.model_data
+        size = model.vocab_size or 0
+        check_data(data, vocab_size=size, max_context=model.max_context_length, needs=needs)
+        return data
 
     def _gradient(self, label: str, future: Future[T]) -> APIFuture[T]:
         wrapped = self._future(label, future)

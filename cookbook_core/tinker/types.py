@@ -16,7 +16,10 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from cookbook_core.errors import ConfigError, DatumError, is_finite, message
+from cookbook_core.errors import ConfigError, is_finite, message
+from cookbook_core.tinker.model_input import EncodedTextChunk as EncodedTextChunk
+from cookbook_core.tinker.model_input import ModelInput, own_input, require_type
+from cookbook_core.tinker.model_input import ModelInputChunk as ModelInputChunk
 from cookbook_core.tinker.tensors import TensorData, to_array
 from cookbook_core.tinker.tensors import TensorDtype as TensorDtype
 
@@ -30,79 +33,6 @@ _FLOAT_KEYS = frozenset({"weights", "advantages", "logprobs"})
 
 
 # ---- inputs -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EncodedTextChunk:
-    """A run of token ids."""
-
-    tokens: Sequence[int]
-    type: Literal["encoded_text"] = "encoded_text"
-
-    def __post_init__(self) -> None:
-        listed = isinstance(self.tokens, (Sequence, np.ndarray)) and (
-            not isinstance(self.tokens, (str, bytes)) and getattr(self.tokens, "ndim", 1) == 1
-        )
-        _require(listed, "EncodedTextChunk.tokens", "a flat list of token ids", self.tokens)
-
-    @property
-    def length(self) -> int:
-        """Number of tokens."""
-        return len(self.tokens)
-
-
-ModelInputChunk: TypeAlias = EncodedTextChunk
-
-
-@dataclass(frozen=True)
-class ModelInput:
-    """What the model reads: chunks of token ids, in order."""
-
-    chunks: Sequence[ModelInputChunk]
-
-    def __post_init__(self) -> None:
-        rule, listed = "a list of EncodedTextChunk", isinstance(self.chunks, (list, tuple))
-        _require(listed, "ModelInput.chunks", rule, self.chunks)
-        for i, chunk in enumerate(self.chunks):
-            known = isinstance(chunk, EncodedTextChunk)
-            _require(known, f"ModelInput.chunks[{i}]", "EncodedTextChunk", chunk)
-
-    @classmethod
-    def from_ints(cls, tokens: Sequence[int]) -> ModelInput:
-        """One chunk of these token ids (a list, numpy array or tensor)."""
-        ids = to_array("ModelInput.tokens", tokens, np.dtype("int64"))
-        if ids.ndim != 1:
-            raise DatumError(
-                message(
-                    "ModelInput.tokens",
-                    "not one sequence",
-                    "a flat list of token ids",
-                    f"shape {list(ids.shape)}",
-                )
-            )
-        return cls(chunks=[EncodedTextChunk(tokens=ids.tolist())])
-
-    def to_ints(self) -> list[int]:
-        """All token ids, in order."""
-        return [token for chunk in self.chunks for token in chunk.tokens]
-
-    @property
-    def length(self) -> int:
-        """Number of tokens."""
-        return sum(chunk.length for chunk in self.chunks)
-
-    @classmethod
-    def empty(cls) -> ModelInput:
-        """No tokens yet."""
-        return cls(chunks=[])
-
-    def append(self, chunk: ModelInputChunk) -> ModelInput:
-        """A new input with `chunk` at the end."""
-        return ModelInput(chunks=[*self.chunks, chunk])
-
-    def append_int(self, token: int) -> ModelInput:
-        """A new input with one more token at the end."""
-        return self.append(EncodedTextChunk(tokens=[token]))
 
 
 LossFnInputs: TypeAlias = dict[str, TensorData]
@@ -127,12 +57,13 @@ class Datum:
     loss_fn_inputs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model_input", own_input(self.model_input))
         known = isinstance(self.model_input, ModelInput)
-        _require(known, "Datum.model_input", "ModelInput", self.model_input)
+        require_type(known, "Datum.model_input", "ModelInput", self.model_input)
         named = isinstance(self.loss_fn_inputs, Mapping)
-        _require(named, "Datum.loss_fn_inputs", "arrays by name", self.loss_fn_inputs)
+        require_type(named, "Datum.loss_fn_inputs", "arrays by name", self.loss_fn_inputs)
         for key in self.loss_fn_inputs:
-            _require(isinstance(key, str), "Datum.loss_fn_inputs", "names that are str", key)
+            require_type(isinstance(key, str), "Datum.loss_fn_inputs", "names that are str", key)
         inputs = {k: _to_tensor_data(k, v) for k, v in self.loss_fn_inputs.items()}
         object.__setattr__(self, "loss_fn_inputs", inputs)
 
@@ -146,13 +77,6 @@ def _to_tensor_data(key: str, value: Any) -> TensorData:
     where = f'Datum.loss_fn_inputs["{key}"]'
     array = to_array(where, value, np.dtype(dtype) if dtype else None)
     return TensorData(array, dtype="float32" if array.dtype.kind == "f" else "int64")
-
-
-def _require(good: bool, where: str, rule: str, value: object) -> None:
-    """Raise DatumError that `value` is of the wrong type, unless it is `good`."""
-    if not good:
-        got = f"{type(value).__name__} {value!r:.80}"
-        raise DatumError(message(where, "wrong type", rule, got))
 
 
 # ---- parameters ---------------------------------------------------------------------------------
@@ -281,12 +205,14 @@ class SampleResponse:
     """The completions of one request, and what was asked about its prompt.
 
     prompt_logprobs: `(len(prompt),)`, None at position 0, which nothing predicts.
+    prompt_cache_hit_tokens: a service bills these less; nothing is billed here.
     topk_prompt_logprobs: per position the k most likely `(token_id, logprob)`, None at position 0.
     """
 
     sequences: Sequence[SampledSequence]
     prompt_logprobs: list[float | None] | None = None
     topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+    prompt_cache_hit_tokens: int = 0
 
 
 @dataclass(frozen=True)
