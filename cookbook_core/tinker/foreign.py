@@ -58,8 +58,9 @@ def own_params(kind: type[P], value: Any) -> P | Any:
     if isinstance(value, kind) or not all(hasattr(value, name) for name in _TELLING[kind]):
         return value
     ours: dict[str, Any] = {f.name: f.default for f in fields(kind)}
-    declared = getattr(value, "model_fields", None) or getattr(value, "__dataclass_fields__", {})
-    for name, given in {**vars(value), **(getattr(value, "model_extra", None) or {})}.items():
+    cls = type(value)
+    declared = getattr(cls, "model_fields", None) or getattr(cls, "__dataclass_fields__", {})
+    for name, given in vars(value).items():
         default = getattr(declared.get(name), "default", None)
         if name not in ours and given != default:
             where = f"{kind.__name__}.{name}"

@@ -1,0 +1,271 @@
+"""Thinking Machines' `tinker-cookbook`, its own helpers and training loops, on this backend.
+
+Skipped where it or the `tinker` SDK is not installed. Its loops make their client themselves, as
+`tinker.ServiceClient(...)`; that one name is set to ours, and nothing else of theirs is touched.
+"""
+
+# ruff: noqa: E402 (what is imported late may not be installed)
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sdk = pytest.importorskip("tinker")
+pytest.importorskip("tinker_cookbook", minversion="0.6")
+
+import chz
+import datasets
+import torch
+from tinker_cookbook import renderers
+from tinker_cookbook.completers import TinkerMessageCompleter, TinkerTokenCompleter
+from tinker_cookbook.preference import train_dpo
+from tinker_cookbook.preference.dpo_datasets import DPODatasetBuilderFromComparisons
+from tinker_cookbook.preference.preference_datasets import ComparisonDatasetBuilder
+from tinker_cookbook.preference.types import Comparison, LabeledComparison
+from tinker_cookbook.supervised import train
+from tinker_cookbook.supervised.common import compute_mean_nll
+from tinker_cookbook.supervised.data import FromConversationFileBuilder, conversation_to_datum
+from tinker_cookbook.supervised.nll_evaluator import NLLEvaluator, SamplerNLLEvaluator
+from tinker_cookbook.supervised.types import ChatDatasetBuilderCommonConfig
+
+from cookbook_core import chat, datum_from_tokens_weights, tinker
+from cookbook_core.clients import add_ref_logprobs
+from recipes.dpo import dpo_loss
+
+ASSETS = Path(tinker.__file__).parents[1] / "assets"
+MODEL = str(ASSETS / "tiny_model")
+RENDERER = "qwen3_instruct"  # the tiny model's chat template, in the cookbook's words
+ROWS = 24
+
+
+def rows_of(name: str, count: int = ROWS) -> list[dict]:
+    lines = (ASSETS / "data" / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[:count]]
+
+
+class SeededServiceClient(tinker.ServiceClient):
+    """Their loops give adapters no seed; with one, a run can be repeated and compared."""
+
+    def create_lora_training_client(self, *args: Any, **options: Any) -> Any:
+        return super().create_lora_training_client(*args, **{"seed": 0, **options})
+
+
+@pytest.fixture
+def on_this_machine(monkeypatch, tmp_path):
+    """Their loops with our client; the loggers they set up are put back afterwards."""
+
+    def connect(**options: Any) -> tinker.ServiceClient:
+        return SeededServiceClient(device="cpu", checkpoint_dir=tmp_path / "checkpoints", **options)
+
+    monkeypatch.setattr(sdk, "ServiceClient", connect)
+    monkeypatch.setattr(train, "fetch_model_pricing", lambda name: None)  # asks a web page
+    root = logging.getLogger()
+    before = root.level, root.handlers[:]
+    yield connect
+    root.level, root.handlers[:] = before
+
+
+@pytest.fixture
+def client(service):
+    made = service.create_lora_training_client("tiny", rank=8, seed=0)
+    return made.result(60)
+
+
+@pytest.fixture
+def renderer(client):
+    return renderers.get_renderer(RENDERER, client.get_tokenizer())
+
+
+def common(batch_size: int) -> ChatDatasetBuilderCommonConfig:
+    return ChatDatasetBuilderCommonConfig(
+        model_name_for_tokenizer=MODEL,
+        renderer_name=RENDERER,
+        max_length=128,
+        batch_size=batch_size,
+    )
+
+
+def config_of(kind: Any, log_path: Path, builder: Any, **options: Any) -> Any:
+    """A configuration of one of their loops."""
+    return kind(
+        log_path=str(log_path),
+        model_name=MODEL,
+        recipe_name="test",
+        renderer_name=RENDERER,
+        dataset_builder=builder,
+        lora_rank=8,
+        **options,
+    )
+
+
+def logged(log_path: Path) -> list[dict[str, Any]]:
+    lines = (log_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+# ---- supervised ---------------------------------------------------------------------------------
+
+
+def test_their_datums_are_ours(client, renderer):
+    """A conversation becomes the same tokens, targets and weights through either library."""
+    for row in rows_of("sft_train.jsonl"):
+        messages = [*row["prompt"], *row["completion"]]
+        theirs = conversation_to_datum(messages, renderer, max_length=128, reduction="none")
+        mine = datum_from_tokens_weights(*chat.render_messages(client.get_tokenizer(), messages))
+        assert len(theirs.model_input.chunks) > 1
+        assert theirs.model_input.to_ints() == mine.model_input.to_ints()
+        for key in ("target_tokens", "weights"):
+            assert theirs.loss_fn_inputs[key].tolist() == mine.loss_fn_inputs[key].tolist()
+
+
+def test_their_nll_is_ours(client, renderer):
+    """From the results of a forward_backward, a forward and a sampling client."""
+    rows = [[*row["prompt"], *row["completion"]] for row in rows_of("sft_train.jsonl", 8)]
+    theirs = [conversation_to_datum(row, renderer, None, reduction="none") for row in rows]
+    weights = [datum.loss_fn_inputs["weights"] for datum in theirs]
+    output = client.forward_backward(theirs, "cross_entropy").result()
+    found = compute_mean_nll([out["logprobs"] for out in output.loss_fn_outputs], weights)
+    tokens = sum(float(w.to_torch().sum()) for w in weights)
+    assert found == pytest.approx(output.loss / tokens, rel=1e-5)
+
+    sampler = client.save_weights_and_get_sampling_client().result()
+    tokenizer = client.get_tokenizer()
+    sampled = asyncio.run(SamplerNLLEvaluator(theirs, tokenizer=tokenizer)(sampler))
+    with pytest.warns(DeprecationWarning, match="NLLEvaluator"):
+        trained = asyncio.run(NLLEvaluator(theirs, tokenizer=tokenizer)(client))
+    assert sampled == pytest.approx(trained, rel=1e-5)
+    assert sampled["test/nll"] == pytest.approx(found, rel=1e-5)
+
+
+def test_their_supervised_loop_learns_and_goes_on(on_this_machine, tmp_path):
+    """`supervised.train.main` as it is: held-out NLL falls, checkpoints are written, and a second
+    call goes on from the last of them. Its first NLL is the one our own forward gives."""
+    file = tmp_path / "rows.jsonl"
+    rows = [[*row["prompt"], *row["completion"]] for row in rows_of("sft_train.jsonl", 56)]
+    lines = [json.dumps({"messages": messages}) for messages in rows]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    builder = FromConversationFileBuilder(
+        common_config=common(8), file_path=str(file), test_size=8, shuffle_seed=0
+    )
+    options = {"learning_rate": 1e-2, "lr_schedule": "constant", "eval_every": 3, "save_every": 4}
+    log = tmp_path / "log"
+    asyncio.run(train.main(config_of(train.Config, log, builder, num_epochs=1, **options)))
+    first = logged(log)
+    assert len(first) == 6
+    assert first[3]["test/nll"] < 0.7 * first[0]["test/nll"]
+    assert first[5]["train_mean_nll"] < 0.5 * first[0]["train_mean_nll"]
+    assert all(row["grad_norm"] > 0 and math.isfinite(row["train_mean_bpb"]) for row in first)
+
+    train_set, _ = builder()
+    train_set.set_epoch(seed=0)
+    batch = train_set.get_batch(0)
+    with on_this_machine() as service:
+        fresh = service.create_lora_training_client(MODEL, rank=8).result(60)
+        loss = fresh.forward(batch, "cross_entropy").result().loss  # their weights: a mean per row
+    assert first[0]["train_mean_nll"] == pytest.approx(loss / len(batch), rel=1e-5)
+
+    asyncio.run(train.main(config_of(train.Config, log, builder, num_epochs=2, **options)))
+    rows_after = logged(log)
+    assert [row["step"] for row in rows_after] == list(range(12))
+    assert rows_after[6]["test/nll"] < first[3]["test/nll"]
+    saved = [json.loads(line) for line in (log / "checkpoints.jsonl").open(encoding="utf-8")]
+    assert all((Path(row["state_path"]) / "adapter_config.json").is_file() for row in saved)
+
+
+def test_their_completers(client, renderer):
+    sampler = client.save_weights_and_get_sampling_client().result()
+    messages = [{"role": "user", "content": "What is 2 + 3?"}]
+    prompt = renderer.build_generation_prompt(messages)
+    complete = TinkerTokenCompleter(sampler, max_tokens=8, context_window=512)
+    found = asyncio.run(complete(prompt, stop=renderer.get_stop_sequences()))
+    assert len(found.tokens) == len(found.maybe_logprobs) > 0
+    assert found.stop_reason in ("stop", "length")
+    say = TinkerMessageCompleter(sampler, renderer, max_tokens=8)
+    assert asyncio.run(say(messages))["role"] == "assistant"
+
+
+# ---- preferences --------------------------------------------------------------------------------
+
+
+@chz.chz
+class BundledPairs(ComparisonDatasetBuilder):
+    def get_train_and_test_datasets(self) -> Any:
+        return datasets.Dataset.from_list(rows_of("dpo_train.jsonl")), None
+
+    def example_to_labeled_comparison(self, example: dict) -> LabeledComparison:
+        pair = Comparison(example["prompt"], example["rejected"], example["chosen"])
+        return LabeledComparison(pair, "B")
+
+
+def test_their_dpo_loop_is_our_dpo(on_this_machine, tmp_path):
+    """`preference.train_dpo.main` as it is: ln 2 at step 0, with a margin of exactly 0, and then,
+    step by step, the losses of our own recipe's loss on the same batches."""
+    builder = DPODatasetBuilderFromComparisons(
+        common_config=common(8), comparison_builder=BundledPairs()
+    )
+    config = config_of(
+        train_dpo.Config,
+        tmp_path / "log",
+        builder,
+        learning_rate=2e-3,
+        dpo_beta=0.5,
+        eval_every=0,
+        infrequent_eval_every=0,
+        save_every=0,
+    )
+    train_dpo.main(config)
+    theirs = logged(tmp_path / "log")
+    assert len(theirs) == 3
+    assert theirs[0]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert theirs[0]["margin"] == 0.0
+    assert all(b["dpo_loss"] < a["dpo_loss"] - 1e-3 for a, b in pairwise(theirs))
+    assert (tmp_path / "checkpoints" / "model-0" / "weights" / "final").is_dir()
+
+    train_set, _ = builder()
+    train_set.set_epoch(seed=0)
+    with on_this_machine() as service:
+        client = service.create_lora_training_client(MODEL, rank=8).result(60)
+        reference = service.create_lora_training_client(MODEL, rank=8).result(60)
+        for i, row in enumerate(theirs):
+            data = add_ref_logprobs(reference, train_set.get_batch(i))
+            result = client.forward_backward_custom(
+                data, lambda data, logprobs: dpo_loss(data, logprobs, beta=0.5)
+            ).result()
+            assert result.loss == pytest.approx(row["dpo_loss"], abs=1e-5)
+            assert result.metrics["reward_margin"] == pytest.approx(row["margin"], abs=1e-5)
+            adam = tinker.AdamParams(learning_rate=row["learning_rate"], eps=config.adam_eps)
+            client.optim_step(adam).result()
+
+
+def test_their_dpo_loss_function(client, renderer):
+    """Its value and our recipe's on the same logprobs."""
+    rows = rows_of("dpo_train.jsonl", 3)
+    data = [
+        conversation_to_datum([*row["prompt"], *row[side]], renderer, None, reduction="none")
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+    torch.manual_seed(0)
+    policy = [torch.randn(d.model_input.length).abs().neg() for d in data]
+    ref = [torch.randn(d.model_input.length).abs().neg() for d in data]
+    weights = [d.loss_fn_inputs["weights"].to_torch() for d in data]
+    sums = [[lp.dot(w) for lp, w in zip(lps, weights, strict=True)] for lps in (policy, ref)]
+    theirs, _ = train_dpo.compute_dpo_loss(
+        sums[0][0::2], sums[0][1::2], sums[1][0::2], sums[1][1::2], dpo_beta=0.3
+    )
+    carrying = [
+        sdk.Datum(
+            model_input=d.model_input,
+            loss_fn_inputs={**d.loss_fn_inputs, "ref_logprobs": sdk.TensorData.from_torch(lp)},
+        )
+        for d, lp in zip(data, ref, strict=True)
+    ]
+    mine, _ = dpo_loss(carrying, policy, beta=0.3)
+    assert float(mine) == pytest.approx(float(theirs), rel=1e-5)
