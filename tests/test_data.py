@@ -99,8 +99,8 @@ def test_hub_names_and_configs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked = []
 
-    def answer(name: str, config: str | None):
-        asked.append((name, config))
+    def answer(name: str, config: str | None, streaming: bool):
+        asked.append((name, config, streaming))
         if name == "no/such":
             raise ConnectionError("offline")
         return {"train": datasets.Dataset.from_list(ROWS)}
@@ -108,7 +108,7 @@ def test_hub_names_and_configs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", answer)
     assert load_rows("owner/name:main", PAIR) == WANTED
     assert load_rows("owner/name", PAIR) == WANTED
-    assert asked == [("owner/name", "main"), ("owner/name", None)]
+    assert asked == [("owner/name", "main", False), ("owner/name", None, False)]
     with pytest.raises(
         DataError, match=r"no/such: .*ConnectionError: offline.*Accepted: tiny/NAME"
     ):
