@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
+import inspect
+import io
+import itertools
 import math
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from cookbook_core.errors import ConfigError, is_finite, message, nearest
+from cookbook_core.errors import (
+    ConfigError,
+    CookbookError,
+    LossError,
+    is_finite,
+    message,
+    nearest,
+)
 
 ConfigT = TypeVar("ConfigT")
 
@@ -50,12 +65,17 @@ def parse_config(
     """
     import tyro
 
-    parts = {"config": config_class, "saving": Saving}
-    fields = [(name, tyro.conf.OmitArgPrefixes[part]) for name, part in parts.items()]
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parts = {"recipe": config_class, "run": Saving}
+    fields = [(name, tyro.conf.OmitArgPrefixes[_shown(part)]) for name, part in parts.items()]
+    program = _program()
+    if {"-h", "--help"} & set(arguments):
+        print(_filled(sys.modules[config_class.__module__].__doc__ or ""), "\n")
     flags, unknown = tyro.cli(
         dataclasses.make_dataclass("Flags", fields),
-        args=list(sys.argv[1:] if argv is None else argv),
-        description=sys.modules[config_class.__module__].__doc__ or "",
+        args=arguments,
+        prog=program,
+        description=" ",
         use_underscores=True,
         return_unknown_args=True,
     )
@@ -65,7 +85,83 @@ def parse_config(
         name = flag.lstrip("-").replace("-", "_")
         print(f"{flag}: no such flag. {nearest(name, known)}", file=sys.stderr)
         raise SystemExit(2)
-    return flags.config, flags.saving
+    try:
+        return config_class(**vars(flags.recipe)), Saving(**vars(flags.run))
+    except ConfigError as error:
+        print(f"{error}\n{program} --help explains every flag.", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def main(config_class: type[ConfigT], train: Callable[[ConfigT, Saving], object]) -> None:
+    """What `python -m recipes.NAME` does: parse the flags, train, tell mistakes in a line.
+
+    An exception inside the recipe's own loss or reward is shown with the lines it came from.
+
+    Raises:
+        SystemExit: 0 after --help; 1 the run failed; 2 the command is mistaken (a flag, a value, a
+            run folder in use); 130 and 143 after SIGINT and SIGTERM.
+    """
+    never_fail_to_print()
+    config, flags = parse_config(config_class)
+    try:
+        train(config, flags)
+    except CookbookError as error:
+        cause = error.__cause__
+        if isinstance(error, LossError) and cause and cause.__traceback__:
+            lines = traceback.format_tb(cause.__traceback__.tb_next)  # after the frame that called
+            print(*lines, sep="", end="", file=sys.stderr)
+        print(error, file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def never_fail_to_print() -> None:
+    """Write "?" for what a terminal or pipe cannot hold (cp1252 on Windows), rather than fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _program() -> str:
+    """The command as typed: python -m recipes.dpo, or python my_dpo.py."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
+
+
+def _shown(config_class: type) -> type:
+    """The same fields, each with the string under it, in one piece, as its help."""
+    import tyro
+
+    words = {}
+    with contextlib.suppress(OSError, TypeError):  # a class made in memory has no source
+        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(config_class)))
+        for field, text in itertools.pairwise(tree.body[0].body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                words[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
+    hints = get_type_hints(config_class)
+    fields = [
+        (
+            f.name,
+            Annotated[hints[f.name], tyro.conf.arg(help=words.get(f.name, ""))],
+            dataclasses.field(default=f.default),
+        )
+        for f in dataclasses.fields(config_class)
+    ]
+    shown = dataclasses.make_dataclass(config_class.__name__, fields)
+    shown.__doc__ = config_class.__doc__
+    return shown
+
+
+def _filled(text: str) -> str:
+    """A docstring with its paragraphs filled to the terminal; indented lines stay as they are."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    blocks = itertools.groupby(text.splitlines(), key=lambda line: line[:1] not in ("", " "))
+    return "\n".join(
+        textwrap.fill(" ".join(lines), width) if prose else "\n".join(lines)
+        for prose, lines in blocks
+    )
 
 
 def check_positive(config: Any, *names: str) -> None:

@@ -20,7 +20,6 @@ import json
 import math
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -28,8 +27,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cookbook_core import run_files
 from cookbook_core.errors import LossError, message
-from cookbook_core.flags import Saving, check, check_positive, check_types, parse_config
+from cookbook_core.flags import (
+    Saving,
+    check,
+    check_positive,
+    check_types,
+    main,
+    parse_config,
+)
 from cookbook_core.plots import Panel, draw_panels
+from cookbook_core.progress import Progress
 from cookbook_core.run_files import as_code, markdown_table, read_metrics, write_atomically
 from cookbook_core.tracking import Tracker, open_tracker
 
@@ -43,6 +50,7 @@ __all__ = [
     "check",
     "check_positive",
     "check_types",
+    "main",
     "parse_config",
     "read_metrics",
 ]
@@ -58,7 +66,7 @@ class Run:
         config: a dataclass with a field `log_path`.
         num_steps: optimizer steps in the whole run.
         saving: when checkpoints are saved and how many are kept; whether to start over.
-        progress: metrics to show while it runs.
+        progress: metrics to show while it runs, beside tokens per second and the time left.
         best: the metric whose best value's checkpoint is kept, "-" before it where less is better.
     Attributes:
         path: the folder.
@@ -87,9 +95,8 @@ class Run:
         self.first_step = entry["step"] if entry else 0
         self.checkpoint = entry["path"] if entry else None
         self._metrics_path = self.path / "metrics.jsonl"
-        self._progress, self._best = tuple(progress), best
+        self._best = best
         self._tables: list[str] = []
-        self._next_line = self.first_step
         self._null_metrics: set[str] = set()
         self._client: TrainingClient | None = None
         self._signal: int | None = None
@@ -104,11 +111,7 @@ class Run:
         if self._saving.track != "none":
             told = dataclasses.asdict(config)
             self._tracker = open_tracker(self._saving.track, self.path.name, told, self.path)
-        self._bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=num_steps, initial=self.first_step, desc=recipe, unit="step")
+        self._progress = Progress(recipe, num_steps, self.first_step, progress)
         print(f"{recipe}: run folder {self.path}")
         if began:
             print(f"going on at step {self.first_step} of {num_steps}; --fresh starts over")
@@ -130,8 +133,7 @@ class Run:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
-        if self._bar is not None:
-            self._bar.close()
+        self._progress.close()
         if self._tracker is not None:
             self._tracker.close()
             self._tracker = None
@@ -141,7 +143,7 @@ class Run:
         """Remember to stop after this step; a second signal stops at once."""
         signal.signal(number, self._handlers[number])
         self._signal = number
-        self._say("stopping after this step; once more stops at once")
+        self._progress.say("stopping after this step; once more stops at once")
 
     def steps(self, client: TrainingClient) -> Iterator[int]:
         """The steps that are still to run; between two of them checkpoints are saved.
@@ -154,6 +156,7 @@ class Run:
         self._client = client
         if self.first_step:
             run_files.restore_random_state(self.path, self.first_step)
+        self._progress.begin()
         for step in range(self.first_step, self.num_steps):
             yield step
             done = step + 1
@@ -161,7 +164,7 @@ class Run:
             if stop or done % self._saving.save_every == 0 or done == self.num_steps:
                 self._save(done)
             if stop and done < self.num_steps:
-                self._say(
+                self._progress.say(
                     f"stopped at step {done} of {self.num_steps}, which is saved in {self.path}. "
                     "Give the same command to go on."
                 )
@@ -238,13 +241,13 @@ class Run:
             row[name] = number if math.isfinite(number) else None
             if row[name] is None and name not in self._null_metrics:
                 self._null_metrics.add(name)
-                self._say(f'step {step}: metric "{name}" is {number}; written as null')
+                self._progress.say(f'step {step}: metric "{name}" is {number}; written as null')
         with open(self._metrics_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._tracker is not None:
             self._tracker.log(step, {k: v for k, v in row.items() if k != "step"})
         self._note_best(step, row)
-        self._show(step, row)
+        self._progress.show(step, row)
 
     def plot(self, panels: Sequence[Panel]) -> Path:
         """Draw 2-4 panels from metrics.jsonl into plot.png."""
@@ -265,7 +268,7 @@ class Run:
         )
         self._tables.append(f"## {title}\n\n{table}")
         write_atomically(self.path / "summary.md", "\n".join(self._tables))
-        self._say(f"\n{title}\n\n{table}")
+        self._progress.say(f"\n{title}\n\n{table}")
 
     def save_samples(self, rows: Sequence[Mapping[str, str]]) -> None:
         """Print and write to samples.md held-out rows such as prompt, before, after, expected.
@@ -275,22 +278,4 @@ class Run:
         quoted = [{key: as_code(str(value)) for key, value in row.items()} for row in rows]
         write_atomically(self.path / "samples.md", f"## Samples\n\n{markdown_table(quoted)}")
         for row in rows:
-            self._say("\n" + "\n".join(f"{key:>8}: {value}" for key, value in row.items()))
-
-    def _show(self, step: int, row: Mapping[str, float | int | None]) -> None:
-        shown = {name: row[name] for name in self._progress if row.get(name) is not None}
-        if self._bar is not None:
-            if shown:
-                text = {name: f"{value:.4g}" for name, value in shown.items()}
-                self._bar.set_postfix(text, refresh=False)
-            self._bar.update(max(0, min(step + 1, self.num_steps) - self._bar.n))
-        elif shown and (step >= self._next_line or step == self.num_steps - 1):
-            self._next_line = step + max(1, round(self.num_steps / 10))
-            text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            print(f"step {step + 1}/{self.num_steps}  {text}", flush=True)
-
-    def _say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+            self._progress.say("\n" + "\n".join(f"{key:>8}: {value}" for key, value in row.items()))

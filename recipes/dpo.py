@@ -243,4 +243,4 @@ def sample(client: tinker.TrainingClient, rows: list[dict], seed: int) -> list[s
 
 
 if __name__ == "__main__":
-    train(*runs.parse_config(Config))
+    runs.main(Config, train)

@@ -336,4 +336,4 @@ def train(config: Config, saving: runs.Saving | None = None) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    train(*runs.parse_config(Config))
+    runs.main(Config, train)

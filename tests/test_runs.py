@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from cookbook_core import tracking
+from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import ConfigError, DataError, LossError
-from cookbook_core.runs import Panel, Run, Saving, parse_config, read_metrics
+from cookbook_core.progress import Progress
+from cookbook_core.runs import Panel, Run, Saving, main, parse_config, read_metrics
 
 
 @dataclass
@@ -72,6 +77,92 @@ def test_bad_flags_exit_with_2(argv: list[str], says: str, capsys: pytest.Captur
     with pytest.raises(SystemExit, match="2"):
         parse_config(Config, argv)
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (DataError("rows.jsonl:3: broken"), 1, "rows.jsonl:3: broken\n"),
+        (ConfigError("Config.log_path: in use"), 2, "Config.log_path: in use\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (None, 0, ""),
+    ],
+)
+def test_exit_codes(
+    error: BaseException | None,
+    code: int,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """What went wrong is one message; there is nothing to read in our own frames."""
+
+    def train(config: Config, saving: Saving) -> None:
+        assert (config, saving) == (Config(num_steps=3), Saving(fresh=True))
+        if error:
+            raise error
+
+    monkeypatch.setattr(sys, "argv", ["my_sft.py", "--num_steps", "3", "--fresh"])
+    with pytest.raises(SystemExit) if code else contextlib.nullcontext() as end:
+        main(Config, train)
+    assert not code or end.value.code == code
+    assert capsys.readouterr().err == says
+
+
+def test_a_loss_that_raises_is_shown_with_its_own_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Ours are left out; an exception that is none of ours is Python's to show."""
+    import torch
+
+    def my_loss(data: list, logprobs: list) -> tuple:
+        return {}["beta"], {}
+
+    def train(config: Config, saving: Saving) -> None:
+        differentiate(my_loss, [], [torch.zeros(1)])
+
+    monkeypatch.setattr(sys, "argv", ["my_sft.py"])
+    with pytest.raises(SystemExit, match="1"):
+        main(Config, train)
+    err = capsys.readouterr().err
+    assert err.startswith(f'  File "{__file__}", line ')
+    assert 'in my_loss\n    return {}["beta"], {}' in err
+    assert err.splitlines()[-1].startswith("my_loss(): raised KeyError: 'beta'. Expected")
+    assert "custom_loss.py" not in err
+    with pytest.raises(KeyError):
+        main(Config, lambda *_: my_loss([], []))
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        (["--help"], 0, ""),
+        (["--dataset", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file. Expected a dataset"),
+        (["--dataset", "tiny/sft@trian"], 1, 'Did you mean "train"?'),
+        (["--batch_size", "0"], 2, "Config.batch_size: out of range. Expected > 0, got 0."),
+    ],
+)
+def test_a_recipe_on_the_command_line(flags: list[str], code: int, says: str) -> None:
+    """Also where the stream's encoding holds less than what is printed, as on Windows."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.sft", *flags],
+        cwd=root,
+        capture_output=True,
+        encoding="ascii",
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "80"},
+    )
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    if not code:
+        assert "usage: python -m recipes.sft [-h]" in done.stdout
+        docs = done.stdout.split("usage:")[0].splitlines()
+        assert docs[2].startswith("    L = - sum over tokens")
+        assert all(len(line) <= 80 for line in docs if not line.startswith("    "))
+        assert "hold, not --lora_rank. Empty starts" in " ".join(done.stdout.split()).replace(
+            " ? ? ", " "
+        )
 
 
 def test_the_command_line_needs_no_heavy_import() -> None:
@@ -138,26 +229,71 @@ def test_plain_progress_lines(
     """Without a terminal about ten lines, first and last step among them."""
     with make_run(tmp_path, num_steps, progress=("loss", "accuracy")) as run:
         for step in range(num_steps):
+            run.log(step, {"test_loss": 1.0, "accuracy": 0.125})
             run.log(step, {"loss": 0.5, "accuracy": 0.25, "grad_norm": 9.0})
-            run.log(step, {"test_loss": 1.0})
-    lines = capsys.readouterr().out.splitlines()[1:]
+        run.log(num_steps, {"test_loss": 1.0, "accuracy": 0.5})
+    shown = capsys.readouterr().out
+    assert "\r" not in shown
+    lines = shown.splitlines()[1:]
     assert (run.path / "config.json").exists()
     assert least <= len(lines) <= most
-    assert lines[0] == f"step 1/{num_steps}  loss 0.5  accuracy 0.25"
-    assert lines[-1].startswith(f"step {num_steps}/{num_steps}  ")
+    assert lines[0].startswith(f"step 1/{num_steps}  loss 0.5  accuracy 0.25")
+    assert "  ETA 00:0" in lines[1]
+    assert lines[-1] == f"step {num_steps}/{num_steps}  loss 0.5  accuracy 0.25"
 
 
-def test_progress_bar_on_a_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(("out", "err"), [(True, True), (True, False), (False, True)])
+def test_progress_bar_where_both_streams_are_terminals(
+    tmp_path: Path,
+    out: bool,
+    err: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with make_run(tmp_path, 4) as run:
-        for step in range(4):
-            run.log(step, {"loss": 0.125})
+    """One line with step, loss, the recipe's metric, tokens/s and what is left; else a log."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: out)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: err)
+    run = make_run(tmp_path, 4, progress=("loss", "test_accuracy"))
+    run._progress.begin()
+    run.log(0, {"test_accuracy": 0.5})
+    for step in range(2):
+        run.log(step, {"loss": 0.125, "tokens": 1e6})
+    run._progress.say("said")
+    for step in range(2, 4):
+        run.log(step, {"loss": 0.125, "tokens": 1e6})
+    run.close()
     streams = capsys.readouterr()
-    assert "4/4" in streams.err
-    assert "loss=0.125" in streams.err
-    assert "step 1/4" not in streams.out
+    assert "said\n" in streams.out
+    if out and err:
+        last = streams.err.split("\r")[-1]
+        assert re.search(r"sft: 100%.* 4/4 \[\d\d:\d\d<00:00,", last)
+        assert re.search(r"loss=0.125, test_accuracy=0.5, tokens/s=\d{5,}\]", last)
+        assert "step 1/4" not in streams.out
+    else:
+        assert streams.err == ""
+        assert "step 4/4  loss 0.125  test_accuracy 0.5  tokens/s " in streams.out
+
+
+def test_the_rate_is_tokens_of_this_process_over_its_wall_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """By hand: 3 steps of 300 tokens and an evaluation in 6 s; 10 of 20 steps were done before."""
+    now = [100.0]
+    monkeypatch.setattr("cookbook_core.progress.time.perf_counter", lambda: now[0])
+    progress = Progress("sft", 20, 10, ["loss"])
+    now[0] = 150.0  # the model is loaded meanwhile
+    progress.begin()
+    progress.show(10, {"test_loss": 1.0})
+    for step, at in ((10, 152.0), (11, 155.0), (12, 156.0)):
+        now[0] = at
+        progress.show(step, {"loss": 0.5, "tokens": 300.0})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "step 11/20  loss 0.5  tokens/s 150  ETA 00:18",  # 300 / 2 s; 9 steps at 2 s
+        "step 13/20  loss 0.5  tokens/s 150  ETA 00:14",  # 900 / 6 s; 7 steps at 2 s
+    ]
+    progress.show(14, {"loss": 0.5, "tokens": 300.0, "tokens_per_second": 12.34})
+    assert "tokens/s 12.3  " in capsys.readouterr().out  # what a recipe counts itself
 
 
 def test_metrics_go_to_the_tracker_asked_for(
