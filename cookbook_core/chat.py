@@ -12,10 +12,10 @@ path the template alone decides about BOS and EOS, as it does when the model is 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from cookbook_core.chat_checks import check_generation_tags, require_prefix
 from cookbook_core.conversations import Message, check_messages
 from cookbook_core.errors import (
     ConfigError,
@@ -33,8 +33,15 @@ _MEND_REWRITTEN = (
     'Train on the last message only (train_on="last", nothing after it), or use a chat template '
     "that renders a turn the same whatever follows."
 )
+_CHANGING = "the chat template renders the same messages differently each time"
+_MEND_CHANGING = "Take the time, or what else changes in it, out of the chat template."
+_MEND_REFUSED = (
+    "Join neighbours of one role into one message, and put a system message's text before the "
+    "first user's, where the template has no such role."
+)
 _MERGED = "its tokens do not begin the tokens of the whole: one token spans the boundary"
 _MEND_MERGED = "Move the blank at the boundary from one side to the other"
+_MEND_HEADER = "Take the blank at the end of its generation prompt out of the chat template"
 
 
 def render_prompt(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
@@ -101,14 +108,14 @@ def render_completion(
                 message("completion", "not one answer", "one assistant message", roles, mend)
             )
         whole = _apply_template(tokenizer, [*prompt, *completion])
-        _require_prefix(before, whole, "prompt", _REWRITTEN, _MEND_REWRITTEN, repr)
+        _require_same(tokenizer, before, whole, [*prompt, *completion], "prompt")
 
     prompt_tokens = render_prompt(tokenizer, prompt)
     tokens = _encode(tokenizer, whole, special=plain)
     if boundary == "check":
-        mend = f'{_MEND_MERGED}, or pass boundary="split".'
+        mend = f'{_MEND_MERGED if plain else _MEND_HEADER}, or pass boundary="split".'
         spell = tokenizer.convert_ids_to_tokens
-        _require_prefix(prompt_tokens, tokens, "prompt", _MERGED, mend, spell)
+        require_prefix(prompt_tokens, tokens, "prompt", _MERGED, mend, spell)
     elif tokens[: len(prompt_tokens)] != prompt_tokens:
         joint = tokenizer.decode(tokens)
         tokens = prompt_tokens + _encode(tokenizer, whole[len(before) :], special=False)
@@ -156,14 +163,14 @@ def render_messages(
     for i in trained:
         where = f"messages[{i}]"
         edges = []
-        for text in (
-            _apply_template(tokenizer, messages[:i], generation_prompt=True),
-            _apply_template(tokenizer, messages[: i + 1]),
-        ):
-            _require_prefix(text, whole, where, _REWRITTEN, _MEND_REWRITTEN, repr)
+        turn = _apply_template(tokenizer, messages[: i + 1])
+        if not whole.startswith(turn):  # some put an EOS after the last turn only
+            turn = turn.removesuffix(tokenizer.eos_token or "")
+        for text in (_apply_template(tokenizer, messages[:i], generation_prompt=True), turn):
+            _require_same(tokenizer, text, whole, messages, where)
             part = _encode(tokenizer, text, special=False)
             spell = tokenizer.convert_ids_to_tokens
-            _require_prefix(part, tokens, where, _MERGED, f"{_MEND_MERGED}.", spell)
+            require_prefix(part, tokens, where, _MERGED, f"{_MEND_HEADER}.", spell)
             edges.append(len(part))
         start, turn_end = edges
         content = tokens[start:turn_end]
@@ -176,7 +183,7 @@ def render_messages(
     if not any(weights):
         what = "every trained message has weight 0"
         raise DataError(message("messages", what, "a weight above 0", "none"))
-    _check_generation_tags(tokenizer, messages, tokens, spans, everything=train_on == "all")
+    check_generation_tags(tokenizer, messages, tokens, spans, everything=train_on == "all")
     return tokens, weights
 
 
@@ -196,11 +203,9 @@ def stop_tokens(tokenizer: Any) -> list[int]:
     """
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        tokens = _encode(tokenizer, _apply_template(tokenizer, probe), special=False)
-        end = _turn_end(tokenizer, tokens)
-        if end is not None and tokens[end - 1] not in stops:
-            stops.append(tokens[end - 1])
+        end = _end_token(tokenizer)
+        if end is not None and end not in stops:
+            stops.append(end)
     return stops
 
 
@@ -221,21 +226,45 @@ def _prompt_text(tokenizer: Any, prompt: str | Sequence[Message]) -> str:
 def _apply_template(
     tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = False
 ) -> str:
-    from jinja2 import TemplateError
-
     if not getattr(tokenizer, "chat_template", None):
         mend = "Give prompts as plain text, use the model's chat variant, or set chat_template."
         raise ModelError(message("tokenizer", "no chat template", "one for messages", None, mend))
+    rendered, refused = _try_template(tokenizer, messages, generation_prompt)
+    if not refused:
+        return rendered
+    # the turn that is not to be had: the first with which it says the same
+    turns = (
+        i for i in range(len(messages)) if _try_template(tokenizer, messages[: i + 1])[1] == refused
+    )
+    where = f"messages[{next(turns, len(messages) - 1)}]"
+    roles = [entry["role"] for entry in messages]
+    what = f"refused by the chat template ({refused})"
+    raise DataError(message(where, what, "roles it knows", roles, _MEND_REFUSED))
+
+
+def _try_template(
+    tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = False
+) -> tuple[str, str]:
+    """What the template gives, and what it says where it refuses; one of the two is empty."""
+    from jinja2 import TemplateError
+
     kept = [{key: m[key] for key in m if key != "weight"} for m in messages]
     try:
         return tokenizer.apply_chat_template(
             kept, tokenize=False, add_generation_prompt=generation_prompt
-        )
+        ), ""
     except TemplateError as error:
-        roles = [entry["role"] for entry in kept]
-        raise DataError(
-            message("messages", f"refused by the chat template ({error})", "roles it knows", roles)
-        ) from error
+        return "", str(error) or type(error).__name__
+
+
+def _require_same(
+    tokenizer: Any, part: str, whole: str, messages: Sequence[Message], where: str
+) -> None:
+    """Raise DataError unless the rendering of some turns begins that of them all."""
+    what, mend = _REWRITTEN, _MEND_REWRITTEN
+    if not whole.startswith(part) and whole != _apply_template(tokenizer, messages):
+        what, mend = _CHANGING, _MEND_CHANGING
+    require_prefix(part, whole, where, what, mend, repr)
 
 
 def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
@@ -252,15 +281,32 @@ def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
 
 
 def _turn_end(tokenizer: Any, tokens: list[int], only_eos: bool = False) -> int | None:
-    """Find the index after the last end token that has nothing but blanks after it."""
+    """Find the index after the end token: the last, or the template's own if it is before that,
+    that has nothing but blanks and end tokens after it."""
+    own = None if only_eos else _end_token(tokenizer)
+    end = None
     for i in reversed(range(len(tokens))):
-        text = tokenizer.decode([tokens[i]])
-        special = text and not tokenizer.decode([tokens[i]], skip_special_tokens=True)
-        if tokens[i] == tokenizer.eos_token_id or (special and not only_eos):
-            return i + 1
-        if text.strip():
-            return None
-    return None
+        special = tokens[i] == tokenizer.eos_token_id or (
+            not only_eos and _is_special(tokenizer, tokens[i])
+        )
+        if special and (end is None or tokens[i] == own):
+            end = i + 1
+        if not special and tokenizer.decode([tokens[i]]).strip():
+            break
+    return end
+
+
+def _is_special(tokenizer: Any, token: int) -> bool:
+    text = tokenizer.decode([token])
+    return bool(text) and not tokenizer.decode([token], skip_special_tokens=True)
+
+
+def _end_token(tokenizer: Any) -> int | None:
+    """The first special token that the chat template puts after an answer; None: it puts none."""
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "qz"}]
+    rendered, _ = _try_template(tokenizer, probe)
+    tokens = _encode(tokenizer, rendered.rpartition("qz")[2], special=False)
+    return next((token for token in tokens if _is_special(tokenizer, token)), None)
 
 
 def _ended(
@@ -285,50 +331,3 @@ def _ended(
                 message(where, "an end token before the end", "one, the last", got, mend)
             )
     return tokens
-
-
-# ---- checks --------------------------------------------------------------------------------
-
-
-def _require_prefix(part: Any, whole: Any, where: str, what: str, mend: str, show: Any) -> None:
-    """Raise DataError, with both sides where they part, unless `part` begins `whole`."""
-    if whole[: len(part)] == part:
-        return
-    at = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), len(whole))
-    near = slice(max(0, at - 3), at + 20)
-    spot = f"{where}, {'character' if isinstance(part, str) else 'token'} {at} of {len(part)}"
-    raise DataError(message(spot, what, show(part[near]), show(whole[near]), mend))
-
-
-def _check_generation_tags(
-    tokenizer: Any,
-    messages: Sequence[Message],
-    tokens: list[int],
-    spans: list[tuple[int, int, int]],
-    everything: bool,
-) -> None:
-    """Compare the trained spans with the template's {% generation %} tags, where it has them.
-
-    Blank tokens after the end token are ours to leave out, so they are not compared.
-    """
-    template = tokenizer.chat_template
-    has_tags = isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template)
-    if not has_tags or not getattr(tokenizer, "is_fast", False):  # it needs character offsets
-        return
-    kept = [{key: m[key] for key in m if key != "weight"} for m in messages]
-    tagged = tokenizer.apply_chat_template(
-        kept, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )["assistant_masks"]
-    tagged = tagged[max(0, len(tagged) - len(tokens)) :]  # a doubled BOS was cut at the front
-    trained = [0] * len(tokens)
-    compared = [everything or i >= spans[0][0] - 1 for i in range(len(tokens))]
-    for start, end, turn_end in spans:
-        trained[start:end] = [1] * (end - start)
-        compared[end:turn_end] = [False] * (turn_end - end)
-    for i, tag in enumerate(tagged):
-        if compared[i] and tag != trained[i]:
-            token = tokenizer.convert_ids_to_tokens(tokens[i])
-            what = "its {% generation %} tags disagree with the turns of the conversation"
-            rule = f"{trained[i]} (1: part of an answer or its end token)"
-            mend = "Put the tags around the answer and its end token, or remove them."
-            raise DataError(message(f"chat template, token {i} ({token!r})", what, rule, tag, mend))

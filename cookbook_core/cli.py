@@ -25,6 +25,7 @@ from typing import Any
 
 from cookbook_core.errors import ConfigError, CookbookError, message, nearest
 from cookbook_core.export import DTYPES, FORMS, export
+from cookbook_core.flags import never_fail_to_print
 
 
 def find_recipes() -> dict[str, Path]:
@@ -91,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after --help and --version (0), and after arguments that are not understood (2).
     """
+    never_fail_to_print()
     parser = _parser()
     arguments = parser.parse_args(argv)
     if not arguments.command:

@@ -41,7 +41,8 @@ def write(folder: Path, about: Mapping[str, Any]) -> None:
         if path.name != NAME
     }
     held = {"format": FORMAT, "versions": versions(), **about, "files": files}
-    (folder / NAME).write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(held, indent=2) + "\n"
+    (folder / NAME).write_text(text, encoding="utf-8", newline="\n")
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from typing import Any
 
 from cookbook_core import manifest
 from cookbook_core.errors import CheckpointError, ConfigError, DataError, message
+from cookbook_core.paths import usable_path
 
 Record = dict[str, Any]
 """progress.json: {"checkpoints": [{"step", "path"}], "best": {"step", "value"} or None,
@@ -81,10 +82,14 @@ def claim(recipe: str, config: Any, *, fresh: bool) -> tuple[Path, Any]:
             with contextlib.suppress(FileExistsError):
                 path.mkdir(parents=True)
                 return path, lock(path)
-    path = Path(config.log_path).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
+    path = usable_path("Config.log_path", config.log_path, ConfigError)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = "a folder that can be made"
+        raise ConfigError(message("Config.log_path", "not usable", rule, error)) from error
     held = lock(path)
-    if not (path / "config.json").exists():
+    if not has_begun(path):
         return path, held
     if fresh:
         held.release()
@@ -106,6 +111,13 @@ def claim(recipe: str, config: Any, *, fresh: bool) -> tuple[Path, Any]:
             message("Config.log_path", "holds a finished run", "a new folder", path, mend)
         )
     return path, held
+
+
+def has_begun(path: Path) -> bool:
+    """Whether the run in a folder got as far as a result. One that did not, for a model that was
+    not found, say, leaves a config.json only, which may give way to another's."""
+    results = (path / name for name in ("metrics.jsonl", "progress.json"))
+    return (path / "config.json").exists() and any(result.exists() for result in results)
 
 
 def _numbered(recipe: str) -> list[Path]:

@@ -101,7 +101,7 @@ class Run:
         self._client: TrainingClient | None = None
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
-        began = (self.path / "config.json").exists()
+        began = run_files.has_begun(self.path)
         if began:
             run_files.drop_steps_from(self.path, self.first_step)
             run_files.sweep(self.path, self._record)
@@ -242,7 +242,7 @@ class Run:
             if row[name] is None and name not in self._null_metrics:
                 self._null_metrics.add(name)
                 self._progress.say(f'step {step}: metric "{name}" is {number}; written as null')
-        with open(self._metrics_path, "a", encoding="utf-8") as file:
+        with open(self._metrics_path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._tracker is not None:
             self._tracker.log(step, {k: v for k, v in row.items() if k != "step"})

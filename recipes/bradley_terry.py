@@ -44,7 +44,8 @@ class Config:
     model: str = "tiny"
     """Hugging Face causal LM: hub name or local folder; "tiny" is the bundled one."""
     dataset: str = "tiny/dpo"
-    """Hub name, local file or folder with columns prompt, chosen, rejected."""
+    """Hub name, local file or folder with columns prompt, chosen, rejected.
+    NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     init_from: str = ""
     """LoRA folder (saved here or by peft) to start from; its rank and alpha hold, not --lora_rank.
     Empty starts a fresh adapter."""

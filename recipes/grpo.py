@@ -64,7 +64,8 @@ class Config:
     model: str = "tiny"
     """Hugging Face causal LM: hub name or local folder; "tiny" is the bundled one."""
     dataset: str = "tiny/grpo"
-    """Hub name, local file or folder with columns prompt, answer (prompt for a reward_model)."""
+    """Hub name, local file or folder with columns prompt, answer (prompt for a reward_model).
+    NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     init_from: str = ""
     """LoRA folder (saved here or by peft) to start from; it is then the reference too. Its rank and
     alpha hold, not --lora_rank."""

@@ -47,7 +47,8 @@ class Config:
     model: str = "tiny"
     """Hugging Face causal LM: hub name or local folder; "tiny" is the bundled one."""
     dataset: str = "tiny/sft"
-    """Hub name, local file or folder with columns prompt, completion, or messages."""
+    """Hub name, local file or folder with columns prompt, completion, or messages.
+    NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     train_on: Literal["last", "all"] = "last"
     """Which assistant messages of a messages column are learnt."""
     init_from: str = ""

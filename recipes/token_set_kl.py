@@ -49,7 +49,8 @@ class Config:
     model: str = "tiny"
     """Hugging Face causal LM: hub name or local folder; "tiny" is the bundled one."""
     dataset: str = "tiny/token_set_kl"
-    """Hub name, local file or folder with columns text, label_probs, or question, answer."""
+    """Hub name, local file or folder with columns text, label_probs, or question, answer.
+    NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     labels: tuple[str, ...] = (" terrible", " poor", " fair", " good", " excellent")
     """The label words, in the order of label_probs; each must be one token, space included."""
     divergence: Divergence = "forward"

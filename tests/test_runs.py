@@ -181,6 +181,26 @@ def test_the_command_line_needs_no_heavy_import() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_run_that_never_began_leaves_its_folder_to_another(tmp_path: Path) -> None:
+    """After a mistaken model name the mended command goes to the same folder."""
+    first = make_run(tmp_path)
+    first.close()
+    mended = Config(shuffle=False, log_path=str(tmp_path / "run"))
+    with Run("sft", mended, 30) as run:
+        held = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
+        assert held["config"]["shuffle"] is False
+        run.log(0, {"loss": 1.0})
+    with pytest.raises(ConfigError, match="holds a run with other parameters"):
+        make_run(tmp_path)
+
+
+def test_a_log_path_that_cannot_be_made_is_a_mistaken_command(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"Config\.log_path: not usable"):
+            Run("sft", Config(log_path=str(path)), 30)
+
+
 # ---- metrics -------------------------------------------------------------------------------
 
 

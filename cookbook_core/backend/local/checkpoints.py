@@ -328,7 +328,8 @@ def _read_optimizer(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    path.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
 
 
 def _same_files(one: Path, other: Path) -> bool:
