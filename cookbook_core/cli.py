@@ -1,13 +1,15 @@
-"""The command `cookbook`: recipes, a copy of one to change, runs side by side, models to serve.
+"""The command `cookbook`: recipes, a copy of one to change, runs side by side, models to serve, and
+whether a service computes what a training run relies on.
 
     cookbook list
     cookbook new dpo my_dpo.py
     cookbook compare runs/dpo-1 runs/dpo-2
     cookbook export runs/dpo-1 --to merged
+    cookbook check --base_url http://127.0.0.1:8000
 
 Recipes are read as text out of the installed package, or out of the checkout it is installed from,
-so a copy always fits the core it will run on. Exit code: 0 done, 1 a file is broken, 2 the command
-is mistaken.
+so a copy always fits the core it will run on. Exit code: 0 done, 1 a file is broken or a
+check failed, 2 the command is mistaken.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ import glob
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cookbook_core.errors import ConfigError, CookbookError, message, nearest
+from cookbook_core.errors import ConfigError, CookbookError, ModelError, message, nearest
 from cookbook_core.export import DTYPES, FORMS, export
 from cookbook_core.flags import never_fail_to_print
 
@@ -99,12 +102,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        commands = {"list": _list, "new": _new, "compare": _compare, "export": _export}
-        commands[arguments.command](arguments)
+        commands = {
+            "list": _list,
+            "new": _new,
+            "compare": _compare,
+            "export": _export,
+            "check": _check,
+        }
+        return commands[arguments.command](arguments) or 0
     except (CookbookError, OSError) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,6 +141,16 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", type=Path, default=Path("compare.png"), help="default: %(default)s"
     )
     _add_export(commands)
+    check = commands.add_parser(
+        "check",
+        help="whether a service computes what a training run relies on",
+        description="Check a Tinker-compatible service, or without --base_url this machine: one "
+        "line per check, and under what did not pass what it does to a training run.",
+    )
+    check.add_argument("--base_url", metavar="URL", help="of the service; default: this machine")
+    check.add_argument("--model", metavar="NAME", help="base model; default: the first it offers")
+    check.add_argument("--api_key", metavar="KEY", help="of the service")
+    check.add_argument("--core", action="store_true", help="only the gradient's arithmetic")
     return parser
 
 
@@ -190,6 +208,38 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     options = {k: v for k, v in vars(arguments).items() if k != "command"}
     print(f"{arguments.to}: {export(**options)}")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from cookbook_core import conformance
+    from cookbook_core.tinker import ServiceClient, TrainingClient
+
+    url, checks = arguments.base_url, conformance.CORE if arguments.core else conformance.CHECKS
+    with tempfile.TemporaryDirectory() as folder:
+        service = ServiceClient(base_url=url, api_key=arguments.api_key, checkpoint_dir=folder)
+        offered = [m.model_name for m in service.get_server_capabilities().supported_models]
+        model = arguments.model or next(filter(None, offered), None)
+        if model is None:
+            raise ConfigError(message("--model", "missing", "a name", "a service that names none"))
+
+        def make() -> TrainingClient:
+            made = service.create_lora_training_client(model, rank=8, seed=0, train_unembed=False)
+            return made.result()
+
+        try:  # what keeps a first client from being made is no row of the table
+            first, rows = [make()], []
+        except ModelError as error:
+            raise ConfigError(str(error)) from error
+        print(f"{url or 'this machine'}, {model}")
+        width = max(len(check.name) for check in checks)
+        for row in conformance.check_service(
+            lambda: first.pop() if first else make(), checks, below=url is not None
+        ):
+            rows.append(row)
+            print(conformance.row_text(row, width), flush=True)
+        print(conformance.summary(rows))
+        service.close()
+    return 0 if all(row.outcome.result in ("pass", "not offered") for row in rows) else 1
 
 
 def _folder(name: str) -> Path:
