@@ -291,6 +291,7 @@ class GradientReader:
         gradient of zero none (nothing is remembered, no weights decay).
         """
         self._height = self._probe_sum()
+        halved = idle = math.nan
         for target in TARGETS:
             rate = abs(self._rate) or 1e-7 * EPS
             while not abs(moved := self._moved(rate)) >= 0.1 * target:
@@ -301,12 +302,13 @@ class GradientReader:
             first, half = self._moved(rate), self._moved(rate, 2 * EPS)
             nothing = self._moved(rate, weight=0.0)
             self._rate = math.copysign(rate, first)
-            if is_near(half / first, 0.5) and is_near(nothing / first, 0.0):
+            halved, idle = half / (first or math.nan), nothing / (first or math.nan)
+            if is_near(halved, 0.5) and is_near(idle, 0.0):
                 return
         raise CannotBeRead(
             "no gradient norm is reported, and steps are not proportional to the gradient (Adam's "
-            f"eps or betas not as asked): {half / first:.2g} at twice the eps, right is 0.5; "
-            f"{nothing / first:.2g} without a gradient, right is 0"
+            f"eps or betas not as asked): {halved:.2g} at twice the eps, right is 0.5; "
+            f"{idle:.2g} without a gradient, right is 0"
         )
 
 

@@ -40,7 +40,10 @@ def arithmetic(name: str) -> Callable[[Subject], Outcome]:
 
 
 def custom_loss(s: Subject) -> Outcome:
-    """The loss sum(l * l) / 2, whose surrogate has the weights -l, all positive."""
+    """The loss sum(l * l) / 2, whose surrogate has the weights -l, all positive.
+
+    Both together give twice the surrogate's gradient; with the sign wrong they would cancel.
+    """
 
     def loss(data: list[Datum], lps: list[Any]) -> tuple[Any, dict[str, float]]:
         del data
@@ -48,11 +51,13 @@ def custom_loss(s: Subject) -> Outcome:
 
     client, reader, data = s.client(), s.reader(), s.data()
     surrogates = [weigh(d, -lp) for d, lp in zip(data, logprobs(client, data), strict=True)]
-    return _ratio(
-        s,
-        lambda: client.forward_backward_custom(data, loss).result(),
-        lambda: reader.add([surrogates]),
-    )
+
+    def both() -> None:
+        client.forward_backward_custom(data, loss).result()
+        reader.add([surrogates])
+
+    ratio = reader.ratio(both, lambda: reader.add([surrogates]), 2.0) - 1
+    return passes(is_near(ratio, 1.0), f"{ratio:.3g} of the reference, right is 1")
 
 
 def ragged(s: Subject) -> Outcome:

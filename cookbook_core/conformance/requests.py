@@ -139,7 +139,8 @@ def submission_order(s: Subject) -> Outcome:
     before = logprobs(client, data)
     backward = client.forward_backward(data, "cross_entropy")
     stepped = client.optim_step(AdamParams(learning_rate=RATE))
-    backward.result(), stepped.result()
+    backward.result()
+    stepped.result()
     rise = sum(map(np.sum, logprobs(client, data))) - sum(map(np.sum, before))
     return passes(bool(rise > 0.1), f"the step raises logprobs by {rise:.3g} nats, right is > 0.1")
 
