@@ -143,14 +143,14 @@ REST = CHECKS[len(CORE) :]
     ],
 )
 def test_a_misbehaviour_is_named_and_nothing_else(make, kind, names):
-    rows = list(check_service(make(kind), REST, below=True))
+    rows = list(check_service(make(kind), REST, below=True, patience=20))
     assert failed(rows) == names
     assert {row.outcome.result for row in rows} == {"pass", "fail"}
 
 
 def test_logprobs_of_nan_are_told(make):
     kind = faulty.lenient("token id outside")
-    rows = [row for row in check_service(make(kind), REST, below=True) if "unknown" in row.name]
+    rows = [row for row in check_service(make(kind), REST, below=True, patience=20) if "unknown" in row.name]
     assert {row.outcome.figure for row in rows} == {"accepted, with logprobs of NaN"}
 
 
