@@ -120,9 +120,8 @@ def no_blind_step(s: Subject) -> Outcome:
     failing = None
     with contextlib.suppress(Exception):  # refused on this side, at once
         failing = s.send(s.refused)
-    stepped = s.step_blindly()
     try:
-        stepped.result(s.patience)
+        s.step_blindly().result(s.patience)
         outcome = Outcome("fail", "optim_step succeeded")
     except Exception as error:
         outcome = passes(said(error) != NO_ANSWER, said(error))

@@ -15,6 +15,7 @@ from cookbook_core.backend.arithmetic import (
     arrays,
     measure,
     said,
+    weigh,
 )
 from cookbook_core.tinker import (
     AdamParams,
@@ -82,14 +83,22 @@ class Subject:
         return self._reader
 
     def sampler(self) -> SamplingClient:
-        """The shared client's weights after one more step of training, to sample from.
+        """The shared client's weights to sample from, after training that makes them unlike the
+        base model's.
 
         Raises:
             NotOffered: the service cannot sample.
         """
         if self._sampler is None:
             client = self.client()
-            train(client, self.data(), 1)
+            ids = self.prompt().to_ints()
+            data = [Datum(ModelInput.from_ints(ids[:-1]), {"target_tokens": ids[1:]})]
+            data = [weigh(datum, 1.0) for datum in data]
+            start = logprobs(client, data)[0]
+            for _ in range(30):
+                train(client, data, 1)
+                if np.abs(logprobs(client, data)[0] - start).mean() > 1.5:
+                    break
             try:
                 self._sampler = client.save_weights_and_get_sampling_client().result()
                 self._sampler.sample(self.prompt(), 1, greedy(1)).result()
