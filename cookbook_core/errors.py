@@ -51,6 +51,10 @@ class RequestError(CookbookError, RuntimeError):
     """A request came in an order or place where it cannot be served."""
 
 
+class ProcessError(CookbookError, RuntimeError):
+    """Another process of the run is gone; nothing more can be computed."""
+
+
 def message(where: str, what: str, expected: object, got: object, mend: str = "") -> str:
     """Compose the text of an error: where, what is wrong, expected against got, the mend."""
     found = str(got)

@@ -25,6 +25,7 @@ from cookbook_core.errors import (
     message,
     nearest,
 )
+from cookbook_core.launch import join_processes, silent_follower
 
 ConfigT = TypeVar("ConfigT")
 
@@ -52,6 +53,8 @@ def parse_config(
 ) -> tuple[ConfigT, Saving]:
     """Build a recipe's config from command line flags; print help or the mistake, and exit.
 
+    Under torchrun only process 0 comes back from here: see `launch.join_processes`.
+
     Args:
         config_class: a dataclass; each field is a flag (`--num_steps 30`, booleans `--flag` and
             `--no_flag`), explained by the string under it. The docstring of the module it stands
@@ -63,9 +66,15 @@ def parse_config(
         SystemExit: 0 after --help; 2 after an unknown flag (the nearest known is named) or a value
             that does not fit the field's type or that the config itself refuses.
     """
+    with silent_follower():
+        parsed = _parse(config_class, list(sys.argv[1:] if argv is None else argv))
+    join_processes()
+    return parsed
+
+
+def _parse(config_class: type[ConfigT], arguments: list[str]) -> tuple[ConfigT, Saving]:
     import tyro
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
     parts = {"recipe": config_class, "run": Saving}
     fields = [(name, tyro.conf.OmitArgPrefixes[_shown(part)]) for name, part in parts.items()]
     program = _program()

@@ -26,7 +26,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cookbook_core import run_files
-from cookbook_core.errors import LossError, message
+from cookbook_core.errors import LossError, ProcessError, message
 from cookbook_core.flags import (
     Saving,
     check,
@@ -35,6 +35,7 @@ from cookbook_core.flags import (
     main,
     parse_config,
 )
+from cookbook_core.launch import join_processes
 from cookbook_core.plots import Panel, draw_panels
 from cookbook_core.progress import Progress
 from cookbook_core.run_files import as_code, markdown_table, read_metrics, write_atomically
@@ -50,6 +51,7 @@ __all__ = [
     "check",
     "check_positive",
     "check_types",
+    "join_processes",
     "main",
     "parse_config",
     "read_metrics",
@@ -122,11 +124,19 @@ class Run:
                 self._handlers[number] = signal.signal(number, self._stop)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: Any, _: object) -> None:
         if kind is None:  # the run has come to its end: there is nothing to go on with
             self._record["finished"] = True
             run_files.write_record(self.path, self._record)
         self.close()
+        gone = [
+            e for e in (error, getattr(error, "__cause__", None)) if isinstance(e, ProcessError)
+        ]
+        if gone:
+            saved = self._record["checkpoints"]
+            last = f"is that of step {saved[-1]['step']}" if saved else "was yet to come"
+            mend = f"The last checkpoint in {self.path} {last}: give the same command to go on."
+            raise ProcessError(f"{gone[0]} {mend}") from error
 
     def close(self) -> None:
         """End the progress line, and let go of the folder."""

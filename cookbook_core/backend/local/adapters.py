@@ -7,6 +7,7 @@ of a list, clients cannot touch each other, and a snapshot is a copy of an adapt
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import warnings
@@ -49,6 +50,8 @@ class Adapter:
     grads: list[torch.Tensor] | None = None
     step: int = 0
     optimizer: torch.optim.AdamW | None = field(default=None, repr=False)
+    number: int = field(default_factory=itertools.count().__next__)
+    """Names it among the processes of a run."""
 
     def named(self) -> dict[str, torch.Tensor]:
         """The tensors by the key under which peft saves them."""

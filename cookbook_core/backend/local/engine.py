@@ -9,30 +9,35 @@ then again, one by one, with the gradient known: same result, one more forward f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
-from cookbook_core.backend.local import checkpoints
+from cookbook_core.backend.local import checkpoints, processes
 from cookbook_core.backend.local.adapters import Adapter, AdapterBank
 from cookbook_core.backend.local.memory import keep_freed_memory
 from cookbook_core.backend.local.model import BaseModel, load_base_model
-from cookbook_core.backend.local.passes import Pass, Score, Scored, Tensors, backward, once
+from cookbook_core.backend.local.passes import (
+    LossOf,
+    Pass,
+    backward,
+    on_targets,
+    on_vocabulary,
+    once,
+)
 from cookbook_core.backend.local.room import Room, check_mode
 from cookbook_core.backend.local.sampler import sample_batch
 from cookbook_core.backend.local.sampling_requests import SampleRequest, check_prompt, check_request
 from cookbook_core.backend.local.scoring import Scorer
-from cookbook_core.backend.local.vocab_logprobs import VocabLogprobs
 from cookbook_core.backend.local.worker import Worker
 from cookbook_core.custom_loss import (
     LossFn,
     LossResult,
     LossTypeInput,
-    differentiate,
     evaluate,
     merge_metrics,
 )
@@ -76,9 +81,7 @@ class LocalBackend:
         self.checkpoint_dir = checkpoint_dir
         self._model_ids = model_ids or itertools.count()
         self._loaded: Engine | None = None
-        self._load = lambda: Engine(
-            load_base_model(base_model, device, dtype), gradient_checkpointing
-        )
+        self._load = partial(load_engine, base_model, device, dtype, gradient_checkpointing)
 
     def engine(self) -> Engine:
         """The engine, loaded by the first request that needs it (worker thread only)."""
@@ -130,9 +133,7 @@ class Engine:
     def forward(
         self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn
     ) -> ForwardBackwardOutput:
-        with self.bank.active(adapter), torch.no_grad():
-            scored = self.room.fitted(data, lambda: self.scorer.score(data))
-            logprobs = [lp.cpu() for lp in scored]
+        logprobs = self.score(adapter, data)
         return _output(logprobs, evaluate(loss_fn, data, logprobs), {})
 
     def forward_backward(
@@ -143,53 +144,53 @@ class Engine:
         loss_type_input: LossTypeInput = "logprobs",
     ) -> ForwardBackwardOutput:
         """Accumulate the gradient of `loss_fn`; on any error nothing is accumulated."""
-        form = self._vocab_form if loss_type_input == "vocab_logprobs" else self._target_form
         tokens = sum(datum.model_input.length for datum in data)
-        # the attention stays switched until the backward, which may compute layers again
-        packed = self.scorer.attention(packed=self.scorer.packs)
-        with self.bank.active(adapter) as params, packed:
-            score, loss_of = form(params)
-            loss_of = once(partial(loss_of, loss_fn, data))
-
-            def gradient() -> tuple[Pass, float]:
-                kept, again = self.room.split(self.scorer.batches(data))
-                done = backward(self.room.recomputing(score), loss_of, params, kept, again)
-                return done, 2.0 if again else 1.0
-
-            (logprobs, result, grads), passes = self.room.fitted(data, gradient)
-            grads = [
-                g if more is None else g + more
-                for g, more in zip(grads, result.param_grads or [None] * len(grads), strict=True)
-            ]
+        loss_of = partial(on_targets, loss_fn, data)
+        if loss_type_input == "vocab_logprobs":
+            params = list(adapter.slot.params.values())
+            loss_of = partial(on_vocabulary, loss_fn, data, self.scorer, params)
+        (logprobs, result, grads), passes = self.gradient(adapter, data, loss_of, loss_type_input)
+        grads = [
+            g if more is None else g + more
+            for g, more in zip(grads, result.param_grads or [None] * len(grads), strict=True)
+        ]
         output = _output(logprobs, result, {"passes": passes, "tokens": float(tokens)})
         adapter.accumulate(grads)
         return output
 
-    def _target_form(self, params: list[Any]) -> _Form:
-        """The loss sees logprobs of target_tokens, on the CPU."""
-        del params
+    def score(
+        self, adapter: Adapter | None, data: Sequence[Datum], places: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Logprobs of every datum's target_tokens, without a graph, on the CPU."""
+        with self.bank.active(adapter), torch.no_grad():
+            scored = self.room.fitted(data, lambda: self.scorer.score(data), places)
+            return [lp.cpu() for lp in scored]
 
-        def run(loss_fn: LossFn, data: Sequence[Datum], scored: Tensors) -> Scored:
-            logprobs = [lp.detach().cpu() for lp in scored]
-            return logprobs, differentiate(loss_fn, data, logprobs)
+    def gradient(
+        self,
+        adapter: Adapter,
+        data: Sequence[Datum],
+        loss_of: LossOf,
+        form: LossTypeInput,
+        places: Sequence[int] | None = None,
+    ) -> tuple[Pass, float]:
+        """Score `data` in the form that `loss_of` takes, and push its gradient back.
 
-        return self.scorer.score_batch, run
-
-    def _vocab_form(self, params: list[Any]) -> _Form:
-        """The loss sees logprobs of the whole vocabulary, computed from hidden states on demand.
-
-        A trained unembedding takes part in the loss's own graph: hence `params`.
+        Returns:
+            what `loss_of` gave, d loss / d params through the scores, and the number of passes.
         """
-        scorer, vocab_size = self.scorer, self.base.data().vocab_size or 0
+        score = self.scorer.score_batch if form == "logprobs" else self.scorer.hidden_batch
+        loss_of = once(loss_of)
+        # the attention stays switched until the backward, which may compute layers again
+        packed = self.scorer.attention(packed=self.scorer.packs)
+        with self.bank.active(adapter) as params, packed:
 
-        def run(loss_fn: LossFn, data: Sequence[Datum], scored: Tensors) -> Scored:
-            def view(hidden: torch.Tensor) -> VocabLogprobs:
-                return VocabLogprobs(hidden, lambda h: scorer.vocab_logprobs(h).cpu(), vocab_size)
+            def run() -> tuple[Pass, float]:
+                kept, again = self.room.split(self.scorer.batches(data))
+                done = backward(self.room.recomputing(score), loss_of, params, kept, again)
+                return done, 2.0 if again else 1.0
 
-            hidden = [h.detach() for h in scored]
-            return [], differentiate(loss_fn, data, hidden, view=view, params=params)
-
-        return scorer.hidden_batch, run
+            return self.room.fitted(data, run, places)
 
     def sample(
         self, adapter: Adapter | None, requests: Sequence[SampleRequest]
@@ -203,8 +204,14 @@ class Engine:
             return sample_batch(self.base.model, tokenizer, requests)
 
 
-_Form: TypeAlias = tuple[Score, Callable[[LossFn, Sequence[Datum], Tensors], Scored]]
-"""How micro-batches are scored, and the loss on what comes of it."""
+def load_engine(name: str, device: str, dtype: str, gradient_checkpointing: str) -> Engine:
+    """The engine of a base model; where processes have joined, one that shares its work out."""
+    group = processes.joined()
+    if group is not None:
+        from cookbook_core.backend.local.shared_engine import SharedEngine  # which imports this
+
+        return SharedEngine.load(group, name, device, dtype, gradient_checkpointing)
+    return Engine(load_base_model(name, device, dtype), gradient_checkpointing)
 
 
 def check_metadata(user_metadata: Any) -> None:
@@ -383,9 +390,8 @@ class LocalSampler:
         check_data([datum], vocab_size=base.vocab_size or 0, max_context=base.max_context_length)
 
         def run(data: list[Datum]) -> list[list[float | None]]:
-            engine = self._backend.engine()
-            with engine.bank.active(self._adapter), torch.no_grad():
-                return [[None, *lp.tolist()] for lp in engine.scorer.score(data)]
+            scored = self._backend.engine().score(self._adapter, data)
+            return [[None, *lp.tolist()] for lp in scored]
 
         return self._backend.worker.submit_grouped(
             "compute_logprobs", ("compute_logprobs", id(self)), datum, run

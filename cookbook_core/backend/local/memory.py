@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from cookbook_core.backend.local.model import BaseModel
+from cookbook_core.backend.local.processes import on_this_machine
 
 SHARE = 0.5
 """The part of free memory a kept graph may take; the rest is for the backward and for others."""
@@ -30,14 +31,15 @@ def graph_bytes_per_token(base: BaseModel) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory free on the device (seconds-fresh, other processes included)."""
+    """Memory free on the device (seconds-fresh, other processes included); the CPU's is split
+    among the processes of a run."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         line = next(row for row in text.splitlines() if row.startswith("MemAvailable:"))
-        return int(line.split()[1]) * 1024
+        return int(line.split()[1]) * 1024 // on_this_machine()
     except (OSError, StopIteration):
         return 8 << 30  # macOS and Windows do not say without another package
 

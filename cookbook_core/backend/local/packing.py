@@ -134,8 +134,8 @@ def lay_out(sequences: Sequence[Sequence[int]], *, share: bool = True) -> Layout
         share: False keeps every sequence apart.
     """
     arrays = [np.asarray(s, dtype=np.int64) for s in sequences]
-    order = _sorted(sequences) if share else list(range(len(arrays)))
-    common = [_common(arrays[a], arrays[b]) for a, b in itertools.pairwise(order)]
+    order = tree_order(sequences) if share else list(range(len(arrays)))
+    common = [common_prefix(arrays[a], arrays[b]) for a, b in itertools.pairwise(order)]
     builder = _Builder(arrays, order, common if share else [0] * len(common))
     builder.grow(0, len(order), 0, ())
     return Layout(
@@ -196,8 +196,8 @@ def micro_batches(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[l
     arrays = [np.asarray(s, dtype=np.int64) for s in sequences]
     batch: list[int] = []
     filled = 0
-    for i in _sorted(sequences):
-        shared = _common(arrays[batch[-1]], arrays[i]) if batch else 0
+    for i in tree_order(sequences):
+        shared = common_prefix(arrays[batch[-1]], arrays[i]) if batch else 0
         cost = len(arrays[i]) - (shared if shared >= MIN_SHARED else 0)
         if batch and filled + cost > budget:
             yield batch
@@ -208,11 +208,12 @@ def micro_batches(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[l
         yield batch
 
 
-def _sorted(sequences: Sequence[Sequence[int]]) -> list[int]:
+def tree_order(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """Indices of the sequences, those that begin alike together."""
     return sorted(range(len(sequences)), key=lambda i: (list(sequences[i]), i))
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     """Length of the longest common prefix."""
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])

@@ -7,8 +7,10 @@ from typing import Any, TypeAlias
 
 import torch
 
-from cookbook_core.backend.local.scoring import Batch, in_order
-from cookbook_core.custom_loss import LossResult
+from cookbook_core.backend.local.scoring import Batch, Scorer, in_order
+from cookbook_core.backend.local.vocab_logprobs import VocabLogprobs
+from cookbook_core.custom_loss import LossFn, LossResult, differentiate
+from cookbook_core.tinker.types import Datum
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
 Score: TypeAlias = Callable[[Batch], list[torch.Tensor]]
@@ -16,6 +18,28 @@ Scored: TypeAlias = tuple[list[torch.Tensor], LossResult]
 """Logprobs for the caller, and the loss with its gradient."""
 LossOf: TypeAlias = Callable[[Tensors], Scored]
 Pass: TypeAlias = tuple[list[torch.Tensor], LossResult, list[torch.Tensor]]
+
+
+def on_targets(loss_fn: LossFn, data: Sequence[Datum], scored: Tensors) -> Scored:
+    """The loss sees logprobs of target_tokens, on the CPU."""
+    logprobs = [lp.detach().cpu() for lp in scored]
+    return logprobs, differentiate(loss_fn, data, logprobs)
+
+
+def on_vocabulary(
+    loss_fn: LossFn, data: Sequence[Datum], scorer: Scorer, params: list[Any], hidden: Tensors
+) -> Scored:
+    """The loss sees logprobs of the whole vocabulary, computed from hidden states on demand.
+
+    A trained unembedding takes part in the loss's own graph: hence `params`.
+    """
+    vocab_size = scorer.model.get_input_embeddings().weight.shape[0]
+
+    def view(states: torch.Tensor) -> VocabLogprobs:
+        return VocabLogprobs(states, lambda h: scorer.vocab_logprobs(h).cpu(), vocab_size)
+
+    leaves = [h.detach() for h in hidden]
+    return [], differentiate(loss_fn, data, leaves, view=view, params=params)
 
 
 def once(loss_of: LossOf) -> LossOf:

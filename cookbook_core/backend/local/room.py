@@ -74,9 +74,15 @@ class Room:
 
         return run
 
-    def fitted(self, data: Sequence[Datum], run: Callable[[], T]) -> T:
+    def fitted(
+        self, data: Sequence[Datum], run: Callable[[], T], places: Sequence[int] | None = None
+    ) -> T:
         """`run()`; where the accelerator's memory does not do, again with half as much at a time.
 
+        Args:
+            data: what `run` computes.
+            run: the work.
+            places: what errors call the datums; None: by their index.
         Raises:
             DatumError: the longest datum does not fit by itself.
         """
@@ -103,7 +109,7 @@ class Room:
                 log.warning("out of memory: going on with gradient checkpointing.")
             else:
                 longest = lengths.index(max(lengths))
-                where = f"data[{longest}].model_input"
+                where = f"data[{places[longest] if places else longest}].model_input"
                 rule = f"about {fit} tokens or fewer in the memory that is free now"
                 mend = "Shorten it, or take a smaller model or lora_rank."
                 if self.mode == "off":

@@ -132,7 +132,7 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 @atexit.register
-def _close_all() -> None:
+def close_all() -> None:
     """Daemon threads inside torch must not be cut off in the middle of interpreter shutdown."""
     for worker in list(_workers):
         worker.close()

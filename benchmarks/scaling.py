@@ -1,0 +1,139 @@
+"""What a second process gives: the time of a step of two processes against that of one.
+
+    python -m benchmarks.scaling
+
+Three programs take turns, one step each, over the same batches of the random `small` model on the
+CPU: two processes of one thread; one process of one thread; one process of two threads. Printed:
+medians over the rounds of the ratios within a round, with the smallest and largest. seconds: on the
+clock. cpu_s: processor seconds of process 0, all its threads; for 1 x 1 / 2 x 1 this is the scaling
+that two free cores would allow, and holds on a busy machine too. generate_s: GRPO's sampling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WORKLOADS = ("sft", "dpo", "grpo")
+PROGRAMS = {"1 x 1": (1, 1), "1 x 2": (1, 2), "2 x 1": (2, 1)}  # processes x threads
+
+
+def serve(workloads: list[str], threads: int, steps: int) -> None:
+    """One program: a line "workload step" in, its seconds and loss out."""
+    from cookbook_core.runs import join_processes
+
+    join_processes()
+    from benchmarks.our_side import Side
+
+    sides = {workload: Side(workload, "small", steps, threads) for workload in workloads}
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        workload, step = line.split()
+        began, cpu = time.perf_counter(), time.process_time()
+        found = sides[workload].step(int(step))
+        found |= {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
+        print(json.dumps(found), flush=True)
+
+
+class Program:
+    """The processes of one program; the first takes and gives the lines."""
+
+    def __init__(self, name: str, workloads: list[str], steps: int) -> None:
+        size, threads = PROGRAMS[name]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        command = [sys.executable, "-m", "benchmarks.scaling", "--serve", str(threads)]
+        command += ["--steps", str(steps), "--workloads", *workloads]
+        ranks = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_PORT": port}
+        shared = {**os.environ, **ranks, "MASTER_ADDR": "127.0.0.1"}
+        shared["OMP_NUM_THREADS"] = str(threads)
+        self.processes = [
+            subprocess.Popen(
+                command,
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=None if rank else subprocess.PIPE,
+                stdout=None if rank else subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(size)
+        ]
+
+    def hear(self) -> dict[str, float]:
+        assert self.processes[0].stdout is not None
+        return json.loads(self.processes[0].stdout.readline())
+
+    def step(self, workload: str, step: int) -> dict[str, float]:
+        pipe = self.processes[0].stdin
+        assert pipe is not None
+        pipe.write(f"{workload} {step}\n")
+        pipe.flush()
+        return self.hear()
+
+    def end(self) -> None:
+        assert self.processes[0].stdin is not None
+        self.processes[0].stdin.close()
+        for process in self.processes:
+            process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.workloads, options.serve, options.steps)
+        return
+    from benchmarks import workloads as W
+
+    W.build_model("small")
+    warmup, rounds = 2, options.rounds
+    programs = {
+        name: Program(name, options.workloads, warmup + rounds) for name in options.programs
+    }
+    for program in programs.values():
+        program.hear()
+    print("ready", flush=True)
+    try:
+        for workload in options.workloads:
+            measure(programs, workload, warmup, rounds)
+    finally:
+        for program in programs.values():
+            program.end()
+
+
+def measure(programs: dict[str, Program], workload: str, warmup: int, rounds: int) -> None:
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
+    for step in range(warmup + rounds):
+        for name, program in programs.items():
+            found[name].append(program.step(workload, step))
+    worst = max(
+        abs(a["loss"] - b["loss"]) for a, b in zip(found["1 x 1"], found["2 x 1"], strict=True)
+    )
+    print(f"{workload}: losses of one and two processes differ by {worst:.1e} at most")
+    for key in ("seconds", "cpu_s", "generate_s"):
+        if key not in found["1 x 1"][0]:
+            continue
+        times = {name: [f[key] for f in each[warmup:]] for name, each in found.items()}
+        medians = "  ".join(f"{name} {statistics.median(t):.3f} s" for name, t in times.items())
+        print(f"  {key:10s} {medians}")
+        for other in programs.keys() - {"2 x 1"}:
+            each = [a / b for a, b in zip(times[other], times["2 x 1"], strict=True)]
+            spread = f"(min {min(each):.2f}, max {max(each):.2f})"
+            print(f"  {'':10s} {other} / 2 x 1: {statistics.median(each):.2f} {spread}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

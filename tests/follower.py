@@ -1,0 +1,90 @@
+"""Two processes for tests: the one that runs them, and one that serves it. The latter is this file
+run as a program; it fails when it meets certain tokens."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from cookbook_core.backend.local import processes
+from cookbook_core.backend.local.scoring import Scorer
+from cookbook_core.runs import join_processes
+
+FAILS, FAILS_BACKWARD, TOO_LONG = 97, 98, 99
+
+ROOT = Path(__file__).parents[1]
+
+score_batch = Scorer.score_batch
+
+
+def float64_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """In the model's own dtype: transformers' is in float32 even in a float64 model, so there a
+    difference in the last bit, of batches cut otherwise, can come out as 1e-7."""
+    return self.weight * x * torch.rsqrt(x.square().mean(-1, True) + self.variance_epsilon)
+
+
+def failing(grad: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("the backward broke")
+
+
+def poisoned(self: Scorer, batch: Any) -> list[torch.Tensor]:
+    tokens = {token for datum in batch.data for token in datum.model_input.to_ints()}
+    if FAILS in tokens:
+        raise RuntimeError("the forward broke")
+    if TOO_LONG in tokens:
+        raise torch.OutOfMemoryError("out of memory")
+    found = score_batch(self, batch)
+    if FAILS_BACKWARD in tokens and torch.is_grad_enabled():
+        for lp in found:
+            lp.register_hook(failing)
+    return found
+
+
+class Two:
+    """This process, as process 0, and another one that serves it."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.env = {
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": "0",
+        }
+        self.said = folder / "follower.log"
+        with open(self.said, "w", encoding="utf-8") as log:
+            self.other = subprocess.Popen(
+                [sys.executable, "-m", "tests.follower"],
+                cwd=ROOT,
+                env={**os.environ, **self.env, "RANK": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        before = {name: os.environ.get(name) for name in self.env}
+        os.environ.update(self.env)
+        try:
+            join_processes()
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+    def end(self) -> int:
+        processes.leave()
+        return self.other.wait(60)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    Scorer.score_batch = poisoned
+    Qwen3RMSNorm.forward = float64_norm
+    join_processes()

@@ -1,0 +1,408 @@
+"""Two processes give what one gives, fail as one does, and end together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from cookbook_core import weighted_sums
+from cookbook_core.backend.local import processes, shared_engine
+from cookbook_core.backend.local.shares import distinct_tokens, share_out
+from cookbook_core.errors import DatumError, LossError, RequestError
+from cookbook_core.tinker import (
+    AdamParams,
+    Datum,
+    ModelInput,
+    SamplingParams,
+    ServiceClient,
+    TrainingClient,
+)
+from tests import follower
+from tests.conftest import make_random_data
+from tests.follower import Two
+from tests.oracles.logprobs import adapter_of, assert_close, engine_of, randomize, take_gradient
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 60
+EXACT = 1e-9
+PLAIN = 96  # tokens below this do not make the follower fail
+
+
+# ---- two processes -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
+    found = Two(tmp_path_factory.mktemp("two"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Qwen3RMSNorm, "forward", follower.float64_norm)
+        yield found
+    assert found.end() == 0, found.said.read_text(encoding="utf-8")
+
+
+@dataclass
+class Sides:
+    """The same client twice: shared by two processes, and in this one alone."""
+
+    shared: TrainingClient
+    alone: TrainingClient
+
+    def each(self) -> tuple[TrainingClient, TrainingClient]:
+        return self.shared, self.alone
+
+    def agree(self, run: Callable[[TrainingClient], Any]) -> Any:
+        """Metrics, logprobs and gradient of `run` are equal; what the shared one gave."""
+        found, want = (run(client).result(SECONDS) for client in self.each())
+        assert found.metrics == pytest.approx(want.metrics, rel=EXACT)
+        for a, b in zip(found.loss_fn_outputs, want.loss_fn_outputs, strict=True):
+            assert a["logprobs"].shape == b["logprobs"].shape
+            np.testing.assert_allclose(
+                a["logprobs"].to_numpy(), b["logprobs"].to_numpy(), rtol=EXACT, atol=EXACT
+            )
+        return found
+
+
+Connect = Callable[..., Sides]
+
+
+@pytest.fixture(scope="module")
+def sides(
+    two: Two, tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., str]
+) -> Iterator[Connect]:
+    services: list[ServiceClient] = []
+
+    def make(arch: str = "qwen3", *, seed: int = 0, train_unembed: bool = False) -> Sides:
+        assert two.other.poll() is None
+        if not services:
+            for _ in range(2):
+                folder = tmp_path_factory.mktemp("checkpoints")
+                service = ServiceClient(device="cpu", dtype="float64", checkpoint_dir=folder)
+                services.append(service)
+        made = []
+        for service, alone in zip(services, (False, True), strict=True):
+            with pytest.MonkeyPatch.context() as patch:
+                if alone:
+                    patch.setattr(processes, "_group", None)
+                created = service.create_lora_training_client(
+                    model_folder(arch), rank=4, seed=seed, train_unembed=train_unembed
+                )
+                made.append(created.result(SECONDS))
+            randomize(made[-1], seed)
+        kinds = [type(engine_of(client)) is shared_engine.SharedEngine for client in made]
+        assert kinds == [True, False]
+        return Sides(*made)
+
+    yield make
+    for service in services:
+        service.close()
+
+
+# ---- data and losses -----------------------------------------------------------------------------
+
+
+def grouped(groups: int, members: int, prompt: int, k: int | None = None) -> list[Datum]:
+    """Datums of `groups` prompts, `members` completions of each, with all that losses ask for."""
+    rng = np.random.default_rng(groups)
+    data = []
+    for _ in range(groups):
+        stem = rng.integers(3, PLAIN, prompt)
+        for _ in range(members):
+            ids = [*stem, *rng.integers(3, PLAIN, rng.integers(4, 12))]
+            shape = len(ids) if k is None else (len(ids), k)
+            weights = np.broadcast_to((np.arange(len(ids)) >= prompt - 1), (k or 1, len(ids))).T
+            data.append(
+                Datum(
+                    ModelInput.from_ints(ids),
+                    {
+                        "target_tokens": rng.integers(0, 100, shape),
+                        "weights": weights.reshape(shape),
+                        "ref_logprobs": rng.uniform(-6, -3, shape),
+                        "advantages": np.full(shape, rng.normal()),
+                    },
+                )
+            )
+    return data
+
+
+def dpo(data: list[Datum], logprobs: list[torch.Tensor]) -> Any:
+    ratios = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs").to(logprobs[0])
+    margin = ratios[0::2] - ratios[1::2]
+    return -torch.nn.functional.logsigmoid(0.1 * margin).mean(), {"margin": margin.mean()}
+
+
+def policy(data: list[Datum], logprobs: list[torch.Tensor]) -> Any:
+    """The whole batch's reduction: a token's part depends on how many there are in all."""
+    total, count = logprobs[0].new_zeros(()), 0.0
+    for datum, lp in zip(data, logprobs, strict=True):
+        x = {name: value.to_torch() for name, value in datum.loss_fn_inputs.items()}
+        ratio = (lp - x["ref_logprobs"]).exp()
+        total = total - (x["weights"] * x["advantages"] * ratio).sum()
+        count += float(x["weights"].sum())
+    return total / count, {"tokens_scored": count}
+
+
+def squared(data: list[Datum], logprobs: list[torch.Tensor]) -> Any:
+    del data
+    return sum((lp**2).sum() for lp in logprobs), {"first": logprobs[0].mean()}
+
+
+def entropy(data: list[Datum], vocab: list[Any]) -> Any:
+    rows = [lp[np.arange(0, len(lp), 2)] for lp in vocab]
+    del data
+    return sum((row.exp() * row).sum() for row in rows), {"rows": sum(map(len, rows))}
+
+
+BATCHES: dict[str, tuple[Any, list[Datum]]] = {
+    "pairs": (dpo, grouped(3, 2, 20)),
+    "groups": (policy, grouped(2, 4, 18)),
+    "one group": (policy, grouped(1, 6, 40)),
+    "many targets": (squared, grouped(2, 2, 17, k=3)),
+    "one datum": (squared, grouped(1, 1, 5)),
+    "nothing in common": (squared, make_random_data(7, vocab=PLAIN)),
+}
+
+
+# ---- the same result -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_steps_are_those_of_one_process(sides: Connect, name: str) -> None:
+    """Logprobs, metrics and gradients, accumulated over two calls, then the weights after steps."""
+    loss, data = BATCHES[name]
+    both = sides()
+    for _ in range(3):
+        both.agree(lambda c: c.forward(data, "cross_entropy"))
+        both.agree(lambda c: c.forward_backward_custom(data, loss))
+        both.agree(lambda c: c.forward_backward(data[:1], "cross_entropy"))
+        for client in both.each():
+            client.optim_step(AdamParams(1e-2)).result(SECONDS)
+        assert_close(*(adapter_of(client).named() for client in both.each()), EXACT)
+    both.agree(lambda c: c.forward_backward_custom(data, loss))
+    assert_close(*map(take_gradient, both.each()), EXACT)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "bert"])
+def test_other_architectures(sides: Connect, arch: str) -> None:
+    """Without packing, and without a plain unembedding."""
+    both, data = sides(arch), grouped(2, 3, 18)
+    both.agree(lambda c: c.forward_backward_custom(data, policy))
+    assert_close(*map(take_gradient, both.each()), EXACT)
+
+
+@pytest.mark.parametrize("train_unembed", [False, True])
+def test_the_whole_vocabulary(sides: Connect, train_unembed: bool) -> None:
+    both, data = sides(train_unembed=train_unembed), grouped(2, 2, 18)
+    form = "vocab_logprobs"
+    both.agree(lambda c: c.forward_backward_custom(data, entropy, loss_type_input=form))
+    both.agree(lambda c: c.forward_backward_custom(data, squared))
+    assert_close(*map(take_gradient, both.each()), EXACT)
+
+
+def test_a_graph_that_does_not_fit_in_one_process(
+    sides: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, data = sides(), grouped(2, 3, 18)
+    monkeypatch.setattr(engine_of(both.shared).room, "one_pass_tokens", 0)
+    found, want = (c.forward_backward_custom(data, policy).result(SECONDS) for c in both.each())
+    assert (found.metrics["passes"], want.metrics["passes"]) == (2.0, 1.0)
+    assert_close(*map(take_gradient, both.each()), EXACT)
+
+
+def test_clients_do_not_mix(sides: Connect) -> None:
+    """More adapters than the other process keeps copies of, in turns, one of them frozen."""
+    data = grouped(2, 2, 18)
+    clients = [sides(seed=seed) for seed in range(shared_engine.COPIES + 2)]
+    for _ in range(2):
+        for both in clients:
+            both.agree(lambda c: c.forward_backward_custom(data, dpo))
+        for both in clients[1:]:
+            for client in both.each():
+                client.optim_step(AdamParams(1e-2)).result(SECONDS)
+    for both in clients[1:]:
+        assert_close(*(adapter_of(client).named() for client in both.each()), EXACT)
+
+
+def test_restored_and_loaded_weights(sides: Connect, tmp_path: Path) -> None:
+    both, data = sides(), grouped(2, 2, 18)
+    other = sides(seed=1)
+    for client in other.each():
+        client.forward_backward(data, "cross_entropy")
+        client.optim_step(AdamParams(1e-2))
+    path = other.shared.save_state("there").result(SECONDS).path
+    for client in both.each():
+        client.load_state_with_optimizer(path).result(SECONDS)
+    for _ in range(2):
+        both.agree(lambda c: c.forward_backward_custom(data, dpo))
+        for client in both.each():
+            client.optim_step(AdamParams(1e-2)).result(SECONDS)
+    assert_close(*(adapter_of(client).named() for client in both.each()), EXACT)
+
+
+@pytest.mark.parametrize("seed", [7, None])
+def test_samples(sides: Connect, seed: int | None) -> None:
+    """Also without a seed: the numbers are drawn as one process draws them."""
+    both = sides()
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    params = SamplingParams(max_tokens=20, seed=seed, stop=["no such text"])
+    found: list[list[Any]] = []
+    for client in both.each():
+        sampler = client.save_weights_and_get_sampling_client()
+        torch.manual_seed(3)
+        futures: list[Any] = [
+            sampler.sample(ModelInput.from_ints(prompt), 3, params, True, 2) for prompt in prompts
+        ]
+        found.append([future.result(SECONDS) for future in futures])
+        scored = sampler.compute_logprobs(ModelInput.from_ints(prompts[2])).result(SECONDS)
+        assert scored[1:] == pytest.approx(found[-1][2].prompt_logprobs[1:], rel=1e-6)
+    for ours, theirs in zip(*found, strict=True):
+        assert [s.tokens for s in ours.sequences] == [s.tokens for s in theirs.sequences]
+        assert [s.stop_reason for s in ours.sequences] == ["length"] * 3
+        for a, b in zip(ours.sequences, theirs.sequences, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, rel=1e-6)
+        for a, b in zip(
+            ours.topk_prompt_logprobs[1:], theirs.topk_prompt_logprobs[1:], strict=True
+        ):
+            assert [i for i, _ in a] == [i for i, _ in b]
+            assert isinstance(a[0], tuple)
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def raising(data: list[Datum], logprobs: list[torch.Tensor]) -> Any:
+    raise KeyError("mine")
+
+
+def endless(data: list[Datum], logprobs: list[torch.Tensor]) -> Any:
+    return logprobs[-1].sum() * float("inf"), {}
+
+
+FAILURES: dict[str, tuple[Any, int | None, type[Exception], str]] = {
+    "the loss raises": (raising, None, LossError, "mine"),
+    "the loss is infinite": (endless, None, LossError, "not finite"),
+    "a forward there": (squared, follower.FAILS, RequestError, "in process 1 of 2: .*forward"),
+    "a backward there": (squared, follower.FAILS_BACKWARD, RequestError, "in process 1.*backward"),
+    "no room there": (squared, follower.TOO_LONG, DatumError, r"in process 1 of 2: data\[2\]"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_leaves_everything_as_it_was(sides: Connect, name: str) -> None:
+    loss, token, kind, said = FAILURES[name]
+    both, good = sides(), grouped(1, 3, 3)
+    good[0] = grouped(1, 1, 30)[0]  # the longest, so that [1] and [2] are the other process's
+    assert share_out([d.model_input.to_ints() for d in good], 2, share=True)[1] == [1, 2]
+    bad = good if token is None else [*good[:2], _beginning_with(token, good[2])]
+    both.agree(lambda c: c.forward_backward_custom(good, squared))
+    before = [g.clone() for g in adapter_of(both.shared).grads]
+    with pytest.raises(kind, match=said):
+        both.shared.forward_backward_custom(bad, loss).result(SECONDS)
+    assert all(map(torch.equal, adapter_of(both.shared).grads, before))
+    both.agree(lambda c: c.forward_backward_custom(good, squared))
+    assert_close(*map(take_gradient, both.each()), EXACT)
+
+
+def _beginning_with(token: int, datum: Datum) -> Datum:
+    ids = datum.model_input.to_ints()
+    return Datum(ModelInput.from_ints([token, *ids[1:]]), datum.loss_fn_inputs)
+
+
+def test_a_failure_here_ends_the_request_there(
+    sides: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process's forward, and in its backward, while the other one has done its part."""
+    both, data = sides(), grouped(3, 2, 20)
+    engine = engine_of(both.shared)
+    score_batch = engine.scorer.score_batch
+
+    def broken(batch: Any) -> Any:
+        raise RuntimeError("the forward broke")
+
+    def broken_later(batch: Any) -> Any:
+        found = score_batch(batch)
+        for lp in found:
+            lp.register_hook(follower.failing)
+        return found
+
+    for kind in (broken, broken_later):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.scorer, "score_batch", kind)
+            with pytest.raises(RuntimeError, match="broke"):
+                both.shared.forward_backward_custom(data, squared).result(SECONDS)
+        assert adapter_of(both.shared).grads is None
+    both.agree(lambda c: c.forward_backward_custom(data, squared))
+    assert_close(*map(take_gradient, both.each()), EXACT)
+
+
+def test_a_model_that_is_not_there(two: Two, sides: Connect, tmp_path: Path) -> None:
+    assert two.other.poll() is None
+    service = ServiceClient(device="cpu", checkpoint_dir=tmp_path)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="base_model"):
+        service.create_lora_training_client(str(tmp_path)).result(SECONDS)
+    service.close()
+    sides().agree(lambda c: c.forward_backward_custom(grouped(2, 1, 5), squared))
+
+
+# ---- shares --------------------------------------------------------------------------------------
+
+
+def lists_of(data: list[Datum]) -> list[list[int]]:
+    return [d.model_input.to_ints() for d in data]
+
+
+@pytest.mark.parametrize(("groups", "members"), [(8, 2), (4, 8), (5, 3)])
+def test_groups_with_a_prompt_of_their_own_stay_whole(groups: int, members: int) -> None:
+    shares = share_out(lists_of(grouped(groups, members, 60)), 2, share=True)
+    assert sorted(i for share in shares for i in share) == list(range(groups * members))
+    for share in shares:
+        assert all(i - i % members + j in share for i in share for j in range(members))
+    assert abs(len(shares[0]) - len(shares[1])) <= members
+
+
+def test_one_prompt_for_all_is_split() -> None:
+    shares = share_out(lists_of(grouped(1, 16, 60)), 2, share=True)
+    assert abs(len(shares[0]) - len(shares[1])) <= 1
+
+
+def test_a_system_prompt_does_not_hold_pairs_together() -> None:
+    """All share 20 tokens, pairs 60: pairs stay whole, the system prompt is computed twice."""
+    lists = [[*range(20), *ids] for ids in lists_of(grouped(6, 2, 40))]
+    shares = share_out(lists, 2, share=True)
+    assert sorted(map(len, shares)) == [6, 6]
+    assert all(i ^ 1 in share for share in shares for i in share)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_shares_are_balanced(size: int) -> None:
+    rng = np.random.default_rng(0)
+    lists = [rng.integers(0, 100, n).tolist() for n in rng.integers(60, 512, 8 * size)]
+    shares = share_out(lists, size, share=True)
+    loads = [sum(len(lists[i]) for i in share) for share in shares]
+    assert max(loads) <= 1.05 * sum(loads) / size
+
+
+def test_fewer_than_processes() -> None:
+    assert share_out([[1, 2], [3]], 4, share=True) == [[0], [1], [], []]
+    assert share_out([], 2, share=True) == [[], []]
+
+
+def test_distinct_tokens_are_those_laid_out() -> None:
+    from cookbook_core.backend.local.packing import lay_out
+
+    lists = sorted(lists_of(grouped(3, 3, 25)))
+    common = [
+        next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        for a, b in itertools.pairwise(lists)
+    ]
+    for members in ([0, 1, 2], [0, 4, 5, 8], [3]):
+        layout = lay_out([lists[i] for i in members])
+        assert distinct_tokens(members, list(map(len, lists)), common) == len(layout.tokens)
