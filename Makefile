@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+# the oldest and the newest tinker SDK the remote backend supports; see tests/remote/test_sdks.py
+SDKS := 0.25.0 0.38.0
 
 .PHONY: quickstart test audit clean
 
@@ -26,6 +28,11 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	  for v in $(SDKS); do \
+	    $(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/sdk/$$v tinker==$$v || exit 1; \
+	  done; \
+	fi
 	touch $@
 
 audit: $(VENV)/bin/python

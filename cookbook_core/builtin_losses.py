@@ -9,9 +9,9 @@ log-ratios are capped at 20 (a ratio of 4.9e8) before exp, so one stray token ca
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cookbook_core.alignment import align_weights, input_tensor, weighted_sum
@@ -137,7 +137,24 @@ def needed_inputs(name: str) -> tuple[str, ...]:
     return ("target_tokens",) if name == "cross_entropy" else _NEEDS_RL
 
 
-def builtin_loss(name: str, config: Mapping[str, float | str] | None = None) -> LossFn:
+@dataclass(frozen=True)
+class BuiltinLoss:
+    """A built-in loss with its options bound. A service may be sent its name instead."""
+
+    name: str
+    config: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def func(self) -> Any:
+        """The plain function."""
+        return BUILTIN_LOSSES[self.name]
+
+    def __call__(self, data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> Returned:
+        """The loss, and no metrics."""
+        return self.func(data, logprobs, **self.config)
+
+
+def builtin_loss(name: str, config: Mapping[str, float | str] | None = None) -> BuiltinLoss:
     """Look up a built-in loss and bind its configuration.
 
     Raises:
@@ -158,7 +175,7 @@ def builtin_loss(name: str, config: Mapping[str, float | str] | None = None) -> 
         check_choice(ConfigError, where, what, key, options)
         if not is_finite(value):
             raise ConfigError(message(where, "not a number", "a finite number", repr(value)))
-    return functools.partial(loss, **{key: float(value) for key, value in (config or {}).items()})
+    return BuiltinLoss(name, {key: float(value) for key, value in (config or {}).items()})
 
 
 def with_entropy_bonus(loss_fn: LossFn, entropy_coef: float) -> LossFn:

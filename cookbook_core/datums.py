@@ -13,6 +13,7 @@ that by hand, in several places, is the field's oldest silent bug; here it is do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -198,15 +199,15 @@ def with_inputs(datum: Datum, **loss_fn_inputs: Any) -> Datum:
 def check_data(
     data: Sequence[Datum],
     *,
-    vocab_size: int,
+    vocab_size: int | None,
     max_context: int | None = None,
     needs: Sequence[str] = ("target_tokens",),
 ) -> None:
     """Refuse a batch that cannot be trained on, before anything has changed.
 
     Checks every datum and reports the first five faults: type, empty input, missing inputs
-    (`needs`), token ids outside [0, vocab_size), context length, lengths of target_tokens and of
-    weights, weights that are not finite.
+    (`needs`), token ids outside [0, vocab_size) (below 0, where it is None: not known), context
+    length, lengths of target_tokens and of weights, weights that are not finite.
 
     Raises:
         DatumError: naming datum index and field for each fault; also for an empty batch.
@@ -225,7 +226,7 @@ def check_data(
 
 
 def _datum_problems(
-    where: str, datum: Datum, vocab_size: int, max_context: int | None, needs: Sequence[str]
+    where: str, datum: Datum, vocab_size: int | None, max_context: int | None, needs: Sequence[str]
 ) -> list[str]:
     found, n = [], datum.model_input.length
     if n == 0:
@@ -285,7 +286,7 @@ def _datum_problems(
     return found
 
 
-def input_problems(field: str, ids: list[int], vocab_size: int) -> list[str]:
+def input_problems(field: str, ids: list[int], vocab_size: int | None) -> list[str]:
     """The first id that is no integer or outside the vocabulary: zero or one messages."""
     for at, token in enumerate(ids):  # chunks take whatever list they are given
         if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
@@ -293,9 +294,9 @@ def input_problems(field: str, ids: list[int], vocab_size: int) -> list[str]:
     return token_problems(field, np.asarray(ids), vocab_size)
 
 
-def token_problems(field: str, ids: np.ndarray, vocab_size: int) -> list[str]:
+def token_problems(field: str, ids: np.ndarray, vocab_size: int | None) -> list[str]:
     """The first id outside the vocabulary, as a list of zero or one messages."""
-    bad = np.argwhere((ids < 0) | (ids >= vocab_size))
+    bad = np.argwhere((ids < 0) | (ids >= (math.inf if vocab_size is None else vocab_size)))
     if not len(bad):
         return []
     at = tuple(int(j) for j in bad[0])
@@ -303,7 +304,7 @@ def token_problems(field: str, ids: np.ndarray, vocab_size: int) -> list[str]:
         message(
             f"{field}{list(at)}",
             "token id outside the vocabulary",
-            f"0 <= id < {vocab_size}",
+            "an id >= 0" if vocab_size is None else f"0 <= id < {vocab_size}",
             int(ids[at]),
         )
     ]

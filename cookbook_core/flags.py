@@ -31,7 +31,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 @dataclasses.dataclass(frozen=True)
-class Saving:
+class RunFlags:
     """Flags that every recipe has besides those of its Config."""
 
     save_every: int = 20
@@ -42,6 +42,11 @@ class Saving:
     """Start over, rather than go on with an interrupted run of the same parameters."""
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where metrics go besides metrics.jsonl; each needs the extra of its name."""
+    base_url: str = ""
+    """Of a Tinker-compatible service to train on; empty trains on this machine. Needs the extra
+    "remote"; --model then names one of the service's models, or a local folder of that name."""
+    trust_service: bool = False
+    """Train on the service even if its arithmetic, which is looked at first, is wrong."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -50,7 +55,7 @@ class Saving:
 
 def parse_config(
     config_class: type[ConfigT], argv: Sequence[str] | None = None
-) -> tuple[ConfigT, Saving]:
+) -> tuple[ConfigT, RunFlags]:
     """Build a recipe's config from command line flags; print help or the mistake, and exit.
 
     Under torchrun only process 0 comes back from here: see `launch.join_processes`.
@@ -61,7 +66,7 @@ def parse_config(
             in is the program's description.
         argv: the flags; None takes the command line's.
     Returns:
-        config, and the flags of `Saving`.
+        config, and the flags of `RunFlags`.
     Raises:
         SystemExit: 0 after --help; 2 after an unknown flag (the nearest known is named) or a value
             that does not fit the field's type or that the config itself refuses.
@@ -72,15 +77,15 @@ def parse_config(
     return parsed
 
 
-def _parse(config_class: type[ConfigT], arguments: list[str]) -> tuple[ConfigT, Saving]:
+def _parse(config_class: type[ConfigT], arguments: list[str]) -> tuple[ConfigT, RunFlags]:
     import tyro
 
-    parts = {"recipe": config_class, "run": Saving}
+    parts = {"recipe": config_class, "run": RunFlags}
     fields = [(name, tyro.conf.OmitArgPrefixes[_shown(part)]) for name, part in parts.items()]
     program = _program()
     if {"-h", "--help"} & set(arguments):
         print(_filled(sys.modules[config_class.__module__].__doc__ or ""), "\n")
-    flags, unknown = tyro.cli(
+    given, unknown = tyro.cli(
         dataclasses.make_dataclass("Flags", fields),
         args=arguments,
         prog=program,
@@ -95,13 +100,13 @@ def _parse(config_class: type[ConfigT], arguments: list[str]) -> tuple[ConfigT, 
         print(f"{flag}: no such flag. {nearest(name, known)}", file=sys.stderr)
         raise SystemExit(2)
     try:
-        return config_class(**vars(flags.recipe)), Saving(**vars(flags.run))
+        return config_class(**vars(given.recipe)), RunFlags(**vars(given.run))
     except ConfigError as error:
         print(f"{error}\n{program} --help explains every flag.", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def main(config_class: type[ConfigT], train: Callable[[ConfigT, Saving], object]) -> None:
+def main(config_class: type[ConfigT], train: Callable[[ConfigT, RunFlags], object]) -> None:
     """What `python -m recipes.NAME` does: parse the flags, train, tell mistakes in a line.
 
     An exception inside the recipe's own loss or reward is shown with the lines it came from.

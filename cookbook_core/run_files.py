@@ -225,7 +225,9 @@ def keep_random_state(path: Path, step: int) -> None:
     }
     if torch.cuda.is_available():
         found["cuda"] = [bytes(s.numpy()).hex() for s in torch.cuda.get_rng_state_all()]
-    write_atomically(random_file(path, step), json.dumps(found) + "\n")
+    file = random_file(path, step)
+    file.parent.mkdir(exist_ok=True)  # of a run on a service, nothing else is in it
+    write_atomically(file, json.dumps(found) + "\n")
 
 
 def restore_random_state(path: Path, step: int) -> None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cookbook_core import run_files
 from cookbook_core.errors import LossError, ProcessError, message
 from cookbook_core.flags import (
-    Saving,
+    RunFlags,
     check,
     check_positive,
     check_types,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Panel",
     "Run",
-    "Saving",
+    "RunFlags",
     "check",
     "check_positive",
     "check_types",
@@ -67,11 +67,13 @@ class Run:
         recipe: its name; names the folder when config.log_path is "".
         config: a dataclass with a field `log_path`.
         num_steps: optimizer steps in the whole run.
-        saving: when checkpoints are saved and how many are kept; whether to start over.
+        flags: when checkpoints are saved and how many are kept; whether to start over; where to
+            train.
         progress: metrics to show while it runs, beside tokens per second and the time left.
         best: the metric whose best value's checkpoint is kept, "-" before it where less is better.
     Attributes:
         path: the folder.
+        service: how ServiceClient is to be made: where to train, where checkpoints go.
         checkpoint: what to start from: the path of the newest checkpoint, None in a new run.
         first_step: optimizer steps in that checkpoint.
     Raises:
@@ -84,15 +86,20 @@ class Run:
         recipe: str,
         config: Any,
         num_steps: int,
-        saving: Saving | None = None,
+        flags: RunFlags | None = None,
         *,
         progress: Sequence[str] = ("loss",),
         best: str = "",
     ) -> None:
         self.num_steps = num_steps
-        self._saving = saving or Saving()
-        self.path, self._lock = run_files.claim(recipe, config, fresh=self._saving.fresh)
+        self._flags = flags or RunFlags()
+        self.path, self._lock = run_files.claim(recipe, config, fresh=self._flags.fresh)
         self._record = run_files.read_record(self.path)
+        self.service: dict[str, Any] = {
+            "base_url": self._flags.base_url,
+            "trust_service": self._flags.trust_service,
+            "checkpoint_dir": self.path / "checkpoints",
+        }
         entry = run_files.newest(self._record)
         self.first_step = entry["step"] if entry else 0
         self.checkpoint = entry["path"] if entry else None
@@ -110,9 +117,9 @@ class Run:
         else:
             write_atomically(self.path / "config.json", run_files.describe(recipe, config))
         self._tracker: Tracker | None = None
-        if self._saving.track != "none":
+        if self._flags.track != "none":
             told = dataclasses.asdict(config)
-            self._tracker = open_tracker(self._saving.track, self.path.name, told, self.path)
+            self._tracker = open_tracker(self._flags.track, self.path.name, told, self.path)
         self._progress = Progress(recipe, num_steps, self.first_step, progress)
         print(f"{recipe}: run folder {self.path}")
         if began:
@@ -171,7 +178,7 @@ class Run:
             yield step
             done = step + 1
             stop = self._signal is not None
-            if stop or done % self._saving.save_every == 0 or done == self.num_steps:
+            if stop or done % self._flags.save_every == 0 or done == self.num_steps:
                 self._save(done)
             if stop and done < self.num_steps:
                 self._progress.say(
@@ -203,14 +210,14 @@ class Run:
         entries.append({"step": step, "path": saved.path})
         entries.sort(key=lambda entry: entry["step"])
         best = (self._record["best"] or {"step": None})["step"]
-        kept = [e for e in entries if e in entries[-self._saving.keep_last :] or e["step"] == best]
+        kept = [e for e in entries if e in entries[-self._flags.keep_last :] or e["step"] == best]
         dropped = [entry for entry in entries if entry not in kept]
         self._record["checkpoints"] = kept
         run_files.write_record(self.path, self._record)
         for entry in dropped:
             run_files.random_file(self.path, entry["step"]).unlink(missing_ok=True)
             path = Path(entry["path"])
-            if path.resolve().is_relative_to(self.path.resolve()):
+            if "://" not in entry["path"] and path.resolve().is_relative_to(self.path.resolve()):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _note_best(self, step: int, row: Mapping[str, Any]) -> None:

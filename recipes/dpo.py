@@ -157,7 +157,7 @@ def build_pairs(
 # ---- train ---------------------------------------------------------------------------------------
 
 
-def train(config: Config, saving: runs.Saving | None = None) -> dict[str, float]:
+def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
     """The whole run, or the rest of one; returns the held-out metrics at its end."""
     train_rows, test_rows = train_test(
         config.dataset, ("prompt", "chosen", "rejected"), config.test_rows, config.seed
@@ -174,11 +174,9 @@ def train(config: Config, saving: runs.Saving | None = None) -> dict[str, float]
     ]
     progress = ("loss", "accuracy")
     with runs.Run(
-        "dpo", config, config.num_steps, saving, progress=progress, best="test_accuracy"
+        "dpo", config, config.num_steps, flags, progress=progress, best="test_accuracy"
     ) as run:
-        service = tinker.ServiceClient(
-            device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
-        )
+        service = tinker.ServiceClient(device=config.device, dtype=config.dtype, **run.service)
         client = clients.start(
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )

@@ -248,7 +248,7 @@ def with_prompt_tokens(rows: list[dict], tokenizer, longest: int) -> list[dict]:
 # ---- train ---------------------------------------------------------------------------------------
 
 
-def train(config: Config, saving: runs.Saving | None = None) -> dict[str, float]:
+def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
     """The whole run, or the rest of one; returns the held-out metrics at its end."""
     fields = ("prompt",) if config.reward_model else ("prompt", "answer")
     train_rows, test_rows = train_test(config.dataset, fields, config.test_rows, config.seed)
@@ -260,11 +260,9 @@ def train(config: Config, saving: runs.Saving | None = None) -> dict[str, float]
     ]
     progress = ("reward", "kl", "loss")
     with runs.Run(
-        "grpo", config, config.num_steps, saving, progress=progress, best="test_reward"
+        "grpo", config, config.num_steps, flags, progress=progress, best="test_reward"
     ) as run:
-        service = tinker.ServiceClient(
-            device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
-        )
+        service = tinker.ServiceClient(device=config.device, dtype=config.dtype, **run.service)
         client = clients.start(
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )

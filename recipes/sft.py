@@ -152,7 +152,7 @@ def generate(client: tinker.TrainingClient, rows: list[dict], max_tokens: int) -
 # ---- train ---------------------------------------------------------------------------------------
 
 
-def train(config: Config, saving: runs.Saving | None = None) -> dict[str, float]:
+def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
     """The whole run, or the rest of one; returns the held-out metrics at its end."""
     columns = (("prompt", "completion"), ("messages",))
     train_rows, test_rows = train_test(config.dataset, columns, config.test_rows, config.seed)
@@ -162,11 +162,9 @@ def train(config: Config, saving: runs.Saving | None = None) -> dict[str, float]
     ]
     progress = ("loss", "test_exact_match")
     with runs.Run(
-        "sft", config, config.num_steps, saving, progress=progress, best="test_exact_match"
+        "sft", config, config.num_steps, flags, progress=progress, best="test_exact_match"
     ) as run:
-        service = tinker.ServiceClient(
-            device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
-        )
+        service = tinker.ServiceClient(device=config.device, dtype=config.dtype, **run.service)
         client = clients.start(
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )

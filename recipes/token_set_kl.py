@@ -176,7 +176,7 @@ def build_data(
 # ---- train ---------------------------------------------------------------------------------------
 
 
-def train(config: Config, saving: runs.Saving | None = None) -> dict[str, float]:
+def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
     """The whole run, or the rest of one; returns the held-out metrics at its end."""
     columns = (("text", "label_probs"), ("question", "answer"))
     train_rows, test_rows = train_test(config.dataset, columns, config.test_rows, config.seed)
@@ -188,11 +188,9 @@ def train(config: Config, saving: runs.Saving | None = None) -> dict[str, float]
     ]
     progress = ("divergence",)
     with runs.Run(
-        "token_set_kl", config, config.num_steps, saving, progress=progress, best="-test_divergence"
+        "token_set_kl", config, config.num_steps, flags, progress=progress, best="-test_divergence"
     ) as run:
-        service = tinker.ServiceClient(
-            device=config.device, dtype=config.dtype, checkpoint_dir=run.path / "checkpoints"
-        )
+        service = tinker.ServiceClient(device=config.device, dtype=config.dtype, **run.service)
         client = clients.start(
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )

@@ -26,7 +26,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from cookbook_core import manifest, run_files
-from cookbook_core.runs import Saving, read_metrics
+from cookbook_core.runs import RunFlags, read_metrics
 
 ROOT = Path(__file__).parents[1]
 SAVE_EVERY = 3
@@ -75,7 +75,7 @@ def child(recipe: str, steps: int, folder: str, slow: bool) -> None:
         run_files.write_record = slowed(run_files.write_record)
     module = importlib.import_module(f"recipes.{recipe}")
     config = module.Config(num_steps=steps, log_path=folder, **CONFIGS[recipe])
-    module.train(config, Saving(save_every=SAVE_EVERY))
+    module.train(config, RunFlags(save_every=SAVE_EVERY))
     say("end")
 
 

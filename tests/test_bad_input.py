@@ -383,7 +383,7 @@ def test_bad_device_dtype_and_url(make_service, model_folder):
     with pytest.raises(ConfigError, match=r"device: not usable here.*warp"):
         make_service(device="warp").create_lora_training_client(folder).result()
     with pytest.raises(ConfigError, match="base_url"):
-        make_service(base_url="http://localhost:1")
+        make_service(base_url="localhost:1")
 
 
 def test_a_truncated_base_model(service, model_folder, tmp_path):

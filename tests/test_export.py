@@ -19,7 +19,7 @@ from cookbook_core import cli, datum_from_prompt_completion, run_files
 from cookbook_core.backend.local import checkpoints
 from cookbook_core.errors import CheckpointError, ConfigError, ModelError
 from cookbook_core.export import export, find_checkpoint
-from cookbook_core.runs import Saving
+from cookbook_core.runs import RunFlags
 from cookbook_core.tinker import ModelInput, SamplingParams, ServiceClient, TrainingClient
 from recipes import sft
 from tests.conftest import make_random_data
@@ -130,7 +130,7 @@ def test_a_recipe_then_each_form(
     """Two steps on the bundled model, then the command; the three load and agree."""
     monkeypatch.chdir(tmp_path)
     sizes = {"batch_size": 2, "test_rows": 2, "max_tokens": 4, "lora_rank": 4}
-    sft.train(sft.Config(num_steps=2, log_path="run", **sizes), Saving(save_every=1))
+    sft.train(sft.Config(num_steps=2, log_path="run", **sizes), RunFlags(save_every=1))
     capsys.readouterr()
     for form in ("peft", "merged", "gguf-ready"):
         assert cli.main(["export", "run", "--to", form]) == 0

@@ -17,7 +17,7 @@ import torch
 
 from cookbook_core import run_files, runs
 from cookbook_core.errors import CheckpointError, ConfigError
-from cookbook_core.runs import Run, Saving, read_metrics
+from cookbook_core.runs import Run, RunFlags, read_metrics
 from cookbook_core.tinker import TrainingClient
 from tests import kill_harness
 from tests.test_runs import Config
@@ -67,8 +67,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     def config(folder: str) -> Any:
         return recipe.Config(**settings, log_path=str(tmp_path / folder))
 
-    saving = Saving(save_every=2)
-    whole = recipe.train(config("whole"), saving)
+    flags = RunFlags(save_every=2)
+    whole = recipe.train(config("whole"), flags)
     optim_step, calls = TrainingClient.optim_step, [0]
 
     def killed_at(count: int) -> None:
@@ -85,17 +85,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     for count in (2 * per_step, 5 * per_step):
         killed_at(count)
         with pytest.raises(Killed):
-            recipe.train(config("cut"), saving)
+            recipe.train(config("cut"), flags)
     monkeypatch.setattr(TrainingClient, "optim_step", optim_step)
     reference = tmp_path / "cut/checkpoints/model-0/weights/reference/adapter_model.safetensors"
     kept = reference.read_bytes() if name in ("dpo", "grpo") else b""
-    assert recipe.train(config("cut"), saving) == whole
+    assert recipe.train(config("cut"), flags) == whole
     assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
     assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
     if kept:
         assert reference.read_bytes() == kept
     with pytest.raises(ConfigError, match="holds a finished run"):
-        recipe.train(config("cut"), saving)
+        recipe.train(config("cut"), flags)
 
 
 # ---- the folder ----------------------------------------------------------------------------------
@@ -120,10 +120,10 @@ class Client:
         return self
 
 
-def go(tmp_path: Path, until: int, num_steps: int = 10, **saving: Any) -> Run:
+def go(tmp_path: Path, until: int, num_steps: int = 10, **flags: Any) -> Run:
     """Run to `until` updates, then stop without a word, as a killed process does."""
     config = Config(num_steps, log_path=str(tmp_path / "run"))
-    run = Run("sft", config, num_steps, Saving(**{"save_every": 2, **saving}), best="-test_loss")
+    run = Run("sft", config, num_steps, RunFlags(**{"save_every": 2, **flags}), best="-test_loss")
     client: Any = Client(run.path)
     for step in run.steps(client):
         if step == until:
@@ -235,8 +235,8 @@ def test_numbered_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Without log_path: the newest interrupted run of these parameters, else the next number."""
     monkeypatch.chdir(tmp_path)
 
-    def start(steps: int, **saving: Any) -> Run:
-        return Run("dpo", Config(steps), steps, Saving(**saving))
+    def start(steps: int, **flags: Any) -> Run:
+        return Run("dpo", Config(steps), steps, RunFlags(**flags))
 
     first = start(3)
     assert first.path.as_posix() == "runs/dpo-1"

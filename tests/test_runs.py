@@ -18,7 +18,7 @@ from cookbook_core import tracking
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import ConfigError, DataError, LossError
 from cookbook_core.progress import Progress
-from cookbook_core.runs import Panel, Run, Saving, main, parse_config, read_metrics
+from cookbook_core.runs import Panel, Run, RunFlags, main, parse_config, read_metrics
 
 
 @dataclass
@@ -44,10 +44,10 @@ class Config:
 
 def test_flags_set_fields() -> None:
     argv = ["--num_steps", "7", "--learning-rate=1e-4", "--no_shuffle", "--log_path", "a b"]
-    assert parse_config(Config, argv) == (Config(7, 1e-4, False, "a b"), Saving())
-    assert parse_config(Config, []) == (Config(), Saving())
+    assert parse_config(Config, argv) == (Config(7, 1e-4, False, "a b"), RunFlags())
+    assert parse_config(Config, []) == (Config(), RunFlags())
     argv = ["--save_every", "3", "--keep_last", "1", "--fresh"]
-    assert parse_config(Config, argv) == (Config(), Saving(3, 1, True))
+    assert parse_config(Config, argv) == (Config(), RunFlags(3, 1, True))
 
 
 def test_help_shows_each_docstring_default_and_the_recipe(capsys: pytest.CaptureFixture) -> None:
@@ -66,7 +66,7 @@ def test_help_shows_each_docstring_default_and_the_recipe(capsys: pytest.Capture
         (["--learning-rat=3"], '--learning-rat: no such flag. Did you mean "learning_rate"?'),
         (
             ["--zzz"],
-            "Known: fresh, keep_last, learning_rate, log_path, num_steps, save_every, shuffle, tra",
+            "Known: base_url, fresh, keep_last, learning_rate, log_path, num_steps, save_every, ",
         ),
         (["--save_every", "0"], "Config.save_every: out of range"),
         (["--num_steps", "many"], "--num_steps"),
@@ -97,8 +97,8 @@ def test_exit_codes(
 ) -> None:
     """What went wrong is one message; there is nothing to read in our own frames."""
 
-    def train(config: Config, saving: Saving) -> None:
-        assert (config, saving) == (Config(num_steps=3), Saving(fresh=True))
+    def train(config: Config, saving: RunFlags) -> None:
+        assert (config, saving) == (Config(num_steps=3), RunFlags(fresh=True))
         if error:
             raise error
 
@@ -118,7 +118,7 @@ def test_a_loss_that_raises_is_shown_with_its_own_lines(
     def my_loss(data: list, logprobs: list) -> tuple:
         return {}["beta"], {}
 
-    def train(config: Config, saving: Saving) -> None:
+    def train(config: Config, saving: RunFlags) -> None:
         differentiate(my_loss, [], [torch.zeros(1)])
 
     monkeypatch.setattr(sys, "argv", ["my_sft.py"])
@@ -324,7 +324,7 @@ def test_metrics_go_to_the_tracker_asked_for(
         lambda step, metrics: sent.append((step, dict(metrics))), lambda: sent.append("closed")
     )
     monkeypatch.setattr("cookbook_core.runs.open_tracker", lambda kind, *_: (kind, tracker)[1])
-    with make_run(tmp_path, saving=Saving(track="trackio")) as run:
+    with make_run(tmp_path, flags=RunFlags(track="trackio")) as run:
         run.log(0, {"loss": 0.5, "kl": math.nan})
     assert sent == [(0, {"loss": 0.5, "kl": None}), "closed"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cookbook_core.backend.local import threads
-from cookbook_core.backend.local.worker import Worker
+from cookbook_core.backend import threads
+from cookbook_core.backend.worker import Worker
 
 pytestmark = pytest.mark.skipif(threads._gomp() is None, reason="torch runs without libgomp here")
 

@@ -119,3 +119,7 @@ class Backend(Protocol):
     def create_sampler(self, path: str | None) -> Future[SamplingBackend]:
         """Weights saved at `path`, or the bare base model."""
         ...
+
+    def close(self) -> None:
+        """Serve what is queued, then let go."""
+        ...

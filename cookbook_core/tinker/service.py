@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cookbook_core.backend.interface import Backend
 from cookbook_core.errors import CheckpointError, ConfigError, message
@@ -22,6 +22,9 @@ from cookbook_core.tinker.types import (
     SupportedModel,
 )
 
+if TYPE_CHECKING:
+    from cookbook_core.backend.remote.connection import Connection
+
 
 class ServiceClient:
     """The entry point. Without a base_url everything runs on this machine.
@@ -29,14 +32,23 @@ class ServiceClient:
     Clients made for the same base model share one copy of it and one queue.
 
     Args:
-        base_url: must be None: this release runs on this machine only.
+        base_url: of a Tinker-compatible service, driven through the `tinker` SDK (the extra
+            "remote"). None or "": this machine.
+        api_key: for the service; None takes TINKER_API_KEY, or, away from the hosted service, a
+            placeholder.
+        trust_service: train a loss of one's own on the service even if its arithmetic, which is
+            looked at once before that, is wrong.
+        user_metadata, project_id, default_headers_overrides: handed to the service.
         device: "auto" (cuda, then mps, then cpu) or torch's own device string.
         dtype: "auto" (bfloat16 on cuda, else float32), "float32", "bfloat16" or "float64".
         gradient_checkpointing: "on" computes layers again in the backward rather than keep what
             is in them; "auto" does so for what does not fit into free memory; "off" never does.
         checkpoint_dir: where `save_state` and `save_weights_for_sampler` write.
-        user_metadata, project_id, display_name, api_key, default_headers_overrides: for hosted
-            services; no effect here.
+        display_name: no effect. device to checkpoint_dir have none at a service, nor has the third
+            line on this machine.
+
+    Raises:
+        ConfigError: a base_url that is none, or without the SDK.
     """
 
     def __init__(
@@ -52,12 +64,19 @@ class ServiceClient:
         dtype: str = "auto",
         gradient_checkpointing: str = "auto",
         checkpoint_dir: str | Path = "checkpoints",
+        trust_service: bool = False,
     ) -> None:
-        del user_metadata, project_id, display_name, api_key, default_headers_overrides
-        if base_url is not None:
-            raise ConfigError(
-                message("base_url", "remote services are not supported yet", None, base_url)
-            )
+        del display_name
+        self._service: Connection | None = None
+        self._trust = trust_service
+        if base_url:
+            from cookbook_core.backend.remote.connection import Connection
+
+            headers = dict(default_headers_overrides or {})
+            self._service = Connection(
+                base_url, api_key, user_metadata=user_metadata, project_id=project_id,
+                headers=headers,
+            )  # fmt: skip
         self._options = {
             "device": device,
             "dtype": dtype,
@@ -138,12 +157,14 @@ class ServiceClient:
             raise ConfigError(
                 message("create_sampling_client", "nothing named", "model_path or base_model", None)
             )
-        backend = self._backend(_base_of(model_path) if base_model is None else base_model)
-        created = backend.create_sampler(model_path)
+        created = self._backend_of(model_path, base_model).create_sampler(model_path)
         return ClientFuture(mapped(created, SamplingClient), "create_sampling_client")
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
-        """The bundled model's name; any Hugging Face causal LM works besides."""
+        """The models a service names; here the bundled one, any Hugging Face causal LM besides."""
+        if self._service is not None:
+            names = [m.model_name for m in self._service.models()]
+            return GetServerCapabilitiesResponse([SupportedModel(name) for name in names])
         return GetServerCapabilitiesResponse([SupportedModel("tiny")])
 
     def close(
@@ -157,8 +178,10 @@ class ServiceClient:
         """
         del status, detail
         for backend in self._backends.values():
-            backend.worker.close()
+            backend.close()
         self._backends.clear()
+        if self._service is not None:
+            self._service.close()
         done: Future[None] = Future()
         done.set_result(None)
         return APIFuture(done, "close")
@@ -239,6 +262,21 @@ class ServiceClient:
 
     # ---- within ----------------------------------------------------------------------------------
 
+    def _backend_of(self, path: str | None, base_model: str | None) -> Backend:
+        """The backend for a base model, or for the one that the weights at `path` are of."""
+        if base_model is None and self._service is not None:
+            return self._remote(None)
+        return self._backend(_base_of(path) if base_model is None else base_model)
+
+    def _remote(self, base_model: str | None) -> Backend:
+        from cookbook_core.backend.remote.backend import RemoteBackend
+
+        assert self._service is not None, "a base_url was given"
+        key = base_model or f"of checkpoint {len(self._backends)}"
+        if key not in self._backends:
+            self._backends[key] = RemoteBackend(self._service, base_model, trusted=self._trust)
+        return self._backends[key]
+
     def _backend(self, base_model: str) -> Backend:
         """The backend for a base model, made once; torch and transformers are imported here."""
         from cookbook_core.backend.local.engine import LocalBackend
@@ -248,6 +286,8 @@ class ServiceClient:
             raise ConfigError(
                 message("base_model", "missing", 'a folder, a hub name or "tiny"', repr(base_model))
             )
+        if self._service is not None:
+            return self._remote(base_model)
         key = resolve_model(base_model)
         if key not in self._backends:
             self._backends[key] = LocalBackend(
@@ -258,7 +298,7 @@ class ServiceClient:
     def _restore(
         self, path: str, base_model: str | None, *, with_optimizer: bool
     ) -> ClientFuture[TrainingClient]:
-        backend = self._backend(_base_of(path) if base_model is None else base_model)
+        backend = self._backend_of(path, base_model)
         created = backend.restore_training(path, with_optimizer=with_optimizer)
         return ClientFuture(mapped(created, TrainingClient), "create_training_client_from_state")
 

@@ -316,7 +316,7 @@ class TrainingClient:
     def _own(self, data: Any, needs: Sequence[str]) -> Sequence[Datum]:
         """The batch as our own datums, checked."""
         data, model = own_data(data), self._backend.info.model_data
-        size = model.vocab_size or 0
+        size = model.vocab_size
         check_data(data, vocab_size=size, max_context=model.max_context_length, needs=needs)
         return data
 

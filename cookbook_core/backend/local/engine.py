@@ -31,9 +31,9 @@ from cookbook_core.backend.local.passes import (
 )
 from cookbook_core.backend.local.room import Room, check_mode
 from cookbook_core.backend.local.sampler import sample_batch
-from cookbook_core.backend.local.sampling_requests import SampleRequest, check_prompt, check_request
 from cookbook_core.backend.local.scoring import Scorer
-from cookbook_core.backend.local.worker import Worker
+from cookbook_core.backend.sampling_requests import SampleRequest, check_prompt, check_request
+from cookbook_core.backend.worker import Worker, refuse_after_failure
 from cookbook_core.custom_loss import (
     LossFn,
     LossResult,
@@ -42,7 +42,7 @@ from cookbook_core.custom_loss import (
     merge_metrics,
 )
 from cookbook_core.datums import check_data, shift_tokens
-from cookbook_core.errors import CheckpointError, RequestError, check_text, message
+from cookbook_core.errors import CheckpointError, check_text, message
 from cookbook_core.paths import usable_path
 from cookbook_core.tinker.types import (
     AdamParams,
@@ -116,6 +116,9 @@ class LocalBackend:
             return LocalSampler(self, checkpoints.new_adapter(engine.bank, checkpoint))
 
         return self.worker.submit("create_sampling_client", create)
+
+    def close(self) -> None:
+        self.worker.close()
 
     def next_model_id(self) -> str:
         return f"model-{next(self._model_ids)}"
@@ -286,18 +289,7 @@ class LocalTraining:
         self, params: AdamParams, after: Sequence[Future[Any]] = ()
     ) -> Future[OptimStepResponse]:
         def step(_: Engine) -> OptimStepResponse:
-            errors = [e for f in after if not f.cancelled() and (e := f.exception())]
-            if errors:
-                raise RequestError(
-                    message(
-                        "optim_step",
-                        "a forward_backward before it failed, and nobody had read its result",
-                        "no failure since the last step",
-                        errors[0],
-                        "Nothing was stepped; accumulated gradients are kept. Read the failed "
-                        "future's .result(), then decide.",
-                    )
-                ) from errors[0]
+            refuse_after_failure(after)
             return OptimStepResponse(self._adapter.optim_step(params))
 
         return self._submit("optim_step", step)

@@ -29,8 +29,8 @@ from cookbook_core.backend.local.sampling_math import (
     draw_tokens,
     eos_ids,
 )
-from cookbook_core.backend.local.sampling_requests import SampleRequest, check_request
 from cookbook_core.backend.local.stepper import OPEN_ENDED, Prompt, Stepper
+from cookbook_core.backend.sampling_requests import SampleRequest, check_request
 from cookbook_core.errors import ModelError, message
 from cookbook_core.tinker.types import SampledSequence, SampleResponse, SamplingParams, StopReason
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from cookbook_core.backend.local.threads import release_helpers
+from cookbook_core.backend.threads import release_helpers
 from cookbook_core.errors import RequestError, message
 from cookbook_core.tinker.futures import in_worker_thread, mark_worker_thread
 
@@ -112,6 +112,22 @@ class Worker:
                     break
                 jobs.append(self._jobs.popleft())
             return jobs
+
+
+def refuse_after_failure(requests: Sequence[Future[Any]]) -> None:
+    """Wait for these requests, and raise RequestError for the first that failed (optim_step)."""
+    errors = [e for f in requests if not f.cancelled() and (e := f.exception())]
+    if errors:
+        raise RequestError(
+            message(
+                "optim_step",
+                "a forward_backward before it failed, and nobody had read its result",
+                "no failure since the last step",
+                errors[0],
+                "Nothing was stepped; accumulated gradients are kept. Read the failed future's "
+                ".result(), then decide.",
+            )
+        ) from errors[0]
 
 
 def _run_together(jobs: list[_Job]) -> None:

@@ -44,13 +44,17 @@ def check_prompt(prompt: object, where: str) -> list[int]:
 
 
 def check_request(
-    request: SampleRequest, *, vocab_size: int, max_context: int | None, where: str = "sample"
+    request: SampleRequest,
+    *,
+    vocab_size: int | None,
+    max_context: int | None,
+    where: str = "sample",
 ) -> None:
     """Refuse a request that cannot be served, before any work is done.
 
     Args:
         request: what to check.
-        vocab_size: ids must be below this.
+        vocab_size: ids must be below this; None where it is not known.
         max_context: most tokens of prompt and completion together; None for no limit.
         where: how errors call the request.
 
@@ -93,7 +97,7 @@ def check_request(
 
 
 def _parameter_checks(
-    request: SampleRequest, vocab_size: int
+    request: SampleRequest, vocab_size: int | None
 ) -> Iterator[tuple[str, bool, str, Any]]:
     """Yield (field, is it good, the rule, the value) for everything but the prompt."""
     params = request.params
@@ -105,7 +109,8 @@ def _parameter_checks(
     good = whole(request.num_samples, 1, MOST_SAMPLES)
     yield "num_samples", good, f"an integer, 1 to {MOST_SAMPLES}", request.num_samples
     top = request.topk_prompt_logprobs
-    yield "topk_prompt_logprobs", whole(top, 0, vocab_size), f"0 to {vocab_size}", top
+    most = math.inf if vocab_size is None else vocab_size
+    yield "topk_prompt_logprobs", whole(top, 0, most), f"an integer, 0 to {most}", top
     flag = request.include_prompt_logprobs
     yield "include_prompt_logprobs", isinstance(flag, int), "True or False", flag
     longest, seed = params.max_tokens, params.seed
@@ -125,8 +130,8 @@ def _parameter_checks(
         isinstance(stop, (list, tuple))
         and (
             all(isinstance(entry, str) and entry for entry in stop)
-            or all(whole(entry, 0, vocab_size - 1) for entry in stop)
+            or all(whole(entry, 0, most - 1) for entry in stop)
         )
     )
-    rule = f"None, [], non-empty strings, or token ids in 0 to {vocab_size - 1}, not mixed"
+    rule = f"None, [], non-empty strings, or token ids in 0 to {most - 1}, not mixed"
     yield "params.stop", good, rule, params.stop

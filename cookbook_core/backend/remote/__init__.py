@@ -1,0 +1,1 @@
+"""The backend over a Tinker-compatible service, driven through the `tinker` SDK (an extra)."""
