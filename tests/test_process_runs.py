@@ -15,7 +15,7 @@ from cookbook_core import clients
 from cookbook_core.backend.local import processes
 from cookbook_core.errors import ProcessError
 from cookbook_core.launch import join_processes
-from cookbook_core.runs import Run, Saving, read_metrics
+from cookbook_core.runs import Run, RunFlags, read_metrics
 from cookbook_core.tinker import AdamParams, ServiceClient, TrainingClient
 from recipes import dpo as dpo_recipe
 from tests.follower import ROOT, Two
@@ -50,7 +50,7 @@ def steps(
 ) -> TrainingClient:
     """A run of six steps that saves after every second one."""
     data = grouped(2, 2, 18)
-    with Run("r", Config(str(folder)), 6, Saving(save_every=2)) as run:
+    with Run("r", Config(str(folder)), 6, RunFlags(save_every=2)) as run:
         client = clients.start(service, model, "", 4, 0, run.checkpoint)
         for step in run.steps(client):
             before(step)

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from cookbook_core import errors
-from cookbook_core.backend.local.worker import close_all
+from cookbook_core.backend.worker import close_all
 from cookbook_core.errors import CookbookError, ProcessError, RequestError, message
 
 PATIENCE = timedelta(days=1)

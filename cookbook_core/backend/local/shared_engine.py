@@ -33,8 +33,8 @@ from cookbook_core.backend.local.memory import keep_freed_memory
 from cookbook_core.backend.local.model import BaseModel, load_base_model, resolve_model
 from cookbook_core.backend.local.passes import LossOf, Pass, Scored, Tensors
 from cookbook_core.backend.local.processes import Group, Packet, Request, Stopped
-from cookbook_core.backend.local.sampling_requests import SampleRequest
 from cookbook_core.backend.local.shares import share_out, spread
+from cookbook_core.backend.sampling_requests import SampleRequest
 from cookbook_core.custom_loss import LossResult, LossTypeInput
 from cookbook_core.datums import SCORE_MASK
 from cookbook_core.errors import CookbookError, ModelError, ProcessError, message
