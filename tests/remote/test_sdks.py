@@ -1,4 +1,4 @@
-"""The remote backend over the oldest and the newest SDK it supports, each in a process of its own.
+"""The remote backend over the oldest and the newest SDK it supports, and the objects of each.
 
 `make test` puts the two into the environment's folder sdk/VERSION, beside its packages, as only
 one of them can be imported by a process.
@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("0.25.0", "0.38.0")
+SUITES = ("tests/remote/against_sdk.py", "tests/test_sdk_objects.py")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="the SDK needs Python 3.11")
@@ -27,8 +28,8 @@ def test_over_the_sdk(version: str) -> None:
     env.pop("TINKER_API_KEY", None)
     options = ("-p", "no:cacheprovider", "-W", "ignore:DEPRECATED:FutureWarning")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "tests/remote/against_sdk.py"],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False,
+        [sys.executable, "-m", "pytest", *options, *SUITES],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=580, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
