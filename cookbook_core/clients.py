@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cookbook_core import chat
 from cookbook_core.custom_loss import logprobs_from_output
 from cookbook_core.datums import with_inputs
-from cookbook_core.errors import LossError, message
+from cookbook_core.errors import LossError, RequestError, message
 from cookbook_core.tinker import (
     Datum,
     ModelInput,
@@ -90,6 +90,21 @@ def add_ref_logprobs(reference: TrainingClient, data: Sequence[Datum]) -> list[D
     """The same datums, each carrying the reference's logprobs of its own tokens."""
     ref_logprobs = score(reference, data)
     return [with_inputs(d, ref_logprobs=lp) for d, lp in zip(data, ref_logprobs, strict=True)]
+
+
+def offers_sampling(service: ServiceClient, model: str) -> bool:
+    """Whether there is sampling from the model; where there is not, why is printed.
+
+    A service may train only (TuFT without vLLM). A recipe that samples just to show or to measure
+    asks this first, and goes on without. The base model is asked for, as a training client whose
+    request fails may be of no use afterwards.
+    """
+    try:
+        service.create_sampling_client(base_model=model).result()
+    except RequestError as error:
+        print(f"No sampling here, so what needs it is left out: {error}")
+        return False
+    return True
 
 
 def rollout(

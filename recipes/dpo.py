@@ -198,8 +198,11 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             loss, metrics = loss_fn(test_data, clients.score(client, test_data))
             return {f"test_{k}": v for k, v in {"loss": loss.item(), **metrics}.items()}
 
+        samples = run.once("samples", lambda: clients.offers_sampling(service, config.model))
+
         def show() -> list[str]:
-            return sample(client, test_rows[:3], config.seed)
+            rows = test_rows[:3]
+            return sample(client, rows, config.seed) if samples else ["(not sampled)"] * len(rows)
 
         before, shown_before = run.once("before", lambda: (evaluate(), show()))
         for step in run.steps(client):
