@@ -106,7 +106,6 @@ CHECKS: tuple[Check, ...] = (
     _refuses("missing target_tokens", requests.no_targets, _HARM_BAD),
     _refuses("target_tokens too short", requests.short_targets, _HARM_BAD),
     _refuses("weights too short", requests.short_weights, _HARM_BAD),
-    _refuses("a weight of NaN", requests.nan_weight, "One NaN ends the run's weights for good."),
     _refuses("a datum of no tokens", requests.no_tokens, _HARM_BAD),
     _refuses("a batch of no datums", requests.no_datums, "A step that trained nothing counts."),
     Check(
@@ -169,6 +168,9 @@ CHECKS: tuple[Check, ...] = (
         "save and load, optimizer",
         sampling.load_optimizer,
         "An interrupted run goes on with another step size: losses jump after each restart.",
+    ),
+    _refuses(  # last: in SkyRL one NaN spoils the weights of every client, until a restart
+        "a weight of NaN", requests.nan_weight, "One NaN ends the run's weights for good."
     ),
 )
 
