@@ -70,6 +70,7 @@ def new(recipe: str, target: Path | None = None) -> Path:
 
     text = recipes[recipe].read_text(encoding="utf-8")
     text = re.sub(r"python -m (recipes\.(\w+))", command, text)
+    text = text.replace(f"runs/{recipe}-", f"runs/{path.stem}-")
     try:
         with open(path, "x", encoding="utf-8", newline="\n") as file:
             file.write(f"# From recipes/{recipe}.py of cookbook-core {version()}.\n{text}")

@@ -40,6 +40,8 @@ class RunFlags:
     """Newest checkpoints to keep; the best one stays besides."""
     fresh: bool = False
     """Start over, rather than go on with an interrupted run of the same parameters."""
+    anyway: bool = False
+    """Go on with an interrupted run also where the script's code is no longer what began it."""
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where metrics go besides metrics.jsonl; each needs the extra of its name."""
     base_url: str = ""

@@ -1,7 +1,8 @@
-"""A run's folder on disk: one process at a time, every file written whole, read back later.
+"""A run's folder on disk: every file written whole, read back later.
 
 runs/dpo-1/
-  config.json     the parameters as run, and the versions of what they ran on
+  config.json     the parameters as run, the script, and the versions of what they ran on
+  script.py       the script's text
   metrics.jsonl   one JSON object per logged step
   progress.json   checkpoints, what was found once, whether the run has ended
   checkpoints/    the newest, the best, the reference
@@ -9,141 +10,23 @@ runs/dpo-1/
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
 import json
 import os
-import platform
 import random
 import re
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cookbook_core import manifest
-from cookbook_core.errors import CheckpointError, ConfigError, DataError, message
-from cookbook_core.paths import usable_path
+from cookbook_core.errors import CheckpointError, DataError, message
+from cookbook_core.script import Script, described
 
 Record = dict[str, Any]
 """progress.json: {"checkpoints": [{"step", "path"}], "best": {"step", "value"} or None,
 "values": {name: JSON}, "finished": bool}"""
-
-
-# ---- one process at a time -----------------------------------------------------------------------
-
-
-def lock(folder: Path) -> Any:
-    """Hold `folder` until the lock that comes back is released, or the process ends.
-
-    Raises:
-        ConfigError: another process holds it; which one is said.
-    """
-    import filelock
-
-    held = filelock.FileLock(folder / ".lock")
-    owner = folder / ".owner"
-    try:
-        held.acquire(timeout=0)
-    except filelock.Timeout as error:
-        with contextlib.suppress(OSError):
-            where = owner.read_text(encoding="utf-8")
-            raise ConfigError(
-                message("Config.log_path", "in use", "a run of one process", f"{folder}: {where}")
-            ) from error
-        raise ConfigError(
-            message("Config.log_path", "in use", "a run of one process", folder)
-        ) from error
-    who = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-    owner.write_text(who, encoding="utf-8")
-    return held
-
-
-def claim(recipe: str, config: Any, *, fresh: bool) -> tuple[Path, Any]:
-    """The folder a run goes to, and the lock on it.
-
-    With a log_path that folder: new, or a run of the same config to go on with. Without, the newest
-    runs/RECIPE-N that was interrupted under this config and nobody works in, else the next new one.
-
-    Raises:
-        ConfigError: log_path holds a finished run, one of another config, or one in use.
-    """
-    if not config.log_path:
-        for path in [] if fresh else _numbered(recipe):
-            with contextlib.suppress(ConfigError):
-                held = lock(path)
-                if not differences(path, recipe, config) and not read_record(path)["finished"]:
-                    return path, held
-                held.release()
-        for number in itertools.count(1):
-            path = Path("runs") / f"{recipe}-{number}"
-            with contextlib.suppress(FileExistsError):
-                path.mkdir(parents=True)
-                return path, lock(path)
-    path = usable_path("Config.log_path", config.log_path, ConfigError)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        rule = "a folder that can be made"
-        raise ConfigError(message("Config.log_path", "not usable", rule, error)) from error
-    held = lock(path)
-    if not has_begun(path):
-        return path, held
-    if fresh:
-        held.release()
-        for number in itertools.count(1):
-            aside = path.with_name(f"{path.name}.old-{number}")
-            if not aside.exists():
-                path.rename(aside)
-                print(f"the run that was in {path} is in {aside} now")
-                path.mkdir()
-                return path, lock(path)
-    differ = differences(path, recipe, config)
-    mend = "Give another log_path, or --fresh to move that run aside."
-    if differ:
-        what = "holds a run with other parameters"
-        got = ", ".join(f"{name} {old!r} there, {new!r} here" for name, old, new in differ)
-        raise ConfigError(message("Config.log_path", what, f"those of {path}", got, mend))
-    if read_record(path)["finished"]:
-        raise ConfigError(
-            message("Config.log_path", "holds a finished run", "a new folder", path, mend)
-        )
-    return path, held
-
-
-def has_begun(path: Path) -> bool:
-    """Whether the run in a folder got as far as a result. One that did not, for a model that was
-    not found, say, leaves a config.json only, which may give way to another's."""
-    results = (path / name for name in ("metrics.jsonl", "progress.json"))
-    return (path / "config.json").exists() and any(result.exists() for result in results)
-
-
-def _numbered(recipe: str) -> list[Path]:
-    """Folders runs/RECIPE-N, the newest first."""
-    found = [
-        (int(match[1]), path)
-        for path in Path("runs").glob(f"{recipe}-*")
-        if (match := re.fullmatch(rf"{re.escape(recipe)}-(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def differences(path: Path, recipe: str, config: Any) -> list[tuple[str, Any, Any]]:
-    """(field, value there, value here) where a folder's run is another than this."""
-    try:
-        held = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        there = {"recipe": held["recipe"], **held["config"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [("config.json", f"unreadable ({error})", "a run's config")]
-    here = json.loads(describe(recipe, config))
-    here = {"recipe": here["recipe"], **here["config"]}
-    return [
-        (name, there.get(name), here.get(name))
-        for name in here | there
-        if name != "log_path" and there.get(name) != here.get(name)
-    ]
 
 
 # ---- what a run keeps ----------------------------------------------------------------------------
@@ -256,10 +139,11 @@ def restore_random_state(path: Path, step: int) -> None:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def describe(recipe: str, config: Any) -> str:
+def describe(recipe: str, config: Any, script: Script | None) -> str:
     """config.json."""
     held = {
         "recipe": recipe,
+        "script": described(script),
         "config": dataclasses.asdict(config),
         "versions": manifest.versions(),
     }

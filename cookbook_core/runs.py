@@ -1,7 +1,8 @@
 """The command line of a recipe, and the folder its run leaves behind.
 
     runs/dpo-1/
-      config.json     the parameters as run, and the versions of what they ran on
+      config.json     the parameters as run, the script, and the versions of what they ran on
+      script.py       the script's text: the loss as run
       metrics.jsonl   one JSON object per logged step
       checkpoints/    the newest ones and the best, to go on from
       plot.png        2-4 panels drawn from metrics.jsonl
@@ -9,7 +10,7 @@
       samples.md      held-out prompts: before, after, expected
 
 Everything but the weights is plain UTF-8 text and can be read while the run goes on. A run that was
-interrupted, in whatever way, goes on when the same command is given again.
+interrupted, in whatever way, goes on when the same command is given again and the code is the same.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cookbook_core import run_files
-from cookbook_core.errors import LossError, ProcessError, message
+from cookbook_core import run_claims, run_files, script
+from cookbook_core.errors import ConfigError, LossError, ProcessError, message
 from cookbook_core.flags import (
     RunFlags,
     check,
@@ -64,8 +65,9 @@ class Run:
     """A run's folder and its progress line; use it in a `with` statement.
 
     Args:
-        recipe: its name; names the folder when config.log_path is "".
-        config: a dataclass with a field `log_path`.
+        recipe: its name.
+        config: a dataclass with a field `log_path`. Where that is "", the script in which the
+            dataclass is defined names the folder (in a notebook, the recipe does).
         num_steps: optimizer steps in the whole run.
         flags: when checkpoints are saved and how many are kept; whether to start over; where to
             train.
@@ -77,8 +79,9 @@ class Run:
         checkpoint: what to start from: the path of the newest checkpoint, None in a new run.
         first_step: optimizer steps in that checkpoint.
     Raises:
-        ConfigError: log_path holds a finished run, or one with another config, or another process
-            is at it. CheckpointError: the newest checkpoint is damaged. Nothing is written then.
+        ConfigError: log_path holds a finished run, or one with another config or begun by other
+            code, or another process is at it. CheckpointError: the newest checkpoint is damaged.
+            Nothing is written then.
     """
 
     def __init__(
@@ -93,7 +96,10 @@ class Run:
     ) -> None:
         self.num_steps = num_steps
         self._flags = flags or RunFlags()
-        self.path, self._lock = run_files.claim(recipe, config, fresh=self._flags.fresh)
+        self._script = script.script_of(config)
+        self.path, self._lock, self._made = run_claims.claim(
+            recipe, config, self._script, fresh=self._flags.fresh, anyway=self._flags.anyway
+        )
         self._record = run_files.read_record(self.path)
         self.service: dict[str, Any] = {
             "base_url": self._flags.base_url,
@@ -108,22 +114,38 @@ class Run:
         self._tables: list[str] = []
         self._null_metrics: set[str] = set()
         self._client: TrainingClient | None = None
+        self._got_somewhere = False
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
-        began = run_files.has_begun(self.path)
+        began = run_claims.has_begun(self.path)
         if began:
             run_files.drop_steps_from(self.path, self.first_step)
             run_files.sweep(self.path, self._record)
-        else:
-            write_atomically(self.path / "config.json", run_files.describe(recipe, config))
+        self._describe(recipe, config, began=began)
         self._tracker: Tracker | None = None
         if self._flags.track != "none":
             told = dataclasses.asdict(config)
-            self._tracker = open_tracker(self._flags.track, self.path.name, told, self.path)
+            try:
+                self._tracker = open_tracker(self._flags.track, self.path.name, told, self.path)
+            except ConfigError:
+                self._let_go(failed=True)
+                raise
         self._progress = Progress(recipe, num_steps, self.first_step, progress)
         print(f"{recipe}: run folder {self.path}")
         if began:
             print(f"going on at step {self.first_step} of {num_steps}; --fresh starts over")
+
+    def _describe(self, recipe: str, config: Any, *, began: bool) -> None:
+        """Write what is run; where a run goes on under other code, that code is kept beside."""
+        copy = self.path / script.COPY
+        if began and not run_claims.other_code(self.path, self._script):
+            return
+        if began and copy.exists():
+            copy.replace(copy.with_name(f"script.until-{self.first_step}.py"))
+        if self._script:
+            write_atomically(copy, self._script.text)
+        text = run_files.describe(recipe, config, self._script)
+        write_atomically(self.path / "config.json", text)
 
     def __enter__(self) -> Run:
         with contextlib.suppress(ValueError):  # signals are the main thread's alone
@@ -135,18 +157,23 @@ class Run:
         if kind is None:  # the run has come to its end: there is nothing to go on with
             self._record["finished"] = True
             run_files.write_record(self.path, self._record)
-        self.close()
         gone = [
             e for e in (error, getattr(error, "__cause__", None)) if isinstance(e, ProcessError)
         ]
+        failed = kind is not None and issubclass(kind, (Exception, KeyboardInterrupt))
+        self.close(failed=failed and not gone)
         if gone:
             saved = self._record["checkpoints"]
             last = f"is that of step {saved[-1]['step']}" if saved else "was yet to come"
             mend = f"The last checkpoint in {self.path} {last}: give the same command to go on."
             raise ProcessError(f"{gone[0]} {mend}") from error
 
-    def close(self) -> None:
-        """End the progress line, and let go of the folder."""
+    def close(self, *, failed: bool = False) -> None:
+        """End the progress line, and let go of the folder.
+
+        Args:
+            failed: the folder goes too, if it was made for this run and no step was done in it.
+        """
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
@@ -154,7 +181,13 @@ class Run:
         if self._tracker is not None:
             self._tracker.close()
             self._tracker = None
-        self._lock.release()
+        self._let_go(failed=failed)
+
+    def _let_go(self, *, failed: bool) -> None:
+        if failed and self._made and not self._got_somewhere:
+            run_claims.discard(self.path, self._lock)
+        else:
+            self._lock.release()
 
     def _stop(self, number: int, _: FrameType | None) -> None:
         """Remember to stop after this step; a second signal stops at once."""
@@ -176,6 +209,7 @@ class Run:
         self._progress.begin()
         for step in range(self.first_step, self.num_steps):
             yield step
+            self._got_somewhere = True
             done = step + 1
             stop = self._signal is not None
             if stop or done % self._flags.save_every == 0 or done == self.num_steps:
@@ -263,6 +297,7 @@ class Run:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._tracker is not None:
             self._tracker.log(step, {k: v for k, v in row.items() if k != "step"})
+        self._got_somewhere |= self._client is None  # in `steps`, once the first is done
         self._note_best(step, row)
         self._progress.show(step, row)
 

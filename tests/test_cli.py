@@ -109,7 +109,9 @@ def test_new_copies_a_recipe_whole(
     original = (ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8")
     head, text = Path(f"my_{name}.py").read_text(encoding="utf-8").split("\n", 1)
     assert head == f"# From recipes/{name}.py of cookbook-core {cli.version()}."
+    assert f"runs/my_{name}-N" in text
     back = text.replace(f"python my_{name}.py", f"python -m recipes.{name}")
+    back = back.replace(f"runs/my_{name}-", f"runs/{name}-")
     assert back.replace("python -m cookbook_core.recipes.", "python -m recipes.") == original
     assert f"python my_{name}.py  " in ast.get_docstring(ast.parse(text))
     loss = next(word for word in shown.split() if word.endswith("_loss()."))

@@ -202,14 +202,16 @@ def test_leftovers_of_a_save_are_never_taken_for_a_checkpoint(tmp_path: Path) ->
 
 
 def test_another_config_is_refused_and_fresh_moves_the_run_aside(tmp_path: Path) -> None:
+    def files(path: Path) -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in path.iterdir() if p.is_file() and p.name[0] != "."}
+
     run = go(tmp_path, 5)
-    held = {p.name: p.read_bytes() for p in run.path.iterdir() if p.is_file()}
+    held = files(run.path)
     with pytest.raises(ConfigError, match=r"other parameters.*num_steps 10 there, 12 here.*fresh"):
         go(tmp_path, 5, num_steps=12)
-    assert {p.name: p.read_bytes() for p in run.path.iterdir() if p.is_file()} == held
+    assert files(run.path) == held
     assert go(tmp_path, 5, num_steps=12, fresh=True).first_step == 0
-    aside = tmp_path / "run.old-1"
-    assert {p.name: p.read_bytes() for p in aside.iterdir() if p.is_file()} == held
+    assert files(tmp_path / "run.old-1") == held
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
@@ -239,19 +241,24 @@ def test_numbered_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return Run("dpo", Config(steps), steps, RunFlags(**flags))
 
     first = start(3)
-    assert first.path.as_posix() == "runs/dpo-1"
-    assert sorted(p.name for p in first.path.iterdir()) == [".lock", ".owner", "config.json"]
+    assert first.path.as_posix() == "runs/test_runs-1"
+    assert sorted(p.name for p in first.path.iterdir()) == [
+        ".lock",
+        ".owner",
+        "config.json",
+        "script.py",
+    ]
     held = json.loads((first.path / "config.json").read_text(encoding="utf-8"))
     assert (held["recipe"], Config(**held["config"])) == ("dpo", Config(3))
     with start(3) as second:  # the first is in use
-        assert second.path.as_posix() == "runs/dpo-2"
+        assert second.path.as_posix() == "runs/test_runs-2"
     first.close()
     with start(4) as third:  # other parameters
-        assert third.path.as_posix() == "runs/dpo-3"
+        assert third.path.as_posix() == "runs/test_runs-3"
     again = start(3)  # dpo-2 has ended, dpo-1 was interrupted
-    assert again.path.as_posix() == "runs/dpo-1"
+    assert again.path.as_posix() == "runs/test_runs-1"
     again.close()
-    assert start(3, fresh=True).path.as_posix() == "runs/dpo-4"
+    assert start(3, fresh=True).path.as_posix() == "runs/test_runs-4"
 
 
 # ---- signals -------------------------------------------------------------------------------------

@@ -1,0 +1,205 @@
+"""Which folder a run goes to: code as well as config must be what began it; failed starts go."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cookbook_core import script
+from cookbook_core.errors import ConfigError
+from cookbook_core.runs import Run, RunFlags
+
+RECIPE = '''"""A recipe."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    num_steps: int = 4
+    log_path: str = ""
+
+
+def my_loss(data, logprobs):
+    """The loss."""
+    return -logprobs[0].sum(), {}
+'''
+OTHER = RECIPE.replace("-logprobs", "logprobs")
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def config_of(text: str, name: str = "my_dpo.py", **fields: Any) -> Any:
+    """Config(**fields) of a script with this text, as a process that runs it has it."""
+    Path(name).write_text(text, encoding="utf-8")
+    module = types.ModuleType(f"claims_{Path(name).stem}")
+    module.__file__ = name
+    sys.modules[module.__name__] = module
+    exec(compile(text, name, "exec"), module.__dict__)
+    return module.Config(**fields)
+
+
+def start(config: Any, **saving: Any) -> Run:
+    return Run("dpo", config, 4, RunFlags(**saving))
+
+
+def interrupted(config: Any, **saving: Any) -> str:
+    """Begin or go on with a run, as far as one result; its folder."""
+    run = start(config, **saving)
+    run.log(0, {"loss": 1.0})
+    run.close()
+    return run.path.as_posix()
+
+
+def test_layout_comments_and_docstrings_are_no_code() -> None:
+    code = script.code_of(RECIPE)
+    same = RECIPE.replace("A recipe", "Mine").replace('"""The loss."""\n', "# minus\n\n")
+    assert same.count('"""') == 2
+    assert script.code_of(same) == code
+    assert script.code_of(OTHER) != code
+    assert script.code_of(RECIPE.replace("= 4", "= 5")) != code
+
+
+def test_a_run_goes_on_under_the_code_that_began_it_only(capsys: pytest.CaptureFixture) -> None:
+    """Without log_path, other code begins a folder of its own, named by the script."""
+    assert interrupted(config_of(RECIPE)) == "runs/my_dpo-1"
+    assert Path("runs/my_dpo-1/script.py").read_text(encoding="utf-8") == RECIPE
+    held = json.loads(Path("runs/my_dpo-1/config.json").read_text(encoding="utf-8"))
+    assert held["script"] == {"file": "my_dpo.py", "code": script.code_of(RECIPE)}
+    assert interrupted(config_of(RECIPE + "\n# my note\n")) == "runs/my_dpo-1"
+    assert "other code" not in capsys.readouterr().out
+
+    assert interrupted(config_of(OTHER)) == "runs/my_dpo-2"
+    assert (
+        "runs/my_dpo-1 was begun by other code (my_dpo.py): starting runs/my_dpo-2; "
+        "--anyway goes on with it\n"
+    ) in capsys.readouterr().out.replace("\\", "/")
+    assert interrupted(config_of(RECIPE)) == "runs/my_dpo-1"
+    assert interrupted(config_of(OTHER)) == "runs/my_dpo-2"
+    assert interrupted(config_of(OTHER, "my_ipo.py")) == "runs/my_ipo-1"
+
+
+def test_log_path_refuses_other_code_unless_anyway() -> None:
+    """Nothing changes in what is refused; --anyway keeps both scripts."""
+    interrupted(config_of(RECIPE, log_path="run"))
+    before = {p.name: p.read_bytes() for p in Path("run").iterdir() if p.name[0] != "."}
+    says = r"begun by other code. Expected that of run.script\.py \(my_dpo.py\), .*--anyway goes on"
+    for name in ("my_dpo.py", "my_ipo.py"):
+        with pytest.raises(ConfigError, match=says):
+            start(config_of(OTHER, name, log_path="run"))
+    assert {p.name: p.read_bytes() for p in Path("run").iterdir() if p.name[0] != "."} == before
+
+    interrupted(config_of(OTHER, log_path="run"), anyway=True)
+    assert Path("run/script.py").read_text(encoding="utf-8") == OTHER
+    assert Path("run/script.until-0.py").read_text(encoding="utf-8") == RECIPE
+    interrupted(config_of(OTHER, log_path="run"))
+    with pytest.raises(ConfigError, match="begun by other code"):
+        start(config_of(RECIPE, log_path="run"))
+
+
+def test_a_notebook_goes_on_with_its_own_runs_in_folders_of_the_recipe() -> None:
+    config = config_of(RECIPE)
+    del sys.modules[type(config).__module__]
+    assert interrupted(config) == "runs/dpo-1"
+    assert interrupted(config) == "runs/dpo-1"
+    assert interrupted(config_of(RECIPE, "dpo.py")) == "runs/dpo-2"
+
+
+def test_a_run_folder_of_before_the_code_was_recorded_goes_on() -> None:
+    path = Path(interrupted(config_of(RECIPE)))
+    held = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    del held["script"]
+    (path / "config.json").write_text(json.dumps(held), encoding="utf-8")
+    (path / "script.py").unlink()
+    assert interrupted(config_of(OTHER)) == "runs/my_dpo-1"
+
+
+def test_the_hash_is_that_of_the_python_that_reads_it() -> None:
+    """Another version's hash in config.json is passed over for the copy's own."""
+    path = Path(interrupted(config_of(RECIPE)))
+    text = (path / "config.json").read_text(encoding="utf-8")
+    text = text.replace(script.code_of(RECIPE), "0" * 64)
+    (path / "config.json").write_text(text, encoding="utf-8")
+    assert interrupted(config_of(RECIPE)) == "runs/my_dpo-1"
+    (path / "script.py").unlink()
+    assert interrupted(config_of(RECIPE)) == "runs/my_dpo-2"
+
+
+def test_a_config_json_of_another_program_is_left_alone() -> None:
+    Path("model").mkdir()
+    Path("model/config.json").write_text('{"model_type": "qwen3"}', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"Config\.log_path: .*unreadable"):
+        start(config_of(RECIPE, log_path="model"))
+    assert Path("model/config.json").read_text(encoding="utf-8") == '{"model_type": "qwen3"}'
+
+
+# ---- failed starts -------------------------------------------------------------------------------
+
+
+def fail_in(run: Run, steps: int, error: BaseException) -> None:
+    """Evaluate and log, then raise in a step after `steps` whole ones."""
+    client: Any = object()
+    with run:
+        (run.path / "checkpoints/model-0/weights/reference").mkdir(parents=True)
+        run.once("before", lambda: {"test_loss": 1.0})
+        for step in run.steps(client):
+            run.log(step, {"test_loss": 1.0})
+            if step == steps:
+                raise error
+            run.log(step, {"loss": 1.0})
+
+
+@pytest.mark.parametrize("log_path", ["", "run"])
+@pytest.mark.parametrize("error", [ValueError("a mistyped name"), KeyboardInterrupt()])
+def test_a_run_that_failed_before_its_first_step_was_done_leaves_no_folder(
+    error: BaseException, log_path: str
+) -> None:
+    for _ in range(2):  # and uses up no number
+        run = start(config_of(RECIPE, log_path=log_path))
+        with pytest.raises(type(error)):
+            fail_in(run, 0, error)
+        assert not run.path.exists()
+        assert run.path.as_posix() == (log_path or "runs/my_dpo-1")
+
+
+def test_a_failed_run_keeps_a_folder_with_anything_in_it() -> None:
+    """A step's result, what a run began before, somebody's folder, somebody's file in it."""
+    run = start(config_of(RECIPE))
+    with pytest.raises(ValueError, match="late"):
+        fail_in(run, 1, ValueError("late"))
+    assert (run.path / "metrics.jsonl").exists()
+
+    Path("mine").mkdir()
+    run = start(config_of(RECIPE, log_path="mine"))
+    with pytest.raises(ValueError, match="early"):
+        fail_in(run, 0, ValueError("early"))
+    assert (run.path / "config.json").exists()
+
+    run = start(config_of(RECIPE, log_path="noted"))
+    (run.path / "note.txt").touch()
+    with pytest.raises(ValueError, match="early"):
+        fail_in(run, 0, ValueError("early"))
+    assert (run.path / "note.txt").exists()
+    assert (run.path / "config.json").exists()
+
+
+def test_a_killed_run_keeps_its_folder() -> None:
+    run = start(config_of(RECIPE))
+    with pytest.raises(SystemExit):
+        fail_in(run, 0, SystemExit(143))
+    assert run.path.exists()
+
+
+def test_a_tracker_that_is_not_installed_leaves_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ConfigError):
+        start(config_of(RECIPE), track="trackio")
+    assert not Path("runs/my_dpo-1").exists()
