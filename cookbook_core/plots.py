@@ -22,7 +22,8 @@ class Panel:
         title: what it shows.
         ylabel: the quantity with its unit, such as "loss (nats)".
         metrics: names in metrics.jsonl, each a line; at most 6.
-        null: the value that means "nothing learnt", drawn as a dashed line; None draws nothing.
+        null: the value that means "nothing learnt", drawn as a dashed line; None takes what the
+            one held-out metric, test_..., was at step 0, and calls it "untrained".
         null_label: how the legend calls it.
     """
 
@@ -48,14 +49,24 @@ def draw_panels(panels: Sequence[Panel], rows: Sequence[Mapping[str, Any]], path
     for axis, panel in zip(axes, panels, strict=True):
         for i, name in enumerate(panel.metrics):
             _draw_line(axis, rows, name, i, name, total)
-        if panel.null is not None:
-            label = f"{panel.null_label}: {panel.null:.3g}"
+        null, label = panel.null, panel.null_label
+        if null is None:
+            null, label = _untrained(panel.metrics, rows), "untrained"
+        if null is not None:
             style: Any = {"color": "0.35", "linestyle": (0, (4, 3)), "linewidth": 1.2}
-            axis.axhline(panel.null, label=label, **style)
+            axis.axhline(null, label=f"{label}: {null:.3g}", **style)
         _finish(axis, panel.title, panel.ylabel)
         axis.legend(frameon=False, fontsize="small", loc="best")
     figure.savefig(path, dpi=150)
     return path
+
+
+def _untrained(metrics: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The one held-out metric at step 0; None where there is none, or more than one."""
+    held_out = [name for name in metrics if name.startswith("test_")]
+    if len(held_out) != 1:
+        return None
+    return next((row[held_out[0]] for row in rows if row["step"] == 0 and held_out[0] in row), None)
 
 
 def draw_comparison(

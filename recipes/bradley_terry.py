@@ -17,13 +17,12 @@ lists of messages as TRL has them, chosen and rejected with the one answer.
     python -m recipes.bradley_terry --model Qwen/Qwen3-0.6B --dataset my_pairs.jsonl \
         --verdicts Yes No
 
-What you should see: held-out accuracy from about 0.5 to above 0.85, loss from about ln 2 = 0.693
-downwards. A loss that stays near ln 2 means that nothing was learnt. The run prints the command
-that puts the scorer to use as the reward of recipes/grpo.py.
+What you should see: held-out accuracy from about 0.5 to above 0.85; Bradley and Terry's loss from
+about ln 2 = 0.693 downwards: one that stays there means that nothing was learnt. The run prints the
+command that puts the scorer to use as the reward of recipes/grpo.py.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +46,8 @@ class Config:
     """Hub name, local file or folder with columns prompt, chosen, rejected.
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     init_from: str = ""
-    """LoRA folder (saved here or by peft) to start from; its rank and alpha hold, not --lora_rank.
-    Empty starts a fresh adapter."""
+    """Run folder (for its final adapter) or LoRA folder to start from; its rank and alpha hold, not
+    --lora_rank. Empty starts a fresh adapter."""
     question: str = "Was that a good answer?"
     """What the model is asked after each answer."""
     verdicts: tuple[str, str] = (" yes", " no")
@@ -205,7 +204,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         config.dataset, ("prompt", "chosen", "rejected"), config.test_rows, config.seed
     )
     panels = [
-        runs.Panel("loss", "loss (nats)", ["loss", "test_loss"], math.log(2), "indifferent: ln 2"),
+        runs.Panel("loss", "loss", ["loss", "test_loss"]),
         runs.Panel("held-out accuracy", "share of pairs", ["test_accuracy"], 0.5, "chance"),
         runs.Panel(
             "held-out rewards", "nats", ["test_chosen_reward", "test_rejected_reward"], 0.0, "even"

@@ -67,8 +67,8 @@ class Config:
     """Hub name, local file or folder with columns prompt, answer (prompt for a reward_model).
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     init_from: str = ""
-    """LoRA folder (saved here or by peft) to start from; it is then the reference too. Its rank and
-    alpha hold, not --lora_rank."""
+    """Run folder (for its final adapter) or LoRA folder to start from; it is then the reference
+    too. Its rank and alpha hold, not --lora_rank."""
     reward_model: str = ""
     """A scorer saved by recipes/bradley_terry.py on the same base model, as the reward."""
     kl_coef: float = 0.02

@@ -52,8 +52,8 @@ class Config:
     train_on: Literal["last", "all"] = "last"
     """Which assistant messages of a messages column are learnt."""
     init_from: str = ""
-    """LoRA folder (saved here or by peft) to start from; its rank and alpha hold, not --lora_rank.
-    Empty starts a fresh adapter."""
+    """Run folder (for its final adapter) or LoRA folder to start from; its rank and alpha hold, not
+    --lora_rank. Empty starts a fresh adapter."""
     num_steps: int = 200
     """Optimizer steps."""
     batch_size: int = 32
@@ -157,7 +157,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
     columns = (("prompt", "completion"), ("messages",))
     train_rows, test_rows = train_test(config.dataset, columns, config.test_rows, config.seed)
     panels = [
-        runs.Panel("loss", "nats per token", ["loss", "test_loss"]),
+        runs.Panel("loss", "loss", ["loss", "test_loss"]),
         runs.Panel("held-out exact match", "share of answers", ["test_exact_match"], 0.0),
     ]
     progress = ("loss", "test_exact_match")

@@ -60,8 +60,8 @@ class Config:
     mass_coef: float = 0.1
     """Weight of -log(mass of the set), which keeps p on the labels; 0 is the divergence alone."""
     init_from: str = ""
-    """LoRA folder (saved here or by peft) to start from; its rank and alpha hold, not --lora_rank.
-    Empty starts a fresh adapter."""
+    """Run folder (for its final adapter) or LoRA folder to start from; its rank and alpha hold, not
+    --lora_rank. Empty starts a fresh adapter."""
     num_steps: int = 200
     """Optimizer steps."""
     batch_size: int = 32
@@ -182,7 +182,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
     train_rows, test_rows = train_test(config.dataset, columns, config.test_rows, config.seed)
     chance = 1 / len(config.labels)
     panels = [
-        runs.Panel(config.divergence, "nats", ["divergence", "test_divergence"], 0.0, "match"),
+        runs.Panel(config.divergence, "nats", ["divergence", "test_divergence"]),
         runs.Panel("held-out accuracy", "share of rows", ["test_accuracy"], chance, "chance"),
         runs.Panel("mass on the set", "probability", ["set_mass", "test_set_mass"]),
     ]

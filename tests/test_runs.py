@@ -345,10 +345,10 @@ def test_plot_draws_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for step in range(30):
         run.log(step, {"loss": 1 / (step + 1), "kl": math.nan if step == 3 else 0.1})
         if step % 10 == 0:
-            run.log(step, {"test_loss": 0.5})
+            run.log(step, {"test_loss": 0.5 if step else 0.25})
     panels = [
         Panel("Loss", "loss (nats)", ["loss", "test_loss", "nope"], math.log(2), "nothing learnt"),
-        Panel("KL", "KL (nats per token)", ["kl"]),
+        Panel("KL", "KL (nats per token)", ["kl", "test_loss"]),
         Panel("Empty", "none", ["nope"]),
         Panel("More", "loss (nats)", ["loss"]),
     ]
@@ -365,6 +365,8 @@ def test_plot_draws_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert lines["nothing learnt: 0.693"].get_ydata()[0] == math.log(2)
     assert axes[0].get_ylabel() == "loss (nats)"
     assert 3 not in axes[1].get_lines()[0].get_xdata()
+    assert axes[1].get_lines()[2].get_label() == "untrained: 0.25"
+    assert len(axes[3].get_lines()) == 1
     with pytest.raises(ConfigError, match=r"panels: .*2 to 4, got 1"):
         run.plot(panels[:1])
 
