@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from cookbook_core import chat
 from cookbook_core.custom_loss import logprobs_from_output
 from cookbook_core.datums import with_inputs
-from cookbook_core.errors import LossError, RequestError, message
+from cookbook_core.errors import ConfigError, LossError, RequestError, message
+from cookbook_core.paths import usable_path
+from cookbook_core.run_files import find_checkpoint, has_begun
 from cookbook_core.tinker import (
     Datum,
     ModelInput,
@@ -36,19 +38,37 @@ def start(
     seed: int,
     checkpoint: str | None = None,
 ) -> TrainingClient:
-    """The client a run trains: a fresh LoRA adapter, or what the folder `init_from` holds.
+    """The client a run trains: a fresh LoRA adapter, or what `init_from` holds.
 
-    The unembedding is left alone. With init_from its rank and alpha hold, and lora_rank and seed
-    are not used. Where there is a `checkpoint`, of a run that goes on, it is that, optimizer and
-    all, and the rest is not used.
+    That is a LoRA's folder, or a run's folder for its final adapter; its rank and alpha hold, and
+    lora_rank and seed are not used. The unembedding is left alone. Where there is a `checkpoint`,
+    of a run that goes on, it is that, optimizer and all, and the rest is not used.
     """
     if checkpoint:
         restored = service.create_training_client_from_state_with_optimizer(checkpoint, model)
         return restored.result()
     if init_from:
+        init_from = final_adapter(init_from)
         return service.create_training_client_from_state(init_from, model).result()
     created = service.create_lora_training_client(model, lora_rank, seed, train_unembed=False)
     return created.result()
+
+
+def final_adapter(init_from: str) -> str:
+    """The final adapter of a run folder, said in a line; anything else is given back as it is.
+
+    Raises:
+        ConfigError: the run has no final adapter; its checkpoints are named.
+    """
+    if not has_begun(usable_path("Config.init_from", init_from, ConfigError)):
+        return init_from
+    try:
+        folder, _ = find_checkpoint(init_from)
+    except ConfigError as error:
+        mend = f"Give the folder of a checkpoint that is in {init_from}/checkpoints."
+        raise ConfigError(f"Config.init_from: {error} {mend}") from error
+    print(f"init_from {init_from}: starting from {folder}")
+    return str(folder)
 
 
 def frozen_copy(

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cookbook_core import export_card, run_files
+from cookbook_core import export_card
 from cookbook_core.errors import CheckpointError, ConfigError, ModelError, check_choice, message
 from cookbook_core.paths import usable_path
+from cookbook_core.run_files import find_checkpoint
 
 FORMS = ("peft", "merged", "gguf-ready")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -102,55 +103,6 @@ def export(
             _inline_template(new, tokenizer)
         card.write(new, tokenizer)
     return target
-
-
-def find_checkpoint(run: str | Path, checkpoint: str = "final") -> tuple[Path, Path | None]:
-    """The checkpoint's folder, and the run it belongs to (None: a folder from elsewhere).
-
-    Raises:
-        ConfigError: no such run, or no such checkpoint in it; those there are are named.
-        CheckpointError: progress.json is damaged, or the checkpoint is on a service.
-    """
-    if "://" in str(run):
-        raise _remote(str(run))
-    path = usable_path("RUN", run, ConfigError)
-    if (path / "adapter_config.json").is_file():
-        if checkpoint != "final":
-            what = f"{path} is a checkpoint itself"
-            raise ConfigError(message("--checkpoint", what, "none", checkpoint))
-        runs = (p for p in path.resolve().parents if (p / "progress.json").is_file())
-        return path, next(runs, None)
-    if not (path / "progress.json").is_file():
-        rule = "a run folder such as runs/dpo-1, or one with adapter_config.json"
-        got = "a folder" if path.is_dir() else "no such folder"
-        raise ConfigError(message(str(path), "not a run's folder nor a checkpoint", rule, got))
-    record = run_files.read_record(path)
-    saved = {str(entry["step"]): entry["path"] for entry in record["checkpoints"]}
-    best = (record["best"] or {}).get("step")
-    if str(best) in saved:
-        saved["best"] = saved[str(best)]
-    finals = list((path / "checkpoints").glob("*/sampler_weights/final"))
-    if finals:
-        saved["final"] = str(max(finals, key=lambda final: final.stat().st_mtime))
-    wanted = str(int(checkpoint)) if checkpoint.isdecimal() else checkpoint
-    if wanted not in saved:
-        whole = "finished" if record["finished"] else "not finished; its command again goes on"
-        if wanted == "best" and best == 0:
-            whole += "; the best were the untrained weights"
-        there = ", ".join(f"--checkpoint {name}" for name in saved) or "none"
-        what = f"no such checkpoint; the run is {whole}"
-        raise ConfigError(message(str(path), what, there, checkpoint))
-    if "://" in saved[wanted]:
-        raise _remote(saved[wanted])
-    # a run may have been moved since: its own folders come before the path that was written down
-    inside = path.joinpath("checkpoints", *Path(saved[wanted]).parts[-3:])
-    return (inside if inside.is_dir() else Path(saved[wanted])), path
-
-
-def _remote(where: str) -> CheckpointError:
-    mend = "Download it with the service's own client, and export the folder."
-    what, rule = "is on a service", "files on this machine"
-    return CheckpointError(message(where, what, rule, "an address", mend))
 
 
 def _base_model(given: str) -> tuple[Path, str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from cookbook_core.errors import ConfigError, message
 from cookbook_core.paths import usable_path
-from cookbook_core.run_files import describe, read_record
+from cookbook_core.run_files import describe, has_begun, read_record
 from cookbook_core.script import COPY, Script, described, recorded
 
 _OWN = ("config.json", COPY, "metrics.jsonl", "progress.json", "checkpoints", ".owner", ".lock")
@@ -169,13 +169,6 @@ def discard(path: Path, held: Any) -> None:
         with contextlib.suppress(OSError):
             (path / ".lock").unlink(missing_ok=True)
             path.rmdir()
-
-
-def has_begun(path: Path) -> bool:
-    """Whether the run in a folder got as far as a result. One that did not, for a model that was
-    not found, say, leaves a config.json only, which may give way to another's."""
-    results = (path / name for name in ("metrics.jsonl", "progress.json"))
-    return (path / "config.json").exists() and any(result.exists() for result in results)
 
 
 def _numbered(name: str) -> list[Path]:

@@ -11,6 +11,7 @@ runs/dpo-1/
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -21,15 +22,26 @@ from pathlib import Path
 from typing import Any
 
 from cookbook_core import manifest
-from cookbook_core.errors import CheckpointError, DataError, message
+from cookbook_core.errors import CheckpointError, ConfigError, DataError, message
+from cookbook_core.paths import usable_path
 from cookbook_core.script import Script, described
 
 Record = dict[str, Any]
 """progress.json: {"checkpoints": [{"step", "path"}], "best": {"step", "value"} or None,
 "values": {name: JSON}, "finished": bool}"""
 
+_OURS = r"step-\d{6,}|\..+-.+"
+"""Names of a run's own checkpoints, whole and half-written."""
+
 
 # ---- what a run keeps ----------------------------------------------------------------------------
+
+
+def has_begun(path: Path) -> bool:
+    """Whether the run in a folder got as far as a result. One that did not, for a model that was
+    not found, say, leaves a config.json only, which may give way to another's."""
+    results = (path / name for name in ("metrics.jsonl", "progress.json"))
+    return (path / "config.json").exists() and any(result.exists() for result in results)
 
 
 def read_record(path: Path) -> Record:
@@ -84,9 +96,74 @@ def sweep(path: Path, record: Record) -> None:
     nothing that is not in the run's folder."""
     listed = {Path(entry["path"]).resolve() for entry in record["checkpoints"]}
     for found in (path / "checkpoints").glob("*/weights/*"):
-        ours = re.fullmatch(r"step-\d{6,}|\..+-.+", found.name)
+        ours = re.fullmatch(_OURS, found.name)
         if ours and found.resolve() not in listed:
             shutil.rmtree(found, ignore_errors=True)
+
+
+def find_checkpoint(run: str | Path, checkpoint: str = "final") -> tuple[Path, Path | None]:
+    """The checkpoint's folder, and the run it belongs to (None: a folder from elsewhere).
+
+    Raises:
+        ConfigError: no such run, or no such checkpoint in it; those there are are named.
+        CheckpointError: progress.json is damaged, or the checkpoint is on a service.
+    """
+    if "://" in str(run):
+        raise _remote(str(run))
+    path = usable_path("RUN", run, ConfigError)
+    if (path / "adapter_config.json").is_file():
+        if checkpoint != "final":
+            what = f"{path} is a checkpoint itself"
+            raise ConfigError(message("--checkpoint", what, "none", checkpoint))
+        runs = (p for p in path.resolve().parents if (p / "progress.json").is_file())
+        return path, next(runs, None)
+    if not (path / "progress.json").is_file():
+        rule = "a run folder such as runs/dpo-1, or one with adapter_config.json"
+        got = "a folder" if path.is_dir() else "no such folder"
+        raise ConfigError(message(str(path), "not a run's folder nor a checkpoint", rule, got))
+    record = read_record(path)
+    saved = {str(entry["step"]): entry["path"] for entry in record["checkpoints"]}
+    best = (record["best"] or {}).get("step")
+    if str(best) in saved:
+        saved["best"] = saved[str(best)]
+    finals = list((path / "checkpoints").glob("*/sampler_weights/final"))
+    if finals:
+        saved["final"] = str(max(finals, key=lambda final: final.stat().st_mtime))
+    wanted = str(int(checkpoint)) if checkpoint.isdecimal() else checkpoint
+    if wanted not in saved:
+        whole = "finished" if record["finished"] else "not finished; its command again goes on"
+        if wanted == "best" and best == 0:
+            whole += "; the best were the untrained weights"
+        there = ", ".join(f"--checkpoint {name}" for name in saved) or "none"
+        what = f"no such checkpoint; the run is {whole}"
+        raise ConfigError(message(str(path), what, there, checkpoint))
+    if "://" in saved[wanted]:
+        raise _remote(saved[wanted])
+    # a run may have been moved since: its own folders come before the path that was written down
+    inside = path.joinpath("checkpoints", *Path(saved[wanted]).parts[-3:])
+    return (inside if inside.is_dir() else Path(saved[wanted])), path
+
+
+def _remote(where: str) -> CheckpointError:
+    mend = "Download it with the service's own client, and give the folder."
+    what, rule = "is on a service", "files on this machine"
+    return CheckpointError(message(where, what, rule, "an address", mend))
+
+
+def forget_start(path: Path) -> None:
+    """Remove what a run kept that was interrupted before its first checkpoint: it starts over.
+
+    Checkpoints saved under names that are no run's own are moved to checkpoints.old-N.
+    """
+    record, folder = read_record(path), path / "checkpoints"
+    if not (path / "config.json").exists() or record["checkpoints"] or record["finished"]:
+        return
+    if all(re.fullmatch(rf"reference|{_OURS}", found.name) for found in folder.glob("*/*/*")):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        asides = (path / f"checkpoints.old-{number}" for number in itertools.count(1))
+        folder.rename(next(aside for aside in asides if not aside.exists()))
+    (path / "progress.json").unlink(missing_ok=True)
 
 
 def random_file(path: Path, step: int) -> Path:

@@ -100,6 +100,7 @@ class Run:
         self.path, self._lock, self._made = run_claims.claim(
             recipe, config, self._script, fresh=self._flags.fresh, anyway=self._flags.anyway
         )
+        run_files.forget_start(self.path)
         self._record = run_files.read_record(self.path)
         self.service: dict[str, Any] = {
             "base_url": self._flags.base_url,
@@ -117,7 +118,7 @@ class Run:
         self._got_somewhere = False
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
-        began = run_claims.has_begun(self.path)
+        began = run_files.has_begun(self.path)
         if began:
             run_files.drop_steps_from(self.path, self.first_step)
             run_files.sweep(self.path, self._record)

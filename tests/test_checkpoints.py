@@ -60,6 +60,29 @@ def test_four_steps_are_two_steps_saved_loaded_and_two_more(
     assert weights_of(loaded) == weights_of(whole)
 
 
+def test_a_second_start_saves_beside_the_first(tmp_path, make_service, model_folder, random_data):
+    """A new client takes the next folder; one that goes on, its own; two at once, two."""
+
+    def saved(client) -> str:
+        path = Path(client.save_state("final", overwrite=True).result().path)
+        assert path == tmp_path / "checkpoints" / client.model_id / "weights" / "final"
+        return client.model_id
+
+    folder, first, second = model_folder("qwen3"), make_service(), make_service()
+    one, two = (first.create_lora_training_client(folder, rank=4).result() for _ in "12")
+    train(two, random_data(3), 1)
+    assert [saved(one), saved(two)] == ["model-0", "model-1"]
+    path = str(tmp_path / "checkpoints/model-1/weights/final")
+    continued = second.create_training_client_from_state_with_optimizer
+    clients = [continued(path), second.create_training_client_from_state(path)]
+    clients += [second.create_lora_training_client(folder, rank=4), continued(path)]
+    ids = [saved(client.result()) for client in clients]
+    assert ids == ["model-1", "model-2", "model-3", "model-4"]
+    elsewhere = make_service(checkpoint_dir=tmp_path / "other")
+    moved = elsewhere.create_training_client_from_state_with_optimizer(path).result()
+    assert moved.model_id == "model-0"
+
+
 def test_loading_without_the_optimizer_starts_it_afresh(client, service, random_data):
     data = random_data(3)
     train(client, data, 3)

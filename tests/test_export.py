@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cookbook_core import cli, datum_from_prompt_completion, run_files
 from cookbook_core.backend.local import checkpoints
+from cookbook_core.clients import final_adapter
 from cookbook_core.errors import CheckpointError, ConfigError, ModelError
-from cookbook_core.export import export, find_checkpoint
+from cookbook_core.export import export
+from cookbook_core.run_files import find_checkpoint
 from cookbook_core.runs import RunFlags
 from cookbook_core.tinker import ModelInput, SamplingParams, ServiceClient, TrainingClient
 from recipes import sft
@@ -304,6 +306,25 @@ def test_a_run_s_checkpoints_are_found_where_the_run_is_now(tmp_path: Path) -> N
     foreign = tmp_path / "foreign"
     patch(foreign / "adapter_config.json")
     assert find_checkpoint(foreign) == (foreign, None)
+
+
+def test_init_from_takes_a_run_s_final_adapter_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = write_run(tmp_path / "sft-1", [20], final=True)
+    adapter = run / "checkpoints/model-0/sampler_weights/final"
+    assert final_adapter(str(run)) == str(run)  # without a config.json it is no run
+    (run / "config.json").touch()
+    assert final_adapter(str(run)) == str(adapter)
+    assert capsys.readouterr().out == f"init_from {run}: starting from {adapter}\n"
+    assert final_adapter(str(adapter)) == str(adapter)
+    unfinished = write_run(tmp_path / "sft-2", [20])
+    (unfinished / "config.json").touch()
+    says = (
+        r"Config\.init_from: .*not finished; .*Give the folder of a checkpoint that is in .*sft-2"
+    )
+    with pytest.raises(ConfigError, match=says):
+        final_adapter(str(unfinished))
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,23 @@ def test_a_failed_run_keeps_a_folder_with_anything_in_it() -> None:
     assert (run.path / "config.json").exists()
 
 
+@pytest.mark.parametrize("name", ["reference", "step-000020", ".final-x-y", "mine"])
+def test_a_run_killed_before_its_first_checkpoint_starts_over(name: str) -> None:
+    """Without what it left; checkpoints of the script's own are moved, not removed."""
+    run = start(config_of(RECIPE))
+    run.once("before", lambda: 1)
+    left = run.path / "checkpoints/model-0/weights" / name
+    left.mkdir(parents=True)
+    run.log(0, {"loss": 1.0})
+    run.close()
+    again = start(config_of(RECIPE))
+    assert again.path == run.path
+    assert again.once("before", lambda: 2) == 2
+    assert not (run.path / "checkpoints").exists()
+    aside = run.path / "checkpoints.old-1/model-0/weights/mine"
+    assert aside.exists() == (name == "mine")
+
+
 def test_a_killed_run_keeps_its_folder() -> None:
     run = start(config_of(RECIPE))
     with pytest.raises(SystemExit):

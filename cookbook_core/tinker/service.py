@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -43,7 +42,9 @@ class ServiceClient:
         dtype: "auto" (bfloat16 on cuda, else float32), "float32", "bfloat16" or "float64".
         gradient_checkpointing: "on" computes layers again in the backward rather than keep what
             is in them; "auto" does so for what does not fit into free memory; "off" never does.
-        checkpoint_dir: where `save_state` and `save_weights_for_sampler` write.
+        checkpoint_dir: where `save_state` and `save_weights_for_sampler` write, each client into
+            a folder model-N of its own: the next that is not there, but for a client that goes on,
+            with its optimizer, from a checkpoint in one: it saves beside that.
         display_name: no effect. device to checkpoint_dir have none at a service, nor has the third
             line on this machine.
 
@@ -84,7 +85,7 @@ class ServiceClient:
         }
         self._checkpoint_dir = usable_path("checkpoint_dir", checkpoint_dir, ConfigError)
         self._backends: dict[str, Any] = {}
-        self._model_ids = itertools.count()
+        self._model_ids: Any = None
 
     def create_lora_training_client(
         self,
@@ -281,6 +282,7 @@ class ServiceClient:
         """The backend for a base model, made once; torch and transformers are imported here."""
         from cookbook_core.backend.local.engine import LocalBackend
         from cookbook_core.backend.local.model import resolve_model
+        from cookbook_core.backend.local.model_ids import ModelIds
 
         if not isinstance(base_model, str) or not base_model:
             raise ConfigError(
@@ -289,6 +291,7 @@ class ServiceClient:
         if self._service is not None:
             return self._remote(base_model)
         key = resolve_model(base_model)
+        self._model_ids = self._model_ids or ModelIds(self._checkpoint_dir)
         if key not in self._backends:
             self._backends[key] = LocalBackend(
                 base_model, self._checkpoint_dir, model_ids=self._model_ids, **self._options

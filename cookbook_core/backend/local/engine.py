@@ -8,7 +8,6 @@ then again, one by one, with the gradient known: same result, one more forward f
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -21,6 +20,7 @@ from cookbook_core.backend.local import checkpoints, processes
 from cookbook_core.backend.local.adapters import Adapter, AdapterBank
 from cookbook_core.backend.local.memory import keep_freed_memory
 from cookbook_core.backend.local.model import BaseModel, load_base_model
+from cookbook_core.backend.local.model_ids import ModelIds
 from cookbook_core.backend.local.passes import (
     LossOf,
     Pass,
@@ -72,14 +72,14 @@ class LocalBackend:
         device: str = "auto",
         dtype: str = "auto",
         gradient_checkpointing: str = "auto",
-        model_ids: itertools.count[int] | None = None,
+        model_ids: ModelIds | None = None,
     ) -> None:
         check_mode(gradient_checkpointing)
         if not torch.cuda.is_available():
             keep_freed_memory()  # before there is a thread with an arena of its own
         self.worker = Worker(f"cookbook-{base_model}")
         self.checkpoint_dir = checkpoint_dir
-        self._model_ids = model_ids or itertools.count()
+        self.model_ids = model_ids or ModelIds(checkpoint_dir)
         self._loaded: Engine | None = None
         self._load = partial(load_engine, base_model, device, dtype, gradient_checkpointing)
 
@@ -103,7 +103,8 @@ class LocalBackend:
         def create() -> LocalTraining:
             folder = usable_path("path", path, CheckpointError)
             checkpoint = checkpoints.read(folder, with_optimizer=with_optimizer)
-            return LocalTraining(self, checkpoints.new_adapter(self.engine().bank, checkpoint))
+            adapter = checkpoints.new_adapter(self.engine().bank, checkpoint)
+            return LocalTraining(self, adapter, continued=folder if with_optimizer else None)
 
         return self.worker.submit("create_training_client_from_state", create)
 
@@ -119,9 +120,6 @@ class LocalBackend:
 
     def close(self) -> None:
         self.worker.close()
-
-    def next_model_id(self) -> str:
-        return f"model-{next(self._model_ids)}"
 
 
 class Engine:
@@ -256,13 +254,14 @@ class LocalTraining:
         backend: LocalBackend,
         adapter: Adapter,
         user_metadata: dict[str, str] | None = None,
+        continued: Path | None = None,
     ) -> None:
         base = backend.engine().base
         self._backend, self._adapter, self._metadata = backend, adapter, user_metadata
         data = base.data()
         self.info = GetInfoResponse(
             model_data=data,
-            model_id=backend.next_model_id(),
+            model_id=backend.model_ids.next(continued),
             is_lora=True,
             lora_rank=adapter.slot.config.r,
             model_name=data.model_name,
