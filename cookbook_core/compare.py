@@ -11,6 +11,7 @@ from typing import Any
 from cookbook_core.errors import ConfigError, DataError, message, nearest
 from cookbook_core.plots import draw_comparison
 from cookbook_core.run_files import markdown_table, read_metrics
+from cookbook_core.script import recorded
 
 _HELD_OUT = "test_"
 _FORMATS = (".png", ".svg", ".pdf")
@@ -19,7 +20,7 @@ _FORMATS = (".png", ".svg", ".pdf")
 @dataclasses.dataclass(frozen=True)
 class _Logged:
     rows: list[dict[str, Any]]
-    config: dict[str, Any]  # with the recipe's name; empty where there is no config.json
+    config: dict[str, Any]  # with recipe, script, code; empty where there is no config.json
     final: dict[str, float]  # metric -> its last value
 
     @property
@@ -38,8 +39,9 @@ def compare_runs(
         metrics: 1 to 4 to draw, each logged by some run. None takes those all runs logged:
             held-out ones, then the training metrics of the same names and the loss.
     Returns:
-        A markdown table, a column a run: the config fields that differ, the last step, the final
-        held-out metrics and those asked for.
+        A markdown table, a column a run: the config fields that differ, the script and its code
+        where they do, the last step, the final held-out metrics and those asked for. Below it,
+        where metrics is None, the common ones that were not drawn.
     Raises:
         ConfigError: no run in a folder, no metric to draw, or a picture that cannot be written.
         DataError: a broken metrics.jsonl or config.json.
@@ -49,8 +51,10 @@ def compare_runs(
         raise ConfigError(message("--out", "cannot be written", rule, picture))
     runs = _read_runs(folders)
     drawn = _shared_metrics(runs) if metrics is None else _known_metrics(runs, metrics)
-    draw_comparison(drawn, {name: run.rows for name, run in runs.items()}, picture)
-    return markdown_table([*_differences(runs), *_results(runs, metrics or ())])
+    draw_comparison(drawn, {name: run.rows for name, run in runs.items()}, picture, _notes(runs))
+    table = markdown_table([*_differences(runs), *_results(runs, metrics or ())])
+    left = [] if metrics else [name for name in _common(runs) if name not in drawn]
+    return table + (f"\nnot drawn: {', '.join(left)} (--metrics A,B draws them)" if left else "")
 
 
 def _read_runs(folders: Sequence[Path]) -> dict[str, _Logged]:
@@ -65,24 +69,39 @@ def _read_runs(folders: Sequence[Path]) -> dict[str, _Logged]:
             raise ConfigError(message(str(path), "not a run's folder", rule, "none", mend))
         final = {k: v for row in rows for k, v in row.items() if k != "step" and v is not None}
         unique = name if names.count(name) == 1 else str(path)
-        runs[unique] = _Logged(rows, _read_config(path / "config.json"), final)
+        runs[unique] = _Logged(rows, _read_config(path), final)
     return runs
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
     if not file.exists():
         return {}
+    found = {k: v for k, v in (recorded(folder) or {}).items() if v is not None}
+    script = {"script": found["file"], "code": found["code"][:12]} if len(found) == 2 else {}
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
-        return {"recipe": held["recipe"], **held["config"]}
+        return {"recipe": held["recipe"], **script, **held["config"]}
     except (ValueError, KeyError, TypeError) as error:
         rule, got = "JSON with recipe and config", f"{type(error).__name__}: {error}"
         raise DataError(message(str(file), "broken", rule, got)) from error
 
 
-def _shared_metrics(runs: Mapping[str, _Logged]) -> list[str]:
+def _notes(runs: Mapping[str, _Logged]) -> dict[str, str]:
+    """What the titles of the losses' panels say where runs are of other recipes or code."""
+    for field in ("recipe", "code"):
+        if len({run.config[field] for run in runs.values() if field in run.config}) > 1:
+            return {"loss": "(different losses)", "test_loss": "(different losses)"}
+    return {}
+
+
+def _common(runs: Mapping[str, _Logged]) -> list[str]:
     first, *others = runs.values()
-    shared = [name for name in first.final if all(name in run.final for run in others)]
+    return [name for name in first.final if all(name in run.final for run in others)]
+
+
+def _shared_metrics(runs: Mapping[str, _Logged]) -> list[str]:
+    shared = _common(runs)
     held_out = [name for name in shared if name.startswith(_HELD_OUT)]
     twins = [name.removeprefix(_HELD_OUT) for name in held_out]
     training = [name for name in shared if name in twins or name == "loss"]

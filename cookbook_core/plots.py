@@ -70,14 +70,20 @@ def _untrained(metrics: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> flo
 
 
 def draw_comparison(
-    metrics: Sequence[str], runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
+    metrics: Sequence[str],
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: Path,
+    notes: Mapping[str, str] | None = None,
 ) -> Path:
     """Draw 1-4 metrics, a panel each with a line per run, into a picture; returns its path.
+
+    The first run's line is solid, those of later ones dashed, so that equal runs show as such.
 
     Args:
         metrics: names in metrics.jsonl.
         runs: name in the legend -> rows of the run's metrics.jsonl.
         path: of a file in a format matplotlib writes.
+        notes: metric -> what its panel's title says after the name.
     Raises:
         ConfigError: another number of metrics.
     """
@@ -87,7 +93,10 @@ def draw_comparison(
     for axis, metric in zip(axes, metrics, strict=True):
         for i, (name, rows) in enumerate(runs.items()):
             _draw_line(axis, rows, metric, i, name, len({row["step"] for row in rows}))
-        _finish(axis, metric, "")
+            if 0 < i < 6:
+                axis.get_lines()[-1].set_linestyle((4 * i, (4, 8)))
+        title = f"{metric} {(notes or {}).get(metric, '')}".rstrip()
+        _finish(axis, title, metric.removeprefix("test_"))
     columns = int(12 * figure.get_figwidth() / (6 + max(map(len, runs))))
     figure.legend(
         axes[0].get_lines(),
@@ -123,7 +132,7 @@ def _draw_line(
         [step for step, _ in points],
         [value for _, value in points],
         color=_COLOURS[index % 6],
-        linestyle=("-", "--", ":")[index // 6 % 3],
+        linestyle=("-", "-.", ":")[index // 6 % 3],
         marker=_MARKERS[index % 6] if sparse or index else None,
         markevery=1 if sparse else max(1, len(points) // 8),
         label=label if points else f"{label} (not logged)",

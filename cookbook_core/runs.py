@@ -311,7 +311,8 @@ class Run:
     ) -> None:
         """Print a table of metrics before and after the run, and add it to summary.md.
 
-        Rows are the metrics of `after`, named without the "test_" of held-out ones.
+        Rows are the metrics of `after`, named without the "test_" of held-out ones. A run that
+        made its best metric worse is told below the table how to examine its loss.
         """
         table = markdown_table(
             [
@@ -319,9 +320,25 @@ class Run:
                 for name in after
             ]
         )
+        table += self._warning(before, after)
         self._tables.append(f"## {title}\n\n{table}")
         write_atomically(self.path / "summary.md", "\n".join(self._tables))
         self._progress.say(f"\n{title}\n\n{table}")
+
+    def _warning(self, before: Mapping[str, float], after: Mapping[str, float]) -> str:
+        """A line on a run that made its best metric worse; "" on another."""
+        name = self._best.removeprefix("-")
+        if name not in before or name not in after:
+            return ""
+        was, now = before[name], after[name]
+        if not (now > was if self._best.startswith("-") else now < was):
+            return ""
+        loss = self._script.loss() if self._script else "FILE:LOSS"
+        moved = f"{'rose' if now > was else 'fell'} from {was:.3g} to {now:.3g}"
+        return (
+            f"\n{name} {moved}: is the sign of the loss right? "
+            f"python -m cookbook_core.doctor {loss}\n"
+        )
 
     def save_samples(self, rows: Sequence[Mapping[str, str]]) -> None:
         """Print and write to samples.md held-out rows such as prompt, before, after, expected.

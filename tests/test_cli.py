@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cookbook_core import cli
+from cookbook_core.script import code_of
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if p.stem != "__init__")
@@ -176,6 +177,37 @@ def test_compare_draws_and_tells_what_differs(
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["one", "two"]
     lines = drawn[0].axes[2].get_lines()
     assert [line.get_ydata()[-1] for line in lines] == [0.6, 0.125]
+
+
+def test_compare_tells_different_code_and_what_was_not_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture, drawn: list[Any]
+) -> None:
+    """Equal code (but for layout): nothing said. Equal lines can all be seen."""
+    rows = [{"loss": 1.0, "test_loss": 2.0, "kl": 0.5, "grad_norm": 3.0}] * 2
+    codes = {"dpo-1": "a = 1", "dpo-2": "a  =  1", "ipo-1": "a = 2"}
+    for name, text in codes.items():
+        write_run(tmp_path / name, {}, rows)
+        config = json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+        config["script"] = {"file": f"{name[:3]}.py", "code": code_of(text)}
+        (tmp_path / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    argv = ["compare", *(str(tmp_path / name) for name in codes)]
+    argv += ["--out", str(tmp_path / "compare.png")]
+    assert cli.main(argv) == 0
+    shown = capsys.readouterr().out
+    assert "| script    | dpo.py       | dpo.py       | ipo.py       |" in shown
+    assert "not drawn: kl, grad_norm (--metrics A,B draws them)\n" in shown
+    one, two = (code_of(codes[name])[:12] for name in ("dpo-1", "ipo-1"))
+    assert f"| code      | {one} | {one} | {two} |" in shown
+    assert titles(drawn[0]) == ["test_loss (different losses)", "loss (different losses)"]
+    assert [axis.get_ylabel() for axis in drawn[0].axes] == ["loss", "loss"]
+    styles = [line._dash_pattern for line in drawn[0].axes[0].get_lines()]
+    assert styles[0] == (0, None)
+    assert len({offset for offset, dashes in styles if dashes}) == 2
+    argv.remove(str(tmp_path / "ipo-1"))
+    assert cli.main([*argv, "--metrics", "loss,kl"]) == 0
+    shown = capsys.readouterr().out
+    assert not any(text in shown for text in ("script", "code", "not drawn"))
+    assert titles(drawn[1]) == ["loss", "kl"]
 
 
 def test_compare_of_other_runs(

@@ -382,3 +382,35 @@ def test_summary_and_samples_are_markdown(tmp_path: Path, capsys: pytest.Capture
     run.save_samples([{"prompt": "a|b\nc", "after": "<think>`é`"}])
     samples = (run.path / "samples.md").read_text(encoding="utf-8")
     assert "| ` a\\|b\\nc ` | `` <think>`é` `` |" in samples
+
+
+@pytest.mark.parametrize(
+    ("best", "before", "after", "says"),
+    [
+        (
+            "test_accuracy",
+            0.5,
+            0.13,
+            "test_accuracy fell from 0.5 to 0.13: is the sign of the loss",
+        ),
+        ("-test_accuracy", 0.5, 2.0, "test_accuracy rose from 0.5 to 2: is the sign of the loss"),
+        ("test_accuracy", 0.5, 0.5, ""),
+        ("test_accuracy", 0.5, 0.6, ""),
+        ("-test_accuracy", 0.5, 0.4, ""),
+        ("test_other", 0.5, 0.4, ""),
+    ],
+)
+def test_a_run_that_made_its_best_metric_worse_says_so(
+    best: str, before: float, after: float, says: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = make_run(tmp_path, best=best)
+    run.save_before_after("Held out", {"test_accuracy": before}, {"test_accuracy": after})
+    summary = (run.path / "summary.md").read_text(encoding="utf-8")
+    for text in (summary, capsys.readouterr().out):
+        assert ("doctor" in text) == bool(says)
+        assert says in text
+    if says:
+        file = (
+            Path(__file__).relative_to(Path.cwd()) if Path.cwd() in Path(__file__).parents else ""
+        )
+        assert f"python -m cookbook_core.doctor {file or __file__}:" in summary
