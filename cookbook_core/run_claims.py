@@ -15,7 +15,7 @@ from typing import Any
 
 from cookbook_core.errors import ConfigError, message
 from cookbook_core.paths import usable_path
-from cookbook_core.run_files import describe, has_begun, read_record
+from cookbook_core.run_files import describe, has_begun, read_record, write_atomically
 from cookbook_core.script import COPY, Script, described, recorded
 
 _OWN = ("config.json", COPY, "metrics.jsonl", "progress.json", "checkpoints", ".owner", ".lock")
@@ -155,6 +155,16 @@ def other_code(path: Path, script: Script | None) -> str:
     if there is None or not has_begun(path) or there == described(script):
         return ""
     return there["file"] or "a notebook"
+
+
+def describe_run(path: Path, recipe: str, config: Any, script: Script | None, step: int) -> None:
+    """Write config.json and the script's copy; that of other code is kept as what ran to `step`."""
+    copy = path / COPY
+    if has_begun(path) and copy.exists():
+        copy.replace(path / f"script.until-{step}.py")
+    if script:
+        write_atomically(copy, script.text)
+    write_atomically(path / "config.json", describe(recipe, config, script))
 
 
 def discard(path: Path, held: Any) -> None:

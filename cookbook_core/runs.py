@@ -122,7 +122,8 @@ class Run:
         if began:
             run_files.drop_steps_from(self.path, self.first_step)
             run_files.sweep(self.path, self._record)
-        self._describe(recipe, config, began=began)
+        if not began or run_claims.other_code(self.path, self._script):
+            run_claims.describe_run(self.path, recipe, config, self._script, self.first_step)
         self._tracker: Tracker | None = None
         if self._flags.track != "none":
             told = dataclasses.asdict(config)
@@ -135,18 +136,6 @@ class Run:
         print(f"{recipe}: run folder {self.path}")
         if began:
             print(f"going on at step {self.first_step} of {num_steps}; --fresh starts over")
-
-    def _describe(self, recipe: str, config: Any, *, began: bool) -> None:
-        """Write what is run; where a run goes on under other code, that code is kept beside."""
-        copy = self.path / script.COPY
-        if began and not run_claims.other_code(self.path, self._script):
-            return
-        if began and copy.exists():
-            copy.replace(copy.with_name(f"script.until-{self.first_step}.py"))
-        if self._script:
-            write_atomically(copy, self._script.text)
-        text = run_files.describe(recipe, config, self._script)
-        write_atomically(self.path / "config.json", text)
 
     def __enter__(self) -> Run:
         with contextlib.suppress(ValueError):  # signals are the main thread's alone
