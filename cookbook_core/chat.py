@@ -16,7 +16,15 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from cookbook_core.chat_checks import check_generation_tags, require_prefix
-from cookbook_core.conversations import Message, check_messages
+from cookbook_core.conversations import (  # noqa: F401  some are for recipes
+    PAIRS,
+    Message,
+    before_last_answer,
+    check_answer,
+    check_messages,
+    naming,
+    split_pair,
+)
 from cookbook_core.errors import (
     ConfigError,
     DataError,
@@ -107,6 +115,7 @@ def render_completion(
             raise DataError(
                 message("completion", "not one answer", "one assistant message", roles, mend)
             )
+        check_answer(completion[0], "completion[0]")
         whole = _apply_template(tokenizer, [*prompt, *completion])
         _require_same(tokenizer, before, whole, [*prompt, *completion], "prompt")
 
@@ -142,19 +151,19 @@ def render_messages(
         tokens and weights, both (T,). Weights are 0 everywhere but on the trained messages'
         content and end-of-turn token: headers, generation prompt and the newline after are 0.
     Raises:
-        DataError: a malformed message (with its index and keys), no assistant message, all weights
-            0, a turn that is rendered otherwise in the whole conversation than when it is
-            generated, or a template whose {% generation %} tags disagree with these weights.
+        DataError: a malformed message (with its index and keys), no assistant message, an empty
+            one that is trained, all weights 0, a turn that is rendered otherwise in the whole
+            conversation than when it is generated, or a template whose {% generation %} tags
+            disagree with these weights.
         ModelError: the tokenizer has no chat template.
     """
-    check_messages(messages, "messages")
+    before_last_answer(messages, "messages")
     check_choice(ConfigError, "train_on", "unknown", train_on, ("last", "all"))
     answers = [i for i, entry in enumerate(messages) if entry["role"] == "assistant"]
-    if not answers or answers[0] == 0:
-        rule = "an assistant message, with another before it"
-        roles = [entry["role"] for entry in messages]
-        raise DataError(message("messages", "nothing to train on", rule, roles))
     trained = answers if train_on == "all" else answers[-1:]
+    for i in trained:
+        if messages[i].get("weight", 1):
+            check_answer(messages[i], f"messages[{i}]")
 
     whole = _apply_template(tokenizer, messages)
     tokens = _encode(tokenizer, whole, special=False)
@@ -270,7 +279,8 @@ def _require_same(
 def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
     """Encode text: one leading BOS at most, and no EOS that the text does not spell out."""
     check_text(DataError, "text", text)
-    tokens = list(tokenizer.encode(text, add_special_tokens=special))
+    # verbose: no warning of a text longer than the model reads, since such rows are dropped
+    tokens = list(tokenizer.encode(text, add_special_tokens=special, verbose=False))
     while len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id:
         del tokens[0]
     if special and tokens and tokens[-1] == tokenizer.eos_token_id:

@@ -27,6 +27,47 @@ __all__ = ["asset_path", "batch_indices", "load_rows", "train_test"]
 
 Columns = Sequence[str] | Sequence[Sequence[str]]
 
+_SHAREGPT = (
+    '.map(lambda r: {"messages": [{"role": {"human": "user", "gpt": "assistant"}.get(m["from"], '
+    'm["from"]), "content": m["value"]} for m in r["conversations"]]})'
+)
+_FOREIGN: list[tuple[tuple[str, ...], tuple[str, ...], str, str]] = [
+    (("conversations",), ("messages",), "ShareGPT's messages", _SHAREGPT),
+    (
+        ("instruction", "output"),
+        ("prompt", "completion"),
+        "prompt and completion",
+        '.rename_columns({"instruction": "prompt", "output": "completion"})',
+    ),
+    (
+        ("question", "answer"),
+        ("prompt", "completion"),
+        "prompt and completion",
+        '.rename_columns({"question": "prompt", "answer": "completion"})',
+    ),
+    (
+        ("question", "answer"),
+        ("prompt", "answer"),
+        "prompt and answer",
+        '.rename_column("question", "prompt")',
+    ),
+    (
+        ("text",),
+        ("prompt", "completion"),
+        "prompt and completion in one: say where it parts",
+        '.map(lambda r: dict(zip(("prompt", "completion"), r["text"].split("\\n", 1))))',
+    ),
+]
+"""Columns others have, the columns meant here, their meaning in words, and how to rename them."""
+
+
+class PlacedRow(Row):
+    """A row that knows where it stood: `where` is "file.jsonl:17" or "name[16]"."""
+
+    def __init__(self, where: str, values: Row) -> None:
+        super().__init__(values)
+        self.where = where
+
 
 def load_rows(dataset: str, columns: Columns, split: str = "train") -> list[Row]:
     """Read one split of a dataset, keeping the columns asked for.
@@ -38,8 +79,9 @@ def load_rows(dataset: str, columns: Columns, split: str = "train") -> list[Row]
         split: the name of the split; a single file is "train". In a name with `@TRAIN/TEST`, those
             two are "train" and "test".
     Returns:
-        One dict per row, in file order, with exactly the columns of that alternative. Values of a
-        .csv are strings, but for conversations, which stand there as JSON.
+        One dict per row, in file order, with exactly the columns of that alternative; `chat.naming`
+        names its place in errors. Values of a .csv are strings, but for conversations, which stand
+        there as JSON.
     Raises:
         DataError: no such dataset or split; broken text (`file.jsonl:17`); no rows; columns
             missing; a row whose value is missing, None or empty.
@@ -67,12 +109,15 @@ def train_test(
     if "test" in splits:
         test = _select(dataset, splits, "test", columns)
         if len(test) < test_rows:
-            rule = f"test_rows <= {len(test)}"
-            raise DataError(message(f"{dataset} (test split)", "too few rows", rule, test_rows))
+            rule, mend = f"test_rows <= {len(test)}", f"Pass --test_rows {len(test)}."
+            where = f"{dataset} (test split)"
+            raise DataError(message(where, "too few rows", rule, test_rows, mend))
         return train, test[:test_rows]
     if len(train) <= test_rows:
         rule = f"test_rows < {len(train)}, the rows there are"
-        raise DataError(message(dataset, "holding out leaves no row to train on", rule, test_rows))
+        mend = f"Pass --test_rows {max(1, len(train) // 10)}, a tenth of them."
+        what = "holding out leaves no row to train on"
+        raise DataError(message(dataset, what, rule, test_rows, mend if len(train) > 1 else ""))
     held_out = random.Random(seed).sample(range(len(train)), test_rows)
     rest = set(held_out)
     return [row for i, row in enumerate(train) if i not in rest], [train[i] for i in held_out]
@@ -139,7 +184,9 @@ def _select(
     if chosen is None:
         lacking = [name for choice in choices for name in choice if name not in found]
         rule = " or ".join(" + ".join(choice) for choice in choices)
-        mend = f'No column "{lacking[0]}". {nearest(lacking[0], found)}'
+        mend = _foreign(found, choices) or (
+            f'No column "{lacking[0]}". {nearest(lacking[0], found)}'
+        )
         raise DataError(message(dataset, "columns are missing", rule, ", ".join(found), mend))
     problems = [
         message(where, f'column "{name}" has no value', "a value", repr(row.get(name)))
@@ -148,7 +195,19 @@ def _select(
         if row.get(name) is None or row[name] in ("", [], {})
     ]
     raise_all(DataError, problems)
-    return [{name: row[name] for name in chosen} for _, row in rows]
+    return [PlacedRow(where, {name: row[name] for name in chosen}) for where, row in rows]
+
+
+def _foreign(found: Sequence[str], choices: Sequence[Sequence[str]]) -> str:
+    """What the columns of another tool's format mean here, and the line that renames them."""
+    for theirs, ours, meaning, renamed in _FOREIGN:
+        if set(theirs) <= set(found) and ours in choices:
+            names = " + ".join(theirs)
+            return (
+                f"{names} looks like {meaning}. With the dataset as ds: "
+                f'ds{renamed}.to_json("mine.jsonl"), then --dataset mine.jsonl.'
+            )
+    return ""
 
 
 def _are_names(choice: Any) -> bool:

@@ -11,7 +11,8 @@ Paper: Bradley and Terry 1952; as a reward model Ouyang et al. 2022, arXiv 2203.
 Left out: margins between ratings, and the centring term that keeps the mean reward near 0.
 
 Data: columns prompt, chosen, rejected, the same pairs as for recipes/dpo.py; each plain text, or
-lists of messages as TRL has them, chosen and rejected with the one answer.
+lists of messages as TRL has them, chosen and rejected with the one answer; or chosen and rejected
+as whole conversations, of which the turns that both begin with are the prompt.
 
     python -m recipes.bradley_terry             # bundled tiny model, under a minute on two cores
     python -m recipes.bradley_terry --model Qwen/Qwen3-0.6B --dataset my_pairs.jsonl \
@@ -43,7 +44,7 @@ class Config:
     model: str = "tiny"
     """Hugging Face causal LM: hub name or local folder; "tiny" is the bundled one."""
     dataset: str = "tiny/dpo"
-    """Hub name, local file or folder with columns prompt, chosen, rejected.
+    """Hub name, local file or folder with columns prompt, chosen, rejected, or the last two.
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     init_from: str = ""
     """Run folder (for its final adapter) or LoRA folder to start from; its rank and alpha hold, not
@@ -153,8 +154,10 @@ def build_pairs(
     """Rows -> interleaved datums (chosen, rejected, ...), and the rows that were kept. A pair with
     a member longer than max_length tokens is not."""
     data, kept = [], []
-    for row in rows:
-        pair = [judge.datum(row["prompt"], row[side]) for side in ("chosen", "rejected")]
+    for given in rows:
+        with chat.naming(given):  # errors name the row
+            row = chat.split_pair(given)
+            pair = [judge.datum(row["prompt"], row[side]) for side in ("chosen", "rejected")]
         if max(datum.model_input.length for datum in pair) <= max_length:
             kept.append(row)
             data += pair
@@ -200,9 +203,7 @@ def load_scorer(
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
     """The whole run, or the rest of one; returns the held-out metrics at its end."""
-    train_rows, test_rows = train_test(
-        config.dataset, ("prompt", "chosen", "rejected"), config.test_rows, config.seed
-    )
+    train_rows, test_rows = train_test(config.dataset, chat.PAIRS, config.test_rows, config.seed)
     panels = [
         runs.Panel("loss", "loss", ["loss", "test_loss"]),
         runs.Panel("held-out accuracy", "share of pairs", ["test_accuracy"], 0.5, "chance"),

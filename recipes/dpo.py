@@ -18,6 +18,8 @@ Data: columns prompt, chosen, rejected (all three; splits train and, if there, t
 text, or lists of messages as TRL has them, chosen and rejected with the one answer
     {"prompt": [{"role": "user", "content": "..."}],
      "chosen": [{"role": "assistant", "content": "..."}], "rejected": [...]}
+or chosen and rejected as whole conversations, with or without a prompt beside them: the turns that
+both begin with are the prompt.
 
     python -m recipes.dpo                       # bundled tiny model, about a minute on two cores
     python -m recipes.dpo --model Qwen/Qwen3-0.6B --dataset my_pairs.jsonl
@@ -54,7 +56,7 @@ class Config:
     model: str = "tiny"
     """Hugging Face causal LM: hub name or local folder; "tiny" is the bundled one."""
     dataset: str = "tiny/dpo"
-    """Hub name, local file or folder with columns prompt, chosen, rejected.
+    """Hub name, local file or folder with columns prompt, chosen, rejected, or the last two.
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     init_from: str = ""
     """Run folder (for its final adapter) or LoRA folder to start from; it is then the reference
@@ -141,11 +143,12 @@ def build_pairs(
     """Rows -> interleaved datums (chosen, rejected, ...), and the rows that were kept. Those with a
     member longer than max_length tokens are not: a pair stays together or goes together."""
     data, kept = [], []
-    for row in rows:
-        pair = [
-            chat.render_completion(tokenizer, row["prompt"], row[side])
-            for side in ("chosen", "rejected")
-        ]
+    for given in rows:
+        with chat.naming(given):  # errors name the row
+            row, pair = chat.split_pair(given), []
+        for side in ("chosen", "rejected"):
+            with chat.naming(given, completion=side):
+                pair.append(chat.render_completion(tokenizer, row["prompt"], row[side]))
         if max(len(prompt) + len(completion) for prompt, completion in pair) > max_length:
             continue
         kept.append(row)
@@ -158,9 +161,7 @@ def build_pairs(
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
     """The whole run, or the rest of one; returns the held-out metrics at its end."""
-    train_rows, test_rows = train_test(
-        config.dataset, ("prompt", "chosen", "rejected"), config.test_rows, config.seed
-    )
+    train_rows, test_rows = train_test(config.dataset, chat.PAIRS, config.test_rows, config.seed)
     panels = [
         runs.Panel("loss", "loss", ["loss", "test_loss"]),
         runs.Panel("held-out accuracy", "share of pairs", ["test_accuracy"], 0.5, "chance"),

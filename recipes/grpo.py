@@ -241,8 +241,13 @@ def measure(data: list[tinker.Datum], rewards: list[list[float]]) -> dict[str, f
 
 def with_prompt_tokens(rows: list[dict], tokenizer, longest: int) -> list[dict]:
     """The rows whose prompt has at most `longest` tokens, with these."""
-    rows = [{**row, "prompt_tokens": chat.render_prompt(tokenizer, row["prompt"])} for row in rows]
-    return [row for row in rows if len(row["prompt_tokens"]) <= longest]
+    kept = []
+    for row in rows:
+        with chat.naming(row):  # errors name the row
+            tokens = chat.render_prompt(tokenizer, row["prompt"])
+        if len(tokens) <= longest:
+            kept.append({**row, "prompt_tokens": tokens})
+    return kept
 
 
 # ---- train ---------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ sequence packing by the recipe (the backend batches as it sees fit) and warm-up.
 Data: columns prompt, completion; each plain text, or lists of messages as TRL has them
     {"prompt": [{"role": "user", "content": "..."}],
      "completion": [{"role": "assistant", "content": "..."}]}
-or a column messages, whole conversations of which --train_on says what is learnt.
+or a column messages, whole conversations of which --train_on says what is learnt; nothing after
+the last answer is, and held-out conversations are cut there.
 
     python -m recipes.sft                       # bundled tiny model, about a minute on two cores
     python -m recipes.sft --model Qwen/Qwen3-0.6B --dataset my_data.jsonl
@@ -121,23 +122,25 @@ def build_data(
     """Rows -> datums, and the rows that were kept: those of at most max_length tokens."""
     data, kept = [], []
     for row in rows:
-        if "messages" in row:
-            tokens, weights = chat.render_messages(tokenizer, row["messages"], train_on)
-        else:
-            prompt, completion = chat.render_completion(tokenizer, row["prompt"], row["completion"])
-            tokens = prompt + completion
-            weights = [0.0] * len(prompt) + [1.0] * len(completion)
-        if len(tokens) <= max_length:
-            kept.append(row)
-            data.append(datum_from_tokens_weights(tokens, weights))
+        with chat.naming(row):  # errors name the row
+            if "messages" in row:
+                tokens, weights = chat.render_messages(tokenizer, row["messages"], train_on)
+            else:
+                parts = chat.render_completion(tokenizer, row["prompt"], row["completion"])
+                tokens = parts[0] + parts[1]
+                weights = [0.0] * len(parts[0]) + [1.0] * len(parts[1])
+            if len(tokens) <= max_length:
+                kept.append(row)
+                data.append(datum_from_tokens_weights(tokens, weights))
     return data, kept
 
 
 def question_and_answer(row: dict) -> tuple[str | list[dict], str]:
     """What to ask and the text expected back, for the exact match."""
-    prompt = row["prompt"] if "prompt" in row else row["messages"][:-1]
-    answer = row["completion"] if "completion" in row else row["messages"][-1:]
-    return prompt, chat.last_text(answer)
+    if "messages" in row:
+        prompt, answer = chat.before_last_answer(row["messages"], "messages")
+        return prompt, answer["content"]
+    return row["prompt"], chat.last_text(row["completion"])
 
 
 def generate(client: tinker.TrainingClient, rows: list[dict], max_tokens: int) -> list[str]:

@@ -160,13 +160,14 @@ def build_data(
         probs = token_set.label_distribution(
             row,
             config.labels,
-            f"{config.dataset} ({split}) row {i}",
+            getattr(row, "where", f"{config.dataset} ({split}) row {i}"),
             smoothing=config.smoothing,
             zeros=config.divergence != "reverse",
         )
-        text = row["text"] if "text" in row else row["question"]
-        prompt = [{"role": "user", "content": text}] if chats else text
-        tokens = chat.render_prompt(tokenizer, prompt)
+        column = "text" if "text" in row else "question"
+        prompt = [{"role": "user", "content": row[column]}] if chats else row[column]
+        with chat.naming(row, prompt=column):  # errors name the row
+            tokens = chat.render_prompt(tokenizer, prompt)
         if len(tokens) <= config.max_length:
             kept.append(row)
             data.append(token_set.datum_from_token_set(tokens, ids, target_probs=probs))

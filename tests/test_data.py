@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cookbook_core import chat
 from cookbook_core.data import asset_path, batch_indices, load_rows, train_test
 from cookbook_core.errors import ConfigError, DataError
 
@@ -234,3 +235,149 @@ def test_batch_larger_than_the_rows_is_refused() -> None:
     for batch_size in (0, 6):
         with pytest.raises(ConfigError, match=rf"batch_size: .*Expected 1..5, got {batch_size}"):
             batch_indices(5, batch_size, 0, seed=0)
+
+
+# ---- where a row stood, and columns of others ----------------------------------------------
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(asset_path("tiny_model"))
+
+
+def turns(*roles_and_texts: str) -> list[dict]:
+    """Messages user, assistant, user, ... with these texts; "role=text" names another role."""
+    return [
+        {"role": role or ("assistant" if i % 2 else "user"), "content": text}
+        for i, (role, _, text) in enumerate(
+            t.partition("=") if "=" in t else ("", "", t) for t in roles_and_texts
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([{"messages": turns("hi", "a")}, {"messages": turns("hi", "")}],
+         r"2, column messages\[1\] content: empty"),
+        ([{"messages": turns("human=hi", "a")}],
+         r"1, column messages\[0\] role: unknown.*'human'"),
+        ([{"messages": turns("hi")}], "1, column messages: nothing to train on"),
+        ([{"prompt": turns("hi"), "completion": turns("user=x")}],
+         "1, column completion: not one answer"),
+        ([{"prompt": turns("hi"), "completion": turns("assistant= ")}],
+         r"1, column completion\[0\] content: empty"),
+    ],
+    ids=["empty answer", "role", "no answer", "not an answer", "empty completion"],
+)  # fmt: skip
+def test_sft_names_the_row_and_the_column(tmp_path: Path, tiny_tokenizer, rows, says) -> None:
+    from recipes import sft
+
+    path = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    loaded = load_rows(path, (PAIR, ("messages",)))
+    with pytest.raises(DataError, match=rf"^a\.jsonl:{says}"):
+        sft.build_data(loaded, tiny_tokenizer, 512, "last")
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "q", "chosen": turns("assistant=a"), "rejected": turns("assistant=b")},
+         "column chosen: does not fit the prompt"),
+        ({"prompt": "q", "chosen": "a", "rejected": turns("assistant=b")},
+         "column rejected: does not fit the prompt"),
+        ({"chosen": "q a", "rejected": "q b"}, "column chosen: plain text without its prompt"),
+        ({"chosen": turns("q", "a"), "rejected": turns("q", "b", "c", "d")},
+         "column rejected: not an answer.*1 shared turns, then assistant, user, assistant"),
+        ({"chosen": turns("q", "a"), "rejected": turns("r", "b")},
+         "column chosen: .*0 shared turns"),
+        ({"prompt": "else", "chosen": turns("q", "a"), "rejected": turns("q", "b")},
+         "column prompt: not what was answered"),
+        ({"chosen": 5, "rejected": turns("q", "b")}, "column chosen: not a conversation"),
+    ],
+)  # fmt: skip
+def test_pairs_that_cannot_be_told_apart(tmp_path: Path, tiny_tokenizer, row, says) -> None:
+    from recipes import dpo
+
+    loaded = load_rows(str(write_jsonl(tmp_path / "a.jsonl", [row])), chat.PAIRS)
+    with pytest.raises(DataError, match=rf"^a\.jsonl:1, {says}"):
+        dpo.build_pairs(loaded, tiny_tokenizer, 512)
+
+
+def test_whole_conversations_are_the_same_pairs(tmp_path: Path, tiny_tokenizer) -> None:
+    """TRL's implicit prompt, and the prompt's text beside whole conversations, as UltraFeedback."""
+    from recipes import bradley_terry, dpo
+
+    start, good, bad = turns("system=s", "user=q"), turns("assistant=a"), turns("assistant=b")
+    forms = [
+        {"prompt": start, "chosen": good, "rejected": bad},
+        {"chosen": start + good, "rejected": start + bad},
+        {"prompt": "q", "chosen": start + good, "rejected": start + bad},
+        {"prompt": start, "chosen": start + good, "rejected": start + bad},
+    ]
+    judge = bradley_terry.Judge(tiny_tokenizer, "Good?", (" yes", " no"))
+    found = []
+    for i, form in enumerate(forms):
+        rows = load_rows(str(write_jsonl(tmp_path / f"{i}.jsonl", [form])), chat.PAIRS)
+        data, kept = dpo.build_pairs(rows, tiny_tokenizer, 512)
+        judged, _ = bradley_terry.build_pairs(rows, judge, 512)
+        assert kept == [forms[0]]
+        found.append([d.model_input.to_ints() for d in data + judged])
+    assert len(found[0]) == 4
+    assert found[1:] == found[:1] * 3
+
+
+def test_held_out_conversations_end_at_their_last_answer() -> None:
+    from recipes import sft
+
+    row = {"messages": turns("q", "a", "thanks")}
+    assert sft.question_and_answer(row) == (turns("q"), "a")
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted", "says"),
+    [
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+         (PAIR, ("messages",)), {"messages": turns("a", "b")}),
+        ({"instruction": "a", "output": "b"}, (PAIR, ("messages",)),
+         {"prompt": "a", "completion": "b"}),
+        ({"question": "a", "answer": "b"}, (PAIR,), {"prompt": "a", "completion": "b"}),
+        ({"question": "a", "answer": "b"}, (("prompt", "answer"),), {"prompt": "a", "answer": "b"}),
+        ({"text": "a\nb"}, (PAIR,), {"prompt": "a", "completion": "b"}),
+    ],
+)  # fmt: skip
+def test_columns_of_others_come_with_a_line_that_renames_them(tmp_path, row, wanted, says) -> None:
+    """The line is run as it is printed."""
+    import datasets
+
+    with pytest.raises(DataError, match=r"looks like .*With the dataset as ds: ds") as error:
+        load_rows(str(write_jsonl(tmp_path / "a.jsonl", [row])), wanted)
+    line = str(error.value).split("With the dataset as ds: ")[1].split(".to_json(")[0]
+    renamed = eval(line, {"ds": datasets.Dataset.from_list([row])})[0]
+    assert {key: renamed[key] for key in says} == says
+
+
+def test_too_few_rows_name_the_flag(tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", ROWS * 5))
+    with pytest.raises(DataError, match=r"Pass --test_rows 3, a tenth"):
+        train_test(path, PAIR, 100, 0)
+
+
+def test_a_long_row_is_dropped_without_a_warning(tiny_tokenizer, caplog) -> None:
+    import logging
+
+    from transformers.utils import logging as hf_logging
+
+    from recipes import sft
+
+    tiny_tokenizer.model_max_length = 8
+    hf_logging.enable_propagation()
+    try:
+        with caplog.at_level(logging.WARNING):
+            rows = [{"prompt": "a b c" * 20, "completion": " d"}]
+            assert sft.build_data(rows, tiny_tokenizer, 8, "last") == ([], [])
+    finally:
+        hf_logging.disable_propagation()
+    assert not caplog.records
