@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from cookbook_core.errors import DataError, check_choice, message
+from cookbook_core.hub import asking_hub
 from cookbook_core.paths import usable_path
 from cookbook_core.row_files import SUFFIXES, Row, read_file, without_nulls
 
@@ -145,7 +146,11 @@ def _find(name: str, dataset: str, streaming: bool) -> Mapping[str, Any]:
             what = f"{what}, and compressed ones are not read: unpack it"
         raise DataError(message(dataset, what, "a dataset", "none there", _KINDS))
     hub_name, _, config = name.partition(":")
-    return _load(hub_name, config, dataset, streaming)
+    import datasets  # before asking_hub, which sees to its settings
+
+    del datasets
+    with asking_hub(hub_name, "file"):
+        return _load(hub_name, config, dataset, streaming)
 
 
 def _saved(path: Path, dataset: str) -> Mapping[str, Any]:
@@ -169,7 +174,7 @@ def _load(name: str, config: str | None, dataset: str, streaming: bool) -> Mappi
 
 
 def _unreadable(dataset: str, error: Exception) -> DataError:
-    got = f"{type(error).__name__}: {error}"
+    got = f"{type(error).__name__}: {error}".removesuffix(" (OfflineModeIsEnabled)")
     return DataError(message(dataset, "cannot be loaded", "a dataset", got, _KINDS))
 
 

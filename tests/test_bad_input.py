@@ -13,6 +13,7 @@ from cookbook_core.errors import (
     CheckpointError,
     ConfigError,
     CookbookError,
+    DataError,
     DatumError,
     LossError,
     ModelError,
@@ -374,6 +375,36 @@ def test_a_folder_without_a_model_and_an_unreachable_name(service, tmp_path):
         service.create_lora_training_client(str(tmp_path)).result()
     with pytest.raises(ModelError, match=r"cannot be loaded.*nobody/nothing"):
         service.create_lora_training_client("nobody/nothing").result()
+
+
+def test_names_the_hub_cannot_be_asked_for_are_quick(tmp_path, monkeypatch, capsys):
+    """Without HF_HUB_OFFLINE, to a hub that refuses connections: no retries, one line."""
+    import time
+
+    from huggingface_hub import constants
+
+    from cookbook_core.backend.local.model import load_base_model
+    from cookbook_core.data import load_rows
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"ultrafedback: cannot be loaded"):
+        load_rows("ultrafedback", ["prompt"])
+    with pytest.raises(ModelError, match=r"cannot be loaded.*nobody/nothing"):
+        load_base_model("nobody/nothing", "cpu")
+    assert time.monotonic() - start < 20, "five tries of each take 50 s"
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in said] == ["ultrafedback", "nobody/nothing"]
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_a_folder_without_tokenizer(tmp_path):
+    from cookbook_core.backend.local.model import load_tokenizer
+
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}', encoding="utf-8")
+    with pytest.raises(ModelError, match=r"has no tokenizer.*\. Copy tokenizer.json"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_bad_device_dtype_and_url(make_service, model_folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from cookbook_core.backend.local import fused_norm
 from cookbook_core.errors import ConfigError, ModelError, check_choice, message
+from cookbook_core.hub import asking_hub
 from cookbook_core.paths import usable_path
 from cookbook_core.tinker.types import ModelData
 
@@ -120,9 +121,11 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
+        mend = str(error).splitlines()[0]
+        if device.startswith("cuda") and not (torch.version.cuda or torch.version.hip):
+            mend = "This torch is built without CUDA: install another (pytorch.org), or take cpu."
         raise ConfigError(
-            message("device", "not usable here", '"auto", "cuda", "mps" or "cpu"', device, first)
+            message("device", "not usable here", '"auto", "cuda", "mps" or "cpu"', device, mend)
         ) from error
     return chosen
 
@@ -148,7 +151,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     try:
-        with _quiet_loading():
+        with _quiet_loading(), _found(path, "folder"):
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
@@ -190,6 +193,11 @@ def _quiet_loading() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def _found(path: str, kind: str = "") -> AbstractContextManager[object]:
+    """Where `path` is no folder but a name, the hub's part in loading it."""
+    return nullcontext() if Path(path).is_dir() else asking_hub(path, kind)
+
+
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a model folder or hub name.
 
@@ -199,9 +207,15 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        with _found(path):
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise ValueError("made from config.json alone, one would know special tokens only:")
+        return tokenizer
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
+        if first.rstrip().endswith(":"):  # a list of what it tried follows
+            first = "Copy tokenizer.json and tokenizer_config.json there from the model's origin."
         raise ModelError(
             message("base_model", "has no tokenizer", "tokenizer files beside it", path, first)
         ) from error
