@@ -28,7 +28,7 @@ from typing import Any
 
 from cookbook_core.errors import ConfigError, CookbookError, ModelError, message, nearest
 from cookbook_core.export import DTYPES, FORMS, export
-from cookbook_core.flags import never_fail_to_print
+from cookbook_core.flags import never_fail_to_print, to_a_closed_pipe
 
 
 def find_recipes() -> dict[str, Path]:
@@ -76,7 +76,9 @@ def new(recipe: str, target: Path | None = None) -> Path:
             file.write(f"# From recipes/{recipe}.py of cookbook-core {version()}.\n{text}")
     except FileExistsError as error:
         mend = "Give another name: nothing is overwritten."
-        raise ConfigError(message(str(path), "exists", "a new file", "one", mend)) from error
+        raise ConfigError(
+            message(str(path), "exists", "the name of a new file", "that of one", mend)
+        ) from error
     return path
 
 
@@ -110,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "export": _export,
             "check": _check,
         }
-        return commands[arguments.command](arguments) or 0
+        with to_a_closed_pipe():
+            return commands[arguments.command](arguments) or 0
     except (CookbookError, OSError) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

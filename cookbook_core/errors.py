@@ -60,7 +60,7 @@ def message(where: str, what: str, expected: object, got: object, mend: str = ""
     found = str(got)
     if len(found) > LONGEST_GOT:
         found = f"{found[:LONGEST_GOT]}... ({len(found)} characters)"
-    text = f"{where}: {what}. Expected {expected}, got {found}."
+    text = f"{where}: {what}. Expected {expected}, got {found.removesuffix('.')}."
     return f"{text} {mend}" if mend else text
 
 
@@ -73,13 +73,14 @@ def check_choice(
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which names are known, the nearest match to `name` first.
+    """Say which names are known, the nearest match to `name` first: in spelling, or by initials.
 
     >>> nearest("cross_entrpy", ["ppo", "cross_entropy"])
     'Did you mean "cross_entropy"? Known: cross_entropy, ppo.'
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = [n for n in names if "_" in n and name == "".join(part[:1] for part in n.split("_"))]
+    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f'Did you mean "{close[0]}"? ' if close else ""
     return f"{hint}Known: {', '.join(names) or 'none'}."
 

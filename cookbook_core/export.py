@@ -71,7 +71,9 @@ def export(
         target = usable_path("--out", out, ConfigError)
     if target.exists():
         mend = "Give another with --out: nothing is overwritten."
-        raise ConfigError(message(str(target), "exists", "a new folder", "one", mend))
+        raise ConfigError(
+            message(str(target), "exists", "a new folder's name", "that of one", mend)
+        )
 
     from cookbook_core.backend.local import checkpoints, merging
 

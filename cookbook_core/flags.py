@@ -9,11 +9,12 @@ import inspect
 import io
 import itertools
 import math
+import os
 import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -28,6 +29,15 @@ from cookbook_core.errors import (
 from cookbook_core.launch import join_processes, silent_follower
 
 ConfigT = TypeVar("ConfigT")
+
+
+_ELSEWHERE = {
+    "epochs": "num_steps",
+    "num_epochs": "num_steps",
+    "num_train_epochs": "num_steps",
+    "output_dir": "log_path",
+}
+"""What flags are called in other tools."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,24 +97,32 @@ def _parse(config_class: type[ConfigT], arguments: list[str]) -> tuple[ConfigT, 
     program = _program()
     if {"-h", "--help"} & set(arguments):
         print(_filled(sys.modules[config_class.__module__].__doc__ or ""), "\n")
-    given, unknown = tyro.cli(
-        dataclasses.make_dataclass("Flags", fields),
-        args=arguments,
-        prog=program,
-        description=" ",
-        use_underscores=True,
-        return_unknown_args=True,
-    )
+    boxed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxed):
+            given, unknown = tyro.cli(
+                dataclasses.make_dataclass("Flags", fields),
+                args=arguments,
+                prog=program,
+                description=" ",
+                use_underscores=True,
+                return_unknown_args=True,
+            )
+    except SystemExit:
+        if boxed.getvalue():
+            print(f"{_unboxed(boxed.getvalue())}\n{_explains(program)}", file=sys.stderr)
+        raise
     if unknown:
         flag = unknown[0].split("=")[0]
         known = [f.name for part in parts.values() for f in dataclasses.fields(cast(Any, part))]
         name = flag.lstrip("-").replace("-", "_")
+        name = _ELSEWHERE[name] if _ELSEWHERE.get(name) in known else name
         print(f"{flag}: no such flag. {nearest(name, known)}", file=sys.stderr)
         raise SystemExit(2)
     try:
         return config_class(**vars(given.recipe)), RunFlags(**vars(given.run))
     except ConfigError as error:
-        print(f"{error}\n{program} --help explains every flag.", file=sys.stderr)
+        print(f"{error}\n{_explains(program)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -118,9 +136,10 @@ def main(config_class: type[ConfigT], train: Callable[[ConfigT, RunFlags], objec
             run folder in use); 130 and 143 after SIGINT and SIGTERM.
     """
     never_fail_to_print()
-    config, flags = parse_config(config_class)
     try:
-        train(config, flags)
+        with to_a_closed_pipe():
+            config, flags = parse_config(config_class)
+            train(config, flags)
     except CookbookError as error:
         cause = error.__cause__
         if isinstance(error, LossError) and cause and cause.__traceback__:
@@ -138,6 +157,31 @@ def never_fail_to_print() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def to_a_closed_pipe() -> Iterator[None]:
+    """Where the reader of the output has gone (`| head`), end with exit code 1 and no traceback."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # what is still buffered goes nowhere, else Python complains at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _explains(program: str) -> str:
+    return f"{program} --help explains every flag."
+
+
+def _unboxed(text: str) -> str:
+    """The first paragraph of tyro's framed message, in one line."""
+    lines = [line.strip(" │") for line in text.splitlines()[1:]]  # after its title
+    start = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
+    return " ".join(itertools.takewhile(lambda line: line.strip("─-"), start)) or text.strip()
 
 
 def _program() -> str:

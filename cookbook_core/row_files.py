@@ -112,7 +112,7 @@ def _parse_json(name: str, first_line: int, text: str) -> Any:
     except json.JSONDecodeError as error:
         where = f"{name}:{first_line + error.lineno - 1}"
         near = text[max(0, error.pos - 20) : error.pos + 20]
-        what = f"broken JSON, {error.msg} at column {error.colno}"
+        what = f"broken JSON, {error.msg.removesuffix(' starting at')} at column {error.colno}"
         mend = "Write one JSON object per line." if name.endswith(".jsonl") else ""
         raise DataError(message(where, what, "valid JSON", repr(near), mend)) from error
     except (ValueError, RecursionError) as error:  # a number or a nesting without end

@@ -69,14 +69,32 @@ def test_help_shows_each_docstring_default_and_the_recipe(capsys: pytest.Capture
             "Known: anyway, base_url, fresh, keep_last, learning_rate, log_path, num_steps, save_e",
         ),
         (["--save_every", "0"], "Config.save_every: out of range"),
-        (["--num_steps", "many"], "--num_steps"),
+        (
+            ["--num_steps", "many"],
+            "Error parsing --num_steps: invalid literal for int() with base 10",
+        ),
+        (["--num_steps"], "Missing value for argument '--num_steps'. Expected 1 values.\npyt"),
+        (["--lr", "1"], '--lr: no such flag. Did you mean "learning_rate"?'),
+        (["--epochs", "1"], '--epochs: no such flag. Did you mean "num_steps"?'),
         (["--num_steps", "0"], "Config.num_steps: too few"),
     ],
 )
 def test_bad_flags_exit_with_2(argv: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
         parse_config(Config, argv)
-    assert says in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert says in told
+    assert len(told.splitlines()) <= 2
+
+
+def test_help_whose_reader_has_gone() -> None:
+    """`--help | head -1`: no traceback, neither at once nor when Python ends."""
+    command = [sys.executable, "-m", "recipes.sft", "--help"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1], **streams) as done:
+        done.stdout.close()
+        assert done.stderr.read() == b""
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize(
