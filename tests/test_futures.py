@@ -256,3 +256,28 @@ def test_awaiting_inside_a_loss_is_refused_not_a_deadlock(client, random_data):
     go.set()
     with pytest.raises(RequestError, match="inside a loss function"):
         first.result(timeout=30)
+
+
+def test_a_step_that_only_follows_a_failure_that_was_read_is_not_logged(
+    client, random_data, caplog
+):
+    """The loss's own error is told once: neither dropped nor later calls repeat it."""
+    data = random_data(2)
+    for _ in range(2):
+        failed = client.forward_backward_custom(data, failing)
+        stepped = client.optim_step(tinker.AdamParams())
+        with pytest.raises(LossError):
+            failed.result()
+        client.forward(data, "cross_entropy").result()
+        client.forward(data, "cross_entropy").result()
+        del stepped, failed
+        gc.collect()
+    assert not [r for r in caplog.records if "optim_step" in r.message]
+    failed = client.forward_backward_custom(data, failing)
+    stepped = client.optim_step(tinker.AdamParams())
+    client.forward(data, "cross_entropy").result()
+    del stepped
+    gc.collect()
+    assert [r for r in caplog.records if r.message.startswith("optim_step failed")]
+    with pytest.raises(LossError):
+        failed.result()

@@ -34,6 +34,7 @@ class Outcome:
     read: the caller has had the result or the error in hand.
     mentioned: a later call of the client has said that nobody has read it.
     reported: the error has been logged with its traceback, because nobody had read it.
+    after: requests whose failure alone makes this one fail; once that is known, this says nothing.
     """
 
     def __init__(self, label: str, future: Future[Any]) -> None:
@@ -42,20 +43,27 @@ class Outcome:
         self.read = False
         self.mentioned = False
         self.reported = False
+        self.after: list[Outcome] = []
         self._dropped = False
         self._lock = threading.Lock()
         future.add_done_callback(lambda _: self._report())
 
     @property
     def known(self) -> bool:
-        """Whether the caller has heard of the error in any way."""
-        return self.read or self.mentioned or self.reported
+        """Whether the caller has heard of the error, or of its cause, in any way."""
+        return self.read or self.mentioned or self.reported or self._only_follows()
 
     def error(self) -> BaseException | None:
         """The exception of a finished, failed request; None otherwise."""
         if not self.future.done() or self.future.cancelled():
             return None
         return self.future.exception()
+
+    def _only_follows(self) -> bool:
+        error = self.error()
+        if error is None:
+            return False
+        return any(o.error() is error.__cause__ and (o.read or o.reported) for o in self.after)
 
     def drop(self) -> None:
         """The caller let go of the future."""
@@ -67,7 +75,7 @@ class Outcome:
         with self._lock:
             if self.read or self.reported or not self._dropped:
                 return
-            error = self.error()
+            error = None if self._only_follows() else self.error()
             self.reported = error is not None
         if error is not None:
             logger.error(

@@ -131,8 +131,11 @@ class TrainingClient:
             raise ConfigError(
                 message("optim_params", "wrong type", "AdamParams", type(params).__name__)
             )
-        unread = [o.future for o in self._gradients if not o.read]
-        future = self._future("optim_step", self._backend.optim_step(params, unread))
+        unread = [o for o in self._gradients if not o.read]
+        step = self._backend.optim_step(params, [o.future for o in unread])
+        future = self._future("optim_step", step)
+        future.outcome.after = unread
+        step.add_done_callback(lambda f: f.cancelled() or f.exception() or unread.clear())
         self._gradients.clear()
         return future
 
