@@ -998,3 +998,29 @@ def test_help_explains_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["--help"])
     assert "0 no defect, 1 a defect, 2 the command is mistaken" in capsys.readouterr().out
+
+
+def simpo_with_the_reference_read(data: Any, logprobs: Any) -> Any:
+    """SimPO as it comes out of DPO, with the reference's line left in."""
+    weighted_sums(data, "ref_logprobs")
+    return simpo(data, logprobs)
+
+
+def test_a_reference_without_effect_is_a_note() -> None:
+    report = examine(simpo_with_the_reference_read)
+    assert report.ok, str(report)
+    notes = [f.what for f in report.findings if f.check == "step_0"]
+    assert notes == ["ref_logprobs is read but without effect (a loss without reference?)"]
+    assert "step_0" in {f.check for f in examine(RECIPES["dpo"]).findings if f.status == "ok"}
+
+
+def test_an_argument_that_config_lacks_is_told_after_a_pass(tmp_path: Path, capsys: Any) -> None:
+    text = (Path(dpo.__file__)).read_text(encoding="utf-8")
+    text = text.replace("*, beta: float\n", "*, beta: float, gamma: float = 0.0\n")
+    copy = tmp_path / "my_dpo.py"
+    copy.write_text(text, encoding="utf-8")
+    assert main([f"{copy}:dpo_loss", "--gamma", "0.5"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note config gamma: no field of Config yet. Add it there" in said
+    assert main([f"{copy}:dpo_loss", "--beta", "0.2"]) == 0
+    assert "no field of Config" not in capsys.readouterr().out

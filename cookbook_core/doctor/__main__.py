@@ -22,6 +22,7 @@ from typing import Any
 
 from cookbook_core.custom_loss import LossFn, name_of
 from cookbook_core.doctor import examine
+from cookbook_core.doctor.report import Finding
 from cookbook_core.errors import ConfigError, CookbookError, message, nearest
 
 
@@ -138,12 +139,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, words = parser.parse_known_args(argv)
     try:
         loss_fn, module = load(given.loss)
-        loss_fn, config = bind(loss_fn, module, parse_flags(words))
+        flags = parse_flags(words)
+        loss_fn, config = bind(loss_fn, module, flags)
         size = getattr(config, "group_size", 1)
         report = examine(loss_fn, loss_type_input=given.loss_type_input, group_size=size)
     except CookbookError as error:
         print(error, file=sys.stderr)
         return 2
+    new = [flag for flag in flags if config is not None and not hasattr(config, flag)]
+    if report.ok and new:
+        names = ", ".join(new)
+        words = f"{names}: no field of Config yet. Add it there, and where train() binds the loss."
+        notes = (*report.findings, Finding("config", "note", words))
+        report = dataclasses.replace(report, findings=notes)
     print(report)
     return 0 if report.ok else 1
 

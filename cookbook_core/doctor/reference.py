@@ -73,12 +73,22 @@ def _bounded(case: Case, sums: list[float]) -> list[Finding]:
 # ---- step 0 --------------------------------------------------------------------------------------
 
 
-def _identity(name: str, case: Case) -> float | None:
+def _without_effect(case: Case) -> bool:
+    """Whether other reference logprobs leave loss, metrics and gradient as they are."""
+    keys, rng = case.keys("reference"), np.random.default_rng(1)
+    other = case.with_side_data(lambda key, _, shape: -rng.random(shape) if key in keys else None)
+    found, base = case.run(other), case.base
+    same = zip(found.grads, base.grads, strict=True)
+    values = found.loss == base.loss and found.metrics == base.metrics
+    return bool(keys) and values and all(bool((a == b).all()) for a, b in same)
+
+
+def _identity(name: str, case: Case, reference: bool) -> float | None:
     """What a metric of this name must be while the policy is still the reference."""
     name = name.lower()
     if re.search(r"coef|clip|frac|weight|beta", name):
         return None
-    if case.keys("reference") and re.search(r"margin|log_?ratio", name):
+    if reference and re.search(r"margin|log_?ratio", name):
         return 0.0
     if re.search(r"(^|_)(approx_?)?kl(_|$)", name):
         return 0.0
@@ -87,14 +97,20 @@ def _identity(name: str, case: Case) -> float | None:
 
 def step_0(case: Case) -> list[Finding]:
     """While policy, reference and sampler are one: margin 0, ratio 1, KL 0."""
-    keys = [*case.keys("reference"), *case.keys("sampling")]
+    reference = [] if _without_effect(case) else case.keys("reference")
+    keys = [*reference, *case.keys("sampling")]
+    if is_pairwise(case) and case.keys("reference") and not reference:
+        words = (
+            f"{case.keys('reference')[0]} is read but without effect (a loss without reference?)"
+        )
+        return [Finding("step_0", "note", words)]
     if not keys:
         return []
     data, names = case.at_step_0(), " and ".join(f'"{key}"' for key in keys)
     result = case.run(data)
     found, held = [], []
     for name, value in result.metrics.items():
-        expected = _identity(name, case)
+        expected = _identity(name, case, bool(reference))
         if expected is None:
             continue
         if case.same(value, expected, 1.0):
@@ -104,7 +120,7 @@ def step_0(case: Case) -> list[Finding]:
             what = f"wrong where {names} equal the policy's"
             mend = "Look at the sign of the reference and at what is summed on either side."
             found.append(defect("step_0", where, what, f"{expected:g}", f"{value:.6g}", mend))
-    if is_pairwise(case) and case.keys("reference"):
+    if is_pairwise(case) and reference:
         order = np.arange(len(data)).reshape(-1, 2)[:, ::-1].reshape(-1)
         turned = case.run([data[j] for j in order], [case.logprobs[j] for j in order]).loss
         if not case.same(turned, result.loss):
