@@ -36,7 +36,7 @@ ModelInputChunk: TypeAlias = EncodedTextChunk
 
 @dataclass(frozen=True)
 class ModelInput:
-    """What the model reads: chunks of token ids, in order."""
+    """What the model reads: chunks of token ids, in order. `from_ints(ids)` makes one of a list."""
 
     chunks: Sequence[ModelInputChunk]
 

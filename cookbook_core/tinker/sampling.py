@@ -44,6 +44,8 @@ class SamplingClient:
             topk_prompt_logprobs: also the k likeliest tokens at each prompt position.
             topk_sample_logprobs, target_prompt_logprobs, prompt_alt_tokens_k,
                 prompt_logprobs_last_n: the SDK's; not offered here, refused when set.
+        Returns:
+            A future of a SampleResponse: `.result().sequences[i].tokens` and `.logprobs`.
         Raises:
             ConfigError, DatumError: at once, before anything is queued.
         """

@@ -42,9 +42,10 @@ class ServiceClient:
         dtype: "auto" (bfloat16 on cuda, else float32), "float32", "bfloat16" or "float64".
         gradient_checkpointing: "on" computes layers again in the backward rather than keep what
             is in them; "auto" does so for what does not fit into free memory; "off" never does.
-        checkpoint_dir: where `save_state` and `save_weights_for_sampler` write, each client into
-            a folder model-N of its own: the next that is not there, but for a client that goes on,
-            with its optimizer, from a checkpoint in one: it saves beside that.
+        checkpoint_dir: where `save_state` and `save_weights_for_sampler` write; by default
+            ./checkpoints in the folder Python was started in. Each client has a folder model-N of
+            its own there: the next that is not there yet, but for a client that goes on, with its
+            optimizer, from a checkpoint in one: it saves beside that.
         display_name: no effect. device to checkpoint_dir have none at a service, nor has the third
             line on this machine.
 

@@ -150,6 +150,8 @@ class TrainingClient:
     ) -> APIFuture[SaveWeightsResponse]:
         """Save weights and optimizer under `name`; peft opens the folder whose path comes back.
 
+        overwrite=False: a name that holds other weights is a CheckpointError, from the future;
+        saving the same ones again is none. overwrite=True: they are replaced.
         ttl_seconds is for hosted services; files here stay until you delete them.
         """
         del ttl_seconds

@@ -199,11 +199,15 @@ class SampledSequence:
         top_k and top_p."""
         return None if self.logprobs_np is None else self.logprobs_np.tolist()
 
+    def __repr__(self) -> str:
+        return f"SampledSequence(stop_reason={self.stop_reason!r}, tokens={self.tokens})"
+
 
 @dataclass(frozen=True)
 class SampleResponse:
     """The completions of one request, and what was asked about its prompt.
 
+    sequences: one SampledSequence for each sample: tokens, logprobs, stop_reason.
     prompt_logprobs: `(len(prompt),)`, None at position 0, which nothing predicts.
     prompt_cache_hit_tokens: a service bills these less; nothing is billed here.
     topk_prompt_logprobs: per position the k most likely `(token_id, logprob)`, None at position 0.
