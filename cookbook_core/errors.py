@@ -51,6 +51,10 @@ class RequestError(CookbookError, RuntimeError):
     """A request came in an order or place where it cannot be served."""
 
 
+class AnswerError(RequestError):
+    """A service answered "success" with what cannot be; the request may have left traces there."""
+
+
 class ProcessError(CookbookError, RuntimeError):
     """Another process of the run is gone; nothing more can be computed."""
 

@@ -18,6 +18,7 @@ from cookbook_core.backend.arithmetic import (
 )
 from cookbook_core.conformance.report import Outcome, passes
 from cookbook_core.conformance.subject import IDLE, RATE, Subject, logprobs
+from cookbook_core.errors import AnswerError
 from cookbook_core.tinker import AdamParams, Datum, ModelInput
 
 NO_TOKEN = 10_000_000
@@ -68,7 +69,10 @@ def no_datums(s: Subject) -> list[Datum]:
 
 
 def refuses(bad: Callable[[Subject], list[Datum]]) -> Callable[[Subject], Outcome]:
-    """An error in time, whatever its words; accepting `bad` fails."""
+    """An error in time, whatever its words; accepting `bad` fails.
+
+    So does an answer that only this package refuses: the service has worked on it by then.
+    """
 
     def check(s: Subject) -> Outcome:
         data = bad(s)
@@ -80,8 +84,11 @@ def refuses(bad: Callable[[Subject], list[Datum]]) -> Callable[[Subject], Outcom
                 return Outcome("fail", NO_ANSWER)
             if data:
                 s.refused = data
+            if isinstance(error, AnswerError):
+                s.forget()
+                return Outcome("fail", f"accepted; this package refuses the answer: {said(error)}")
             _replace_dead_client(s)
-            return Outcome("pass", said(error))
+            return Outcome("pass", f"{s.refuser(error)}{said(error)}")
         finite = all(np.isfinite(a).all() for a in arrays(output))
         s.forget()
         return Outcome("fail", "accepted" if finite else "accepted, with logprobs of NaN")
@@ -124,7 +131,7 @@ def no_blind_step(s: Subject) -> Outcome:
         s.step_blindly().result(s.patience)
         outcome = Outcome("fail", "optim_step succeeded")
     except Exception as error:
-        outcome = passes(said(error) != NO_ANSWER, said(error))
+        outcome = passes(said(error) != NO_ANSWER, f"{s.refuser(error)}{said(error)}")
     if failing is not None:
         with contextlib.suppress(Exception):
             failing.result(s.patience)

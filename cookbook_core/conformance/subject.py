@@ -113,6 +113,12 @@ class Subject:
             return client._backend.forward_backward(data, LOSS)
         return client.forward_backward(data, "cross_entropy")
 
+    def refuser(self, error: BaseException) -> str:
+        """Put before an error of bad input that never reached the service; "" where it did."""
+        causes = error.__cause__, getattr(error.__cause__, "__cause__", None)
+        reached = any(hasattr(cause, "status_code") for cause in causes)
+        return "" if reached or not self.below else "not sent: "
+
     def step_blindly(self) -> Any:
         """Submit an optim_step without a look at what came before."""
         client = self.client()

@@ -17,6 +17,13 @@ import torch
 from cookbook_core import clients, datum_from_prompt_completion, runs, tinker, with_inputs
 from cookbook_core.backend.remote import backend, connection, training
 from cookbook_core.builtin_losses import builtin_loss
+from cookbook_core.conformance.requests import (
+    nan_weight,
+    no_targets,
+    refuses,
+    short_weights,
+)
+from cookbook_core.conformance.subject import Subject
 from cookbook_core.custom_loss import forward_backward_two_pass
 from cookbook_core.errors import (
     CheckpointError,
@@ -376,6 +383,32 @@ def test_unknown_models_and_silent_addresses(fake, remote, make_service, tmp_pat
     with pytest.raises(ConfigError, match="nothing answers there"):
         gone.create_lora_training_client("org/tiny-random").result(60)
     assert [m.model_name for m in remote.get_server_capabilities().supported_models] == [fake.name]
+
+
+def test_a_wrong_key_is_said_as_such(fake, make_service):
+    fake.mood = "locked"
+    client = make_service(base_url=fake.url, api_key="tml-wrong").create_lora_training_client(
+        fake.name, rank=4
+    )
+    with pytest.raises(RequestError, match=r"Invalid API key.*TINKER_API_KEY"):
+        client.result()
+
+
+def test_checks_tell_whose_refusal_it_is(fake, client):
+    fake.mood = "nan"
+    subject = Subject(lambda: client, below=True, patience=20)
+    accepted = refuses(lambda s: [s.datum(5)])(subject)
+    assert accepted.result == "fail", accepted
+    assert accepted.figure.startswith("accepted; this package refuses the answer")
+    fake.mood = ""
+    subject = Subject(lambda: client, below=True, patience=20)
+    for bad, field in ((no_targets, "target_tokens"), (short_weights, "weights")):
+        outcome = refuses(bad)(subject)
+        assert outcome.result == "pass"
+        assert outcome.figure.startswith(f'not sent: DatumError: data[0]["{field}"]')
+    nan = refuses(nan_weight)(subject)
+    assert nan.result == "pass", nan  # the fake computes with the local backend, which refuses it
+    assert not nan.figure.startswith("not sent")
 
 
 def test_a_service_without_the_extras(fake, make_service, caplog):

@@ -44,7 +44,7 @@ class Fake:
     Moods: "mean" (each datum's weights divided by their sum and by the batch), "nan" (logprobs),
     "short" (an output too few), "flat" ((N, K) flattened), "fail" (a traceback), "poisoned" (409
     to everything after "fail"), "hang" (no answer), "500" (to what is polled for), "no extras"
-    (neither heartbeats nor capabilities nor get_info's optional fields).
+    (neither heartbeats nor capabilities nor get_info's optional fields), "locked" (403).
     """
 
     def __init__(
@@ -125,6 +125,8 @@ class Fake:
         if endpoint != "retrieve_future":
             with self._lock:
                 self.requests.append((endpoint, body))
+        if self.mood == "locked":
+            raise Refused(403, "Invalid API key")
         if endpoint.startswith("samplers/"):
             return 200, {"sampler_id": endpoint.split("/")[1], "base_model": self.name}
         if endpoint.startswith("sessions/"):

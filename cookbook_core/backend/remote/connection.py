@@ -79,12 +79,18 @@ class Connection:
             return self._client
 
     def models(self) -> list[Any]:
-        """The models the service says it has; empty where it does not say."""
+        """The models the service says it has; empty where it does not say.
+
+        Raises:
+            RequestError: it lets nobody in with this key.
+        """
         try:
             return list(self.client().get_server_capabilities().supported_models)
         except CookbookError:
             raise
         except Exception as error:
+            if getattr(error, "status_code", None) in (401, 403):  # nothing else will work either
+                raise self.in_our_words("get_server_capabilities", error) from error
             log.debug("%s names no models: %s", self.url, error)
             return []
 

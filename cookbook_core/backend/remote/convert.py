@@ -16,7 +16,7 @@ import numpy as np
 from cookbook_core.builtin_losses import BuiltinLoss, needed_inputs
 from cookbook_core.custom_loss import LossFn, logprobs_from_output
 from cookbook_core.datums import SCORE_MASK
-from cookbook_core.errors import CheckpointError, DatumError, RequestError, message, raise_all
+from cookbook_core.errors import AnswerError, CheckpointError, DatumError, message, raise_all
 from cookbook_core.tinker.types import (
     AdamParams,
     Datum,
@@ -66,15 +66,26 @@ def named_datums(data: Sequence[Datum], loss: BuiltinLoss) -> list[Datum]:
 
     Weights get the shape of target_tokens: `(N,)` beside `(N, K)` stands for every candidate, and
     without weights each target weighs 1.
+
+    Raises:
+        DatumError: an input is missing, or weights do not fit target_tokens. The client checks all
+            this and more; who calls the backend itself hears of it here.
     """
     out = []
-    for datum in data:
+    for i, datum in enumerate(data):
+        missing = [key for key in needed_inputs(loss.name) if key not in datum.loss_fn_inputs]
+        if missing:
+            rule = f"what {loss.name} needs"
+            raise DatumError(message(f'data[{i}]["{missing[0]}"]', "missing", rule, "nothing"))
         inputs = {key: datum.loss_fn_inputs[key] for key in needed_inputs(loss.name)}
         if loss.name == "cross_entropy":
-            shape = inputs["target_tokens"].shape
+            shape = tuple(inputs["target_tokens"].shape)
             given = datum.loss_fn_inputs.get("weights")
             weights = np.ones(shape[:1], np.float32) if given is None else given.to_numpy()
             rows = weights.reshape(weights.shape + (1,) * (len(shape) - weights.ndim))
+            if rows.shape[:1] != shape[:1]:
+                where, what = f'data[{i}]["weights"]', "not one per target"
+                raise DatumError(message(where, what, shape, weights.shape))
             inputs["weights"] = np.broadcast_to(rows, shape)
         out.append(Datum(datum.model_input, inputs))
     return out
@@ -134,7 +145,7 @@ def output_in(where: str, found: Any, data: Sequence[Datum]) -> ForwardBackwardO
     Positions at which a datum's "score_mask" is 0 read 0.0, as they do locally.
 
     Raises:
-        RequestError: not one output per datum, logprobs missing, of another shape than
+        AnswerError: not one output per datum, logprobs missing, of another shape than
             target_tokens, or not finite; the message names the datum.
     """
     outputs = [{key: _tensor_in(value) for key, value in o.items()} for o in found.loss_fn_outputs]
@@ -143,7 +154,7 @@ def output_in(where: str, found: Any, data: Sequence[Datum]) -> ForwardBackwardO
     try:
         logprobs_from_output(output, data)
     except DatumError as error:
-        raise RequestError(
+        raise AnswerError(
             f"{where}: the service's answer does not fit the request. {error} `cookbook check` "
             "says what else the service does differently."
         ) from error
@@ -165,7 +176,7 @@ def output_in(where: str, found: Any, data: Sequence[Datum]) -> ForwardBackwardO
                 )
             )
         out["logprobs"] = _masked(out["logprobs"], datum)
-    raise_all(RequestError, problems)
+    raise_all(AnswerError, problems)
     return output
 
 
@@ -205,12 +216,12 @@ def sampled_in(where: str, found: Any, num_samples: int) -> SampleResponse:
     """Our response to a request to sample.
 
     Raises:
-        RequestError: another count of completions than asked for, or a completion whose logprobs
+        AnswerError: another count of completions than asked for, or a completion whose logprobs
             are not one finite number per token.
     """
     if len(found.sequences) != num_samples:
         what = "the service gave another number of completions"
-        raise RequestError(message(where, what, num_samples, len(found.sequences)))
+        raise AnswerError(message(where, what, num_samples, len(found.sequences)))
     sequences = []
     for i, s in enumerate(found.sequences):
         tokens = np.asarray(s.tokens, dtype=np.int64)
@@ -219,7 +230,7 @@ def sampled_in(where: str, found: Any, num_samples: int) -> SampleResponse:
             logprobs.shape != tokens.shape or not np.isfinite(logprobs).all()
         ):
             finite = int(np.isfinite(logprobs).sum())
-            raise RequestError(
+            raise AnswerError(
                 message(
                     f"{where}: sequences[{i}].logprobs",
                     "not one finite number per token",

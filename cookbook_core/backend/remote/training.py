@@ -23,7 +23,7 @@ from cookbook_core.custom_loss import (
     merge_metrics,
     surrogate_datums,
 )
-from cookbook_core.errors import ConfigError, RequestError, message
+from cookbook_core.errors import AnswerError, ConfigError, LossError, RequestError, message
 from cookbook_core.tinker.types import (
     AdamParams,
     Datum,
@@ -99,7 +99,12 @@ class RemoteTraining:
     def _one_pass(self, data: Sequence[Datum], loss: BuiltinLoss) -> Future[Any]:
         def answer(found: Any) -> ForwardBackwardOutput:
             output = convert.output_in(where, found, data)
-            result = evaluate(loss, data, logprobs_from_output(output, data))
+            try:
+                result = evaluate(loss, data, logprobs_from_output(output, data))
+            except LossError as error:
+                raise AnswerError(
+                    f"{where}: the service accepted what has no loss. {error}"
+                ) from error
             theirs = output.metrics.get("loss:sum")
             if convert.disagrees(theirs, result.loss) and not self._said_disagreement:
                 self._said_disagreement = True
