@@ -397,7 +397,8 @@ def test_a_wrong_key_is_said_as_such(fake, make_service):
 def test_checks_tell_whose_refusal_it_is(fake, client):
     fake.mood = "nan"
     subject = Subject(lambda: client, below=True, patience=20)
-    accepted = refuses(lambda s: [s.datum(5)])(subject)
+    good = datum_from_prompt_completion([5, 6, 7], [8, 9])
+    accepted = refuses(lambda s: [good])(subject)
     assert accepted.result == "fail", accepted
     assert accepted.figure.startswith("accepted; this package refuses the answer")
     fake.mood = ""
