@@ -180,7 +180,9 @@ def test_a_service_that_falls_silent(make):
     assert len(made) == 2
 
 
-def test_what_is_not_offered_is_no_failure(make):
+def test_what_is_not_offered_is_no_failure(make, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+
     class Poor(faulty.NoSampler, faulty.Refuses2d):
         pass
 
@@ -198,6 +200,7 @@ def test_what_is_not_offered_is_no_failure(make):
 
 def test_command(make, model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
     assert cli.main(["check", "--core", "--model", model_folder("qwen3")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:-1]] == [check.name for check in CORE]

@@ -937,7 +937,7 @@ def test_a_copied_and_broken_recipe_from_another_folder(tmp_path: Path) -> None:
     text = (ROOT / "recipes" / "dpo.py").read_text(encoding="utf-8")
     (tmp_path / "helper.py").write_text("HALF = 0.5\n", encoding="utf-8")
     broken = text.replace("margin = logratio[0::2] - ", "margin = HALF * 2 * logratio[0::2] - 0 * ")
-    broken = broken.replace("import math\n", "import math\nfrom helper import HALF\n", 1)
+    broken = broken.replace("import torch\n", "import torch\nfrom helper import HALF\n", 1)
     assert broken != text
     (tmp_path / "my_dpo.py").write_text(broken, encoding="utf-8")
     done = subprocess.run(
