@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 # the oldest and the newest tinker SDK the remote backend supports; see tests/remote/test_sdks.py
 SDKS := 0.25.0 0.38.0
+# its own requirements do not resolve together; these are what the tests import of them
+COOKBOOK := tinker-cookbook==0.6.1 blobfile==3.3.0 chz==0.4.0 cloudpickle==3.1.2 lxml==6.1.3 \
+	termcolor==3.3.0 urllib3==2.8.0
 
 .PHONY: quickstart test audit clean
 
@@ -32,6 +35,7 @@ $(VENV)/installed-test: $(VENV)/installed
 	  for v in $(SDKS); do \
 	    $(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/sdk/$$v tinker==$$v || exit 1; \
 	  done; \
+	  $(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/sdk/$(lastword $(SDKS)) $(COOKBOOK); \
 	fi
 	touch $@
 

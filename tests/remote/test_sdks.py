@@ -15,7 +15,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("0.25.0", "0.38.0")
-SUITES = ("tests/remote/against_sdk.py", "tests/test_sdk_objects.py")
+SUITES = (
+    "tests/remote/against_sdk.py",
+    "tests/test_sdk_objects.py",
+    "tests/test_tinker_cookbook.py",  # skipped by the older, which tinker-cookbook does not take
+)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="the SDK needs Python 3.11")
