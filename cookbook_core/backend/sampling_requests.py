@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from cookbook_core.datums import input_problems
+from cookbook_core.datums import check_data, input_problems, shift_tokens
 from cookbook_core.errors import ConfigError, DatumError, is_finite, message, raise_all
-from cookbook_core.tinker.types import ModelInput, SamplingParams
+from cookbook_core.tinker.types import Datum, ModelData, ModelInput, SamplingParams
 
 MOST_SAMPLES = 65_536
 """Completions of one prompt in one request: a row of state is kept for each."""
@@ -41,6 +41,37 @@ def check_prompt(prompt: object, where: str) -> list[int]:
         mend = "Wrap token ids with ModelInput.from_ints()."
         raise DatumError(message(f"{where}.prompt", "wrong type", "ModelInput", got, mend))
     return prompt.to_ints()
+
+
+def sampling_request(
+    model: ModelData,
+    prompt: object,
+    num_samples: int,
+    params: SamplingParams,
+    include_prompt_logprobs: bool,
+    topk_prompt_logprobs: int,
+) -> SampleRequest:
+    """The request of a `sample`, checked against what is known of the model.
+
+    Raises:
+        DatumError, ConfigError: as for `check_prompt` and `check_request`.
+    """
+    ids = check_prompt(prompt, "sample")
+    request = SampleRequest(ids, num_samples, params, include_prompt_logprobs, topk_prompt_logprobs)
+    check_request(request, vocab_size=model.vocab_size, max_context=model.max_context_length)
+    return request
+
+
+def prompt_datum(model: ModelData, prompt: object) -> Datum:
+    """The datum whose logprobs a `compute_logprobs` asks for: every token after the first.
+
+    Raises:
+        DatumError: it is no ModelInput, has fewer than 2 tokens, or does not fit the model.
+    """
+    inputs, targets = shift_tokens(check_prompt(prompt, "compute_logprobs"))
+    datum = Datum(ModelInput.from_ints(inputs), {"target_tokens": targets})
+    check_data([datum], vocab_size=model.vocab_size, max_context=model.max_context_length)
+    return datum
 
 
 def check_request(

@@ -32,7 +32,7 @@ from cookbook_core.backend.local.passes import (
 from cookbook_core.backend.local.room import Room, check_mode
 from cookbook_core.backend.local.sampler import sample_batch
 from cookbook_core.backend.local.scoring import Scorer
-from cookbook_core.backend.sampling_requests import SampleRequest, check_prompt, check_request
+from cookbook_core.backend.sampling_requests import SampleRequest, prompt_datum, sampling_request
 from cookbook_core.backend.worker import Worker, refuse_after_failure
 from cookbook_core.custom_loss import (
     LossFn,
@@ -41,7 +41,6 @@ from cookbook_core.custom_loss import (
     evaluate,
     merge_metrics,
 )
-from cookbook_core.datums import check_data, shift_tokens
 from cookbook_core.errors import CheckpointError, check_text, message
 from cookbook_core.paths import usable_path
 from cookbook_core.tinker.types import (
@@ -360,12 +359,8 @@ class LocalSampler:
         topk_prompt_logprobs: int = 0,
     ) -> Future[SampleResponse]:
         """Queued; requests made back to back on the same snapshot are decoded together."""
-        ids = check_prompt(prompt, "sample")
-        request = SampleRequest(
-            ids, num_samples, params, include_prompt_logprobs, topk_prompt_logprobs
-        )
-        base = self.model_data
-        check_request(request, vocab_size=base.vocab_size or 0, max_context=base.max_context_length)
+        told = include_prompt_logprobs, topk_prompt_logprobs
+        request = sampling_request(self.model_data, prompt, num_samples, params, *told)
         return self._backend.worker.submit_grouped(
             "sample",
             ("sample", id(self)),
@@ -375,10 +370,7 @@ class LocalSampler:
 
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
         """log p of each prompt token given those before it, through the training's scoring path."""
-        inputs, targets = shift_tokens(check_prompt(prompt, "compute_logprobs"))
-        datum = Datum(ModelInput.from_ints(inputs), {"target_tokens": targets})
-        base = self.model_data
-        check_data([datum], vocab_size=base.vocab_size or 0, max_context=base.max_context_length)
+        datum = prompt_datum(self.model_data, prompt)
 
         def run(data: list[Datum]) -> list[list[float | None]]:
             scored = self._backend.engine().score(self._adapter, data)

@@ -6,9 +6,8 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from cookbook_core.backend.remote import convert
-from cookbook_core.backend.sampling_requests import SampleRequest, check_prompt, check_request
-from cookbook_core.datums import check_data, shift_tokens
-from cookbook_core.tinker.types import Datum, ModelInput, SampleResponse, SamplingParams
+from cookbook_core.backend.sampling_requests import prompt_datum, sampling_request
+from cookbook_core.tinker.types import ModelInput, SampleResponse, SamplingParams
 
 if TYPE_CHECKING:
     from cookbook_core.backend.remote.backend import RemoteBackend
@@ -32,18 +31,16 @@ class RemoteSampler:
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
     ) -> Future[SampleResponse]:
-        ids = check_prompt(prompt, "sample")
-        asked = SampleRequest(
-            ids, num_samples, params, include_prompt_logprobs, topk_prompt_logprobs
-        )
-        base, connection = self.model_data, self._backend.connection
-        check_request(asked, vocab_size=base.vocab_size, max_context=base.max_context_length)
+        told = include_prompt_logprobs, topk_prompt_logprobs
+        sampling_request(
+            self.model_data, prompt, num_samples, params, *told
+        )  # refused on this side
+        connection = self._backend.connection
         sent = self._client.sample(
             convert.prompt_out(connection.types, prompt),
             num_samples,
             convert.sampling_params_out(connection.types, params),
-            include_prompt_logprobs,
-            topk_prompt_logprobs,
+            *told,
         )
         where = f"sample at {connection.url}"
         answer = connection.answer(
@@ -52,10 +49,8 @@ class RemoteSampler:
         return connection.watch("sample", answer)
 
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
-        inputs, targets = shift_tokens(check_prompt(prompt, "compute_logprobs"))
-        datum = Datum(ModelInput.from_ints(inputs), {"target_tokens": targets})
-        base, connection = self.model_data, self._backend.connection
-        check_data([datum], vocab_size=base.vocab_size, max_context=base.max_context_length)
+        prompt_datum(self.model_data, prompt)  # refused on this side
+        connection = self._backend.connection
         sent = self._client.compute_logprobs(convert.prompt_out(connection.types, prompt))
         return connection.watch(
             "compute_logprobs", connection.answer("compute_logprobs", sent, list)
