@@ -24,3 +24,8 @@ def usable_path(where: str, path: object, error: type[CookbookError]) -> Path:
         got = f"{path!r:.80} ({str(reason)[:80]})"
         raise error(message(where, "not a usable path", "a path on this machine", got)) from reason
     return found
+
+
+def is_on_service(path: object) -> bool:
+    """Whether a checkpoint's path is a service's, such as tinker://..., and no folder here."""
+    return "://" in str(path)

@@ -23,7 +23,7 @@ from typing import Any
 
 from cookbook_core import manifest
 from cookbook_core.errors import CheckpointError, ConfigError, DataError, message
-from cookbook_core.paths import usable_path
+from cookbook_core.paths import is_on_service, usable_path
 from cookbook_core.script import Script, described
 
 Record = dict[str, Any]
@@ -73,12 +73,12 @@ def newest(record: Record) -> Record | None:
     there = [
         entry
         for entry in sorted(record["checkpoints"], key=lambda entry: -entry["step"])
-        if "://" in entry["path"] or Path(entry["path"]).is_dir()
+        if is_on_service(entry["path"]) or Path(entry["path"]).is_dir()
     ]
     if not there:
         return None
     try:
-        if "://" not in there[0]["path"]:
+        if not is_on_service(there[0]["path"]):
             manifest.check(Path(there[0]["path"]))
     except CheckpointError as error:
         mend = "Start over with --fresh."
@@ -108,7 +108,7 @@ def find_checkpoint(run: str | Path, checkpoint: str = "final") -> tuple[Path, P
         ConfigError: no such run, or no such checkpoint in it; those there are are named.
         CheckpointError: progress.json is damaged, or the checkpoint is on a service.
     """
-    if "://" in str(run):
+    if is_on_service(run):
         raise _remote(str(run))
     path = usable_path("RUN", run, ConfigError)
     if (path / "adapter_config.json").is_file():
@@ -137,7 +137,7 @@ def find_checkpoint(run: str | Path, checkpoint: str = "final") -> tuple[Path, P
         there = ", ".join(f"--checkpoint {name}" for name in saved) or "none"
         what = f"no such checkpoint; the run is {whole}"
         raise ConfigError(message(str(path), what, there, checkpoint))
-    if "://" in saved[wanted]:
+    if is_on_service(saved[wanted]):
         raise _remote(saved[wanted])
     # a run may have been moved since: its own folders come before the path that was written down
     inside = path.joinpath("checkpoints", *Path(saved[wanted]).parts[-3:])

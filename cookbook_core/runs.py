@@ -37,6 +37,7 @@ from cookbook_core.flags import (
     parse_config,
 )
 from cookbook_core.launch import join_processes
+from cookbook_core.paths import is_on_service
 from cookbook_core.plots import Panel, draw_panels
 from cookbook_core.progress import Progress
 from cookbook_core.run_files import as_code, markdown_table, read_metrics, write_atomically
@@ -241,7 +242,9 @@ class Run:
         for entry in dropped:
             run_files.random_file(self.path, entry["step"]).unlink(missing_ok=True)
             path = Path(entry["path"])
-            if "://" not in entry["path"] and path.resolve().is_relative_to(self.path.resolve()):
+            if not is_on_service(entry["path"]) and path.resolve().is_relative_to(
+                self.path.resolve()
+            ):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _note_best(self, step: int, row: Mapping[str, Any]) -> None:

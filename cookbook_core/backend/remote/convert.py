@@ -17,6 +17,7 @@ from cookbook_core.builtin_losses import BuiltinLoss, needed_inputs
 from cookbook_core.custom_loss import LossFn, logprobs_from_output
 from cookbook_core.datums import SCORE_MASK
 from cookbook_core.errors import AnswerError, CheckpointError, DatumError, message, raise_all
+from cookbook_core.paths import is_on_service
 from cookbook_core.tinker.types import (
     AdamParams,
     Datum,
@@ -129,7 +130,7 @@ def sampling_params_out(types: Any, params: SamplingParams) -> Any:
 
 def check_path(path: object) -> None:
     """Refuse, with a CheckpointError, what no service can load: a folder of this machine."""
-    if not isinstance(path, str) or "://" not in path:
+    if not isinstance(path, str) or not is_on_service(path):
         mend = "Weights saved on this machine cannot be sent: start without them, or train locally."
         raise CheckpointError(
             message("path", "not a service's checkpoint", "tinker://...", repr(path), mend)

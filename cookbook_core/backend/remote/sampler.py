@@ -32,9 +32,8 @@ class RemoteSampler:
         topk_prompt_logprobs: int = 0,
     ) -> Future[SampleResponse]:
         told = include_prompt_logprobs, topk_prompt_logprobs
-        sampling_request(
-            self.model_data, prompt, num_samples, params, *told
-        )  # refused on this side
+        # what cannot work is refused on this side
+        sampling_request(self.model_data, prompt, num_samples, params, *told)
         connection = self._backend.connection
         sent = self._client.sample(
             convert.prompt_out(connection.types, prompt),
