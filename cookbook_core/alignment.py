@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from cookbook_core.errors import ConfigError, DatumError, check_choice, message, raise_all
-from cookbook_core.tinker.tensors import to_array
-from cookbook_core.tinker.types import Datum, TensorData
+from cookbook_core.errors import ConfigError, DatumError, check_choice, raise_all
+from cookbook_core.types import Datum, TensorData
+from cookbook_core.types.tensors import to_array
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def input_tensor(datum: Datum, key: str, like: torch.Tensor) -> torch.Tensor:
     if value is None:
         have = ", ".join(datum.loss_fn_inputs) or "nothing"
         raise DatumError(
-            message(f'loss_fn_inputs["{key}"]', "missing", "an array of this name", have)
+            f'loss_fn_inputs["{key}"]', "missing", expected="an array of this name", got=have
         )
     return _tensor(value, like, f'loss_fn_inputs["{key}"]')
 
@@ -44,16 +44,16 @@ def input_tensors(data: Sequence[Datum], key: str) -> list[torch.Tensor]:
         DatumError: a datum has no such input.
     """
     missing = [
-        message(
+        DatumError(
             f'data[{i}].loss_fn_inputs["{key}"]',
             "missing",
-            "an array of this name",
-            ", ".join(datum.loss_fn_inputs) or "nothing",
+            expected="an array of this name",
+            got=", ".join(datum.loss_fn_inputs) or "nothing",
         )
         for i, datum in enumerate(data)
         if key not in datum.loss_fn_inputs
     ]
-    raise_all(DatumError, missing)
+    raise_all(missing)
     return [datum.loss_fn_inputs[key].to_torch() for datum in data]
 
 
@@ -83,40 +83,34 @@ def align_weights(
     w = _tensor(weights, logprobs, where)
     if w.dim() == 0:
         raise DatumError(
-            message(where, "not one per logprob", f"{len(logprobs)} values", "a single number")
+            where, "not one per logprob", expected=f"{len(logprobs)} values", got="a single number"
         )
     n = min(len(w), len(logprobs))
     if len(w) != len(logprobs) and mode == "strict":
         raise DatumError(
-            message(
-                where,
-                "length does not match logprobs",
-                f"{len(logprobs)} (len of logprobs)",
-                len(w),
-                "Build datums with datum_from_tokens_weights(), which shifts both together, or "
-                'pass mode="min_length".',
-            )
+            where,
+            "length does not match logprobs",
+            expected=f"{len(logprobs)} (len of logprobs)",
+            got=len(w),
+            fix="Build datums with datum_from_tokens_weights(), which shifts both together, or "
+            'pass mode="min_length".',
         )
     if bool((w[n:] != 0).any()) and not allow_dropped_weights:
         at = n + int((w[n:] != 0).reshape(len(w) - n, -1).any(1).nonzero()[0])
         raise DatumError(
-            message(
-                f"{where}[{at}]",
-                "cutting to the shorter length would drop a non-zero weight",
-                f"zeros after position {n - 1}",
-                float(w[at].reshape(-1)[0]),
-                "That token would leave the objective unnoticed: fix the shift, or pass "
-                "allow_dropped_weights=True.",
-            )
+            f"{where}[{at}]",
+            "cutting to the shorter length would drop a non-zero weight",
+            expected=f"zeros after position {n - 1}",
+            got=float(w[at].reshape(-1)[0]),
+            fix="That token would leave the objective unnoticed: fix the shift, or pass "
+            "allow_dropped_weights=True.",
         )
     if w.dim() > 1 and w[:n].shape != logprobs[:n].shape:
         raise DatumError(
-            message(
-                where,
-                "shape does not match logprobs",
-                tuple(logprobs.shape),
-                tuple(w.shape),
-            )
+            where,
+            "shape does not match logprobs",
+            expected=tuple(logprobs.shape),
+            got=tuple(w.shape),
         )
     return logprobs[:n], w[:n]
 
@@ -131,10 +125,10 @@ def check_alignment(
     """
     problems = []
     if not data:
-        raise DatumError(message("data", "empty", "at least one Datum", 0))
+        raise DatumError("data", "empty", expected="at least one Datum", got=0)
     if len(data) != len(logprobs_list):
         raise DatumError(
-            message("logprobs_list", "not one per datum", len(data), len(logprobs_list))
+            "logprobs_list", "not one per datum", expected=len(data), got=len(logprobs_list)
         )
     for i, (datum, logprobs) in enumerate(zip(data, logprobs_list, strict=True)):
         for key in keys:
@@ -142,17 +136,19 @@ def check_alignment(
             value = datum.loss_fn_inputs.get(key)
             if value is None:
                 have = ", ".join(datum.loss_fn_inputs) or "nothing"
-                problems.append(message(where, "missing", "an array of this name", have))
+                problems.append(
+                    DatumError(where, "missing", expected="an array of this name", got=have)
+                )
             elif (shape := value.to_numpy().shape)[:1] != (len(logprobs),):
                 problems.append(
-                    message(
+                    DatumError(
                         where,
                         "length does not match logprobs",
-                        f"{len(logprobs)} (len of logprobs)",
-                        shape[0] if shape else "a single number",
+                        expected=f"{len(logprobs)} (len of logprobs)",
+                        got=shape[0] if shape else "a single number",
                     )
                 )
-    raise_all(DatumError, problems)
+    raise_all(problems)
 
 
 def columns(
@@ -223,7 +219,7 @@ def weighted_mean(logprobs: torch.Tensor, weights: Any, **align: Any) -> torch.T
     logprobs, w = align_weights(logprobs, weights, **align)
     total = w.sum()
     if float(total) == 0:
-        raise DatumError(message("weights", "no mean exists", "a non-zero sum of weights", 0.0))
+        raise DatumError("weights", "no mean exists", expected="a non-zero sum of weights", got=0.0)
     return weighted_sum(logprobs, w) / total
 
 
@@ -236,5 +232,5 @@ def _tensor(values: Any, like: torch.Tensor, where: str) -> torch.Tensor:
         values = to_array(where, values, np.dtype("float64"))
     elif values.is_meta or values.is_complex() or values.layout != torch.strided:
         got = f"{values.dtype}, {values.layout}, on {values.device}"
-        raise DatumError(message(where, "not numeric", "a dense tensor of real numbers", got))
+        raise DatumError(where, "not numeric", expected="a dense tensor of real numbers", got=got)
     return torch.as_tensor(values, dtype=like.dtype, device=like.device)

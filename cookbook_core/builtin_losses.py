@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cookbook_core.alignment import align_weights, input_tensor, weighted_sum
-from cookbook_core.errors import ConfigError, DatumError, check_choice, is_finite, message
-from cookbook_core.tinker.types import Datum
+from cookbook_core.errors import ConfigError, DatumError, check_choice, is_finite
+from cookbook_core.types import Datum
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ def _sum_over_tokens(
             if value.shape != lp.shape:
                 where = f'data[{i}].loss_fn_inputs["{key}"]'
                 what = "shape does not match target_tokens"
-                raise DatumError(message(where, what, tuple(lp.shape), tuple(value.shape)))
+                raise DatumError(where, what, expected=tuple(lp.shape), got=tuple(value.shape))
         weights = datum.loss_fn_inputs.get("weights", torch.ones_like(lp))
         _, w = align_weights(lp, weights)
         idle = (w == 0).reshape(w.shape + (1,) * (lp.dim() - w.dim()))
@@ -162,7 +162,9 @@ def builtin_loss(name: str, config: Mapping[str, float | str] | None = None) -> 
     """
     check_choice(ConfigError, "loss_fn", "unknown loss", name, BUILTIN_LOSSES)
     if not isinstance(config, Mapping | None):
-        raise ConfigError(message("loss_fn_config", "wrong type", "a dict or None", repr(config)))
+        raise ConfigError(
+            "loss_fn_config", "wrong type", expected="a dict or None", got=repr(config)
+        )
     loss = BUILTIN_LOSSES[name]
     options = [
         p.name
@@ -174,7 +176,7 @@ def builtin_loss(name: str, config: Mapping[str, float | str] | None = None) -> 
         what = f"unknown option of {name}" if options else f"{name} has no options"
         check_choice(ConfigError, where, what, key, options)
         if not is_finite(value):
-            raise ConfigError(message(where, "not a number", "a finite number", repr(value)))
+            raise ConfigError(where, "not a number", expected="a finite number", got=repr(value))
     return BuiltinLoss(name, {key: float(value) for key, value in (config or {}).items()})
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from cookbook_core import chat
 from cookbook_core.custom_loss import logprobs_from_output
 from cookbook_core.datums import with_inputs
-from cookbook_core.errors import ConfigError, LossError, RequestError, message
-from cookbook_core.paths import usable_path
-from cookbook_core.run_files import find_checkpoint, has_begun
+from cookbook_core.errors import ConfigError, LossError, RequestError
+from cookbook_core.runs.run_folder import find_checkpoint, has_begun
+from cookbook_core.storage.paths import usable_path
 from cookbook_core.tinker import (
     Datum,
     ModelInput,
@@ -66,7 +66,7 @@ def final_adapter(init_from: str) -> str:
         folder, _ = find_checkpoint(init_from)
     except ConfigError as error:
         mend = f"Give the folder of a checkpoint that is in {init_from}/checkpoints."
-        raise ConfigError(f"Config.init_from: {error} {mend}") from error
+        raise error.replace(where="Config.init_from", fix=mend) from error
     print(f"init_from {init_from}: starting from {folder}")
     return str(folder)
 
@@ -181,8 +181,8 @@ def grade(
         rewards = [float(value) for value in reward_fn(row, completions)]
     except Exception as error:
         what, rule = f"raised {type(error).__name__}: {error}", "one number per completion"
-        raise LossError(message(where, what, rule, "this exception")) from error
+        raise LossError(where, what, expected=rule, got="this exception") from error
     if len(rewards) != len(completions) or not all(map(math.isfinite, rewards)):
         rule = f"{len(completions)} finite numbers, one per completion"
-        raise LossError(message(where, "not usable", rule, rewards))
+        raise LossError(where, "not usable", expected=rule, got=rewards)
     return rewards

@@ -24,10 +24,9 @@ from cookbook_core.errors import (
     DatumError,
     LossError,
     check_choice,
-    message,
     raise_all,
 )
-from cookbook_core.tinker.types import Datum, ForwardBackwardOutput, TensorData
+from cookbook_core.types import Datum, ForwardBackwardOutput, TensorData
 
 if TYPE_CHECKING:
     import torch
@@ -70,13 +69,11 @@ def check_loss(loss_fn: Any, loss_type_input: str | None) -> LossTypeInput:
         check_choice(ConfigError, "loss_type_input", "unknown form", loss_type_input, forms)
     if not callable(loss_fn):
         raise ConfigError(
-            message(
-                "loss_fn",
-                "not a function",
-                "loss_fn(data, logprobs_list) -> (loss, metrics)",
-                repr(loss_fn),
-                "Built-in losses by name go to forward_backward().",
-            )
+            "loss_fn",
+            "not a function",
+            expected="loss_fn(data, logprobs_list) -> (loss, metrics)",
+            got=repr(loss_fn),
+            fix="Built-in losses by name go to forward_backward().",
         )
     return "vocab_logprobs" if loss_type_input == "vocab_logprobs" else "logprobs"
 
@@ -97,7 +94,10 @@ def logprobs_from_output(
     """
     if len(output.loss_fn_outputs) != len(data):
         raise DatumError(
-            message("forward output", "not one per datum", len(data), len(output.loss_fn_outputs))
+            "forward output",
+            "not one per datum",
+            expected=len(data),
+            got=len(output.loss_fn_outputs),
         )
     problems, logprobs = [], []
     for i, (out, datum) in enumerate(zip(output.loss_fn_outputs, data, strict=True)):
@@ -106,10 +106,12 @@ def logprobs_from_output(
         if found is None or list(found.shape) != list(expected):
             got = "nothing" if found is None else tuple(found.shape)
             where = f'output[{i}]["logprobs"]'
-            problems.append(message(where, "not that of target_tokens", tuple(expected), got))
+            problems.append(
+                DatumError(where, "not that of target_tokens", expected=tuple(expected), got=got)
+            )
         else:
             logprobs.append(found.to_torch())
-    raise_all(DatumError, problems)
+    raise_all(problems)
     return logprobs
 
 
@@ -148,35 +150,31 @@ def differentiate(
         except Exception as error:
             what, rule = f"raised {type(error).__name__}: {error}", "(loss, metrics)"
             mend = "Nothing was accumulated; gradients and weights are as they were."
-            raise LossError(message(where, what, rule, "this exception", mend)) from error
+            raise LossError(where, what, expected=rule, got="this exception", fix=mend) from error
         loss, metrics = _check_returned(where, returned)
         if not loss.requires_grad:
             raise LossError(
-                message(
-                    where,
-                    "the loss is detached from the logprobs",
-                    "a loss computed from logprobs_list",
-                    "requires_grad=False",
-                    "Look for .item(), .detach(), torch.tensor(...) or numpy on the way.",
-                )
+                where,
+                "the loss is detached from the logprobs",
+                expected="a loss computed from logprobs_list",
+                got="requires_grad=False",
+                fix="Look for .item(), .detach(), torch.tensor(...) or numpy on the way.",
             )
         try:
             found = torch.autograd.grad(loss, [*leaves, *params], allow_unused=True)
         except Exception as error:
             raise LossError(
-                message(
-                    where,
-                    "no gradient can be taken of what it returned",
-                    "a loss that autograd can differentiate",
-                    f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
-                    "Return the loss without calling .backward() on it, and change no tensor in "
-                    "place.",
-                )
+                where,
+                "no gradient can be taken of what it returned",
+                expected="a loss that autograd can differentiate",
+                got=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+                fix="Return the loss without calling .backward() on it, and change no tensor in "
+                "place.",
             ) from error
     grads, param_grads = found[: len(leaves)], list(found[len(leaves) :])
     if all(g is None for g in grads):
         raise LossError(
-            message(where, "the loss uses no datum", "a loss computed from logprobs_list", loss)
+            where, "the loss uses no datum", expected="a loss computed from logprobs_list", got=loss
         )
     full = [
         torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)
@@ -204,25 +202,27 @@ def _check_returned(where: str, returned: Any) -> tuple[torch.Tensor, dict[str, 
     structure = "a tuple (loss, metrics)"
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise LossError(
-            message(where, "wrong return structure", structure, type(returned).__name__)
+            where, "wrong return structure", expected=structure, got=type(returned).__name__
         )
     loss, metrics = returned
     if not isinstance(loss, torch.Tensor):
-        raise LossError(message(where, "loss is not a tensor", "a 0-d tensor", type(loss).__name__))
+        raise LossError(
+            where, "loss is not a tensor", expected="a 0-d tensor", got=type(loss).__name__
+        )
     if loss.dim() != 0 or loss.is_meta or loss.is_complex():
         raise LossError(
-            message(
-                where,
-                "loss is not a scalar",
-                "a 0-d tensor of a real number",
-                f"shape {tuple(loss.shape)}, {loss.dtype} on {loss.device}",
-                "Reduce it: .sum() or .mean().",
-            )
+            where,
+            "loss is not a scalar",
+            expected="a 0-d tensor of a real number",
+            got=f"shape {tuple(loss.shape)}, {loss.dtype} on {loss.device}",
+            fix="Reduce it: .sum() or .mean().",
         )
     if not torch.isfinite(loss):
-        raise LossError(message(where, "loss is not finite", "a finite loss", loss.item()))
+        raise LossError(where, "loss is not finite", expected="a finite loss", got=loss.item())
     if not isinstance(metrics, Mapping):
-        raise LossError(message(where, "metrics is not a dict", structure, type(metrics).__name__))
+        raise LossError(
+            where, "metrics is not a dict", expected=structure, got=type(metrics).__name__
+        )
     return loss, {str(k): _number(where, k, v) for k, v in metrics.items()}
 
 
@@ -236,7 +236,7 @@ def _number(where: str, key: Any, value: Any) -> float:
     shape = getattr(value, "shape", None)
     got = value if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
     raise LossError(
-        message(f'{where} metrics["{key}"]', "not a number", "a float or 0-d tensor", repr(got))
+        f'{where} metrics["{key}"]', "not a number", expected="a float or 0-d tensor", got=repr(got)
     )
 
 
@@ -257,15 +257,15 @@ def _check_grads(
                 lp = float(logprobs[i][at].detach())
                 spot, mend = str(list(at)), f"The logprob there is {lp:.4g}; {mend}"
             problems.append(
-                message(
+                LossError(
                     f"{where} gradient of data[{i}] at {spot}",
                     "not finite",
-                    "a finite d loss / d logprob",
-                    float(g[at]),
-                    mend,
+                    expected="a finite d loss / d logprob",
+                    got=float(g[at]),
+                    fix=mend,
                 )
             )
-    raise_all(LossError, problems)
+    raise_all(problems)
 
 
 def surrogate_datums(data: Sequence[Datum], grads: Sequence[torch.Tensor]) -> list[Datum]:
@@ -296,13 +296,11 @@ def merge_metrics(result: LossResult, backend_metrics: Mapping[str, float]) -> d
         mine = result.metrics.get(key, result.loss)
         if not abs(mine - result.loss) <= 1e-4 * max(1.0, abs(result.loss)):  # NaN too
             raise LossError(
-                message(
-                    f'metrics["{key}"]',
-                    "this name is the loss's own",
-                    f"no such metric, or the loss {result.loss:.6g}",
-                    mine,
-                    "Rename the metric.",
-                )
+                f'metrics["{key}"]',
+                "this name is the loss's own",
+                expected=f"no such metric, or the loss {result.loss:.6g}",
+                got=mine,
+                fix="Rename the metric.",
             )
     return {**backend_metrics, **result.metrics, **dict.fromkeys(RESERVED_METRICS, result.loss)}
 

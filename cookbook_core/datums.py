@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cookbook_core.errors import ConfigError, DatumError, check_choice, message, raise_all
-from cookbook_core.tinker.tensors import TensorData, to_array
-from cookbook_core.tinker.types import Datum, ModelInput
+from cookbook_core.errors import ConfigError, DatumError, check_choice, raise_all
+from cookbook_core.types import Datum, ModelInput
+from cookbook_core.types.tensors import TensorData, to_array
 
 Reduction = Literal["none", "mean"]
 
@@ -44,7 +44,7 @@ def shift_tokens(tokens: Sequence[int]) -> tuple[list[int], list[int]]:
     ids = ModelInput.from_ints(tokens).to_ints()
     if len(ids) < 2:
         raise DatumError(
-            message("tokens", "too short to predict anything", "at least 2 tokens", len(ids))
+            "tokens", "too short to predict anything", expected="at least 2 tokens", got=len(ids)
         )
     return ids[:-1], ids[1:]
 
@@ -93,36 +93,34 @@ def datum_from_tokens_weights(
     whole = isinstance(max_length, (int, np.integer)) and max_length >= 2
     if max_length is not None and not whole:
         rule = "None or an integer >= 2"
-        raise ConfigError(message("max_length", "leaves nothing to predict", rule, max_length))
+        raise ConfigError("max_length", "leaves nothing to predict", expected=rule, got=max_length)
     check_choice(ConfigError, "reduction", "unknown", reduction, ("none", "mean"))
     tokens = ModelInput.from_ints(tokens).to_ints()
     given = to_array("weights", weights, np.dtype("float64"))
     if given.shape != (len(tokens),):
         raise DatumError(
-            message("weights", "not one per token", f"shape ({len(tokens)},)", given.shape)
+            "weights", "not one per token", expected=f"shape ({len(tokens)},)", got=given.shape
         )
     inputs, targets = shift_tokens(tokens[:max_length])
     kept = given[1 : len(targets) + 1]
     if not np.isfinite(kept).all():
         at = int(np.flatnonzero(~np.isfinite(kept))[0]) + 1
-        raise DatumError(message(f"weights[{at}]", "not finite", "a finite number", given[at]))
+        raise DatumError(f"weights[{at}]", "not finite", expected="a finite number", got=given[at])
     if not kept.any() and not allow_zero_weights:
         cut = bool(given[len(targets) + 1 :].any())
         raise DatumError(
-            message(
-                "weights",
-                "all zero, so nothing would be trained",
-                "a non-zero weight among the kept tokens",
-                f"zeros at all {len(targets)} targets",
-                f"max_length={max_length} cut off every weighted token: raise it, or drop and "
-                "count this row."
-                if cut
-                else "Pass allow_zero_weights=True if that is meant.",
-            )
+            "weights",
+            "all zero, so nothing would be trained",
+            expected="a non-zero weight among the kept tokens",
+            got=f"zeros at all {len(targets)} targets",
+            fix=f"max_length={max_length} cut off every weighted token: raise it, or drop and "
+            "count this row."
+            if cut
+            else "Pass allow_zero_weights=True if that is meant.",
         )
     if reduction == "mean":
         if kept.sum() == 0:
-            raise DatumError(message("weights", "cannot be normalised", "a non-zero sum", 0.0))
+            raise DatumError("weights", "cannot be normalised", expected="a non-zero sum", got=0.0)
         kept = kept / kept.sum()
     return Datum(ModelInput.from_ints(inputs), {"target_tokens": targets, "weights": kept})
 
@@ -158,7 +156,7 @@ def datum_from_prompt_completion(
     completion = ModelInput.from_ints(completion_tokens).to_ints()
     if not prompt or not completion:
         name = "completion_tokens" if prompt else "prompt_tokens"
-        raise DatumError(message(name, "empty", "at least one token", 0))
+        raise DatumError(name, "empty", expected="at least one token", got=0)
     weights = [0.0] * len(prompt) + [1.0] * len(completion)
     datum = datum_from_tokens_weights(prompt + completion, weights, max_length)
     extra: dict[str, Any] = {}
@@ -168,12 +166,10 @@ def datum_from_prompt_completion(
         array = to_array(key, values, np.dtype("float32"))
         if array.shape not in ((), (len(completion),)):
             raise DatumError(
-                message(
-                    key,
-                    "not one value per completion token",
-                    f"shape ({len(completion)},)",
-                    array.shape,
-                )
+                key,
+                "not one value per completion token",
+                expected=f"shape ({len(completion)},)",
+                got=array.shape,
             )
         row = np.zeros(len(weights), dtype=np.float32)
         row[len(prompt) :] = array
@@ -213,120 +209,143 @@ def check_data(
         DatumError: naming datum index and field for each fault; also for an empty batch.
     """
     if isinstance(data, Datum) or not isinstance(data, Sequence):
-        raise DatumError(message("data", "not a batch", "a list of Datum", type(data).__name__))
+        raise DatumError("data", "not a batch", expected="a list of Datum", got=type(data).__name__)
     if not data:
-        raise DatumError(message("data", "empty", "at least one Datum", 0))
-    problems: list[str] = []
+        raise DatumError("data", "empty", expected="at least one Datum", got=0)
+    problems: list[DatumError] = []
     for i, datum in enumerate(data):
         if not isinstance(datum, Datum):
-            problems.append(message(f"data[{i}]", "wrong type", "Datum", type(datum).__name__))
+            problems.append(
+                DatumError(f"data[{i}]", "wrong type", expected="Datum", got=type(datum).__name__)
+            )
             continue
         problems += _datum_problems(f"data[{i}]", datum, vocab_size, max_context, needs)
-    raise_all(DatumError, problems)
+    raise_all(problems)
 
 
 def _datum_problems(
     where: str, datum: Datum, vocab_size: int | None, max_context: int | None, needs: Sequence[str]
-) -> list[str]:
-    found, n = [], datum.model_input.length
+) -> list[DatumError]:
+    problems: list[DatumError] = []
+    n = datum.model_input.length
     if n == 0:
-        return [message(f"{where}.model_input", "empty", "at least one token", 0)]
+        return [DatumError(f"{where}.model_input", "empty", expected="at least one token", got=0)]
     if max_context is not None and n > max_context:
-        found.append(
-            message(
+        problems.append(
+            DatumError(
                 f"{where}.model_input",
                 "longer than the model's context",
-                f"<= {max_context} tokens",
-                n,
-                "Truncate with max_length when building the datum.",
+                expected=f"<= {max_context} tokens",
+                got=n,
+                fix="Truncate with max_length when building the datum.",
             )
         )
-    found += input_problems(f"{where}.model_input", datum.model_input.to_ints(), vocab_size)
+    problems += input_problems(f"{where}.model_input", datum.model_input.to_ints(), vocab_size)
     for key in needs:
         if key not in datum.loss_fn_inputs:
             have = ", ".join(datum.loss_fn_inputs) or "nothing"
-            found.append(
-                message(
+            problems.append(
+                DatumError(
                     f'{where}.loss_fn_inputs["{key}"]',
                     "missing",
-                    "an array of this name",
-                    have,
-                    "Build datums with datum_from_tokens_weights(), then with_inputs().",
+                    expected="an array of this name",
+                    got=have,
+                    fix="Build datums with datum_from_tokens_weights(), then with_inputs().",
                 )
             )
         elif key != "target_tokens" and datum.loss_fn_inputs[key].shape[:1] != [n]:
-            found.append(
-                message(
+            problems.append(
+                DatumError(
                     f'{where}.loss_fn_inputs["{key}"]',
                     "length does not match model_input",
-                    f"({n},)",
-                    tuple(datum.loss_fn_inputs[key].shape),
+                    expected=f"({n},)",
+                    got=tuple(datum.loss_fn_inputs[key].shape),
                 )
             )
+    return problems + _target_problems(where, datum, vocab_size)
+
+
+def _target_problems(where: str, datum: Datum, vocab_size: int | None) -> list[DatumError]:
+    """Faults of target_tokens, weights and score_mask."""
+    problems: list[DatumError] = []
+    n = datum.model_input.length
     targets = datum.loss_fn_inputs.get("target_tokens")
     if targets is not None:
         field = f'{where}.loss_fn_inputs["target_tokens"]'
         if len(targets.shape) not in (1, 2) or targets.shape[0] != n or 0 in targets.shape:
-            found.append(
-                message(
+            problems.append(
+                DatumError(
                     field,
                     "length does not match model_input",
-                    f"({n},) or ({n}, K)",
-                    tuple(targets.shape),
-                    "Build datums with datum_from_tokens_weights(), which shifts both together.",
+                    expected=f"({n},) or ({n}, K)",
+                    got=tuple(targets.shape),
+                    fix="Build datums with datum_from_tokens_weights(); it shifts both together.",
                 )
             )
         else:
-            found += token_problems(field, targets.to_numpy(), vocab_size)
-            found += _weight_problems(where, datum, targets)
+            problems += token_problems(field, targets.to_numpy(), vocab_size)
+            problems += _weight_problems(where, datum, targets)
     mask = datum.loss_fn_inputs.get(SCORE_MASK)
     if mask is not None and mask.shape != [n]:
         field = f'{where}.loss_fn_inputs["{SCORE_MASK}"]'
-        found.append(message(field, "not one per position", f"({n},)", tuple(mask.shape)))
-    return found
+        problems.append(
+            DatumError(field, "not one per position", expected=f"({n},)", got=tuple(mask.shape))
+        )
+    return problems
 
 
-def input_problems(field: str, ids: list[int], vocab_size: int | None) -> list[str]:
+def input_problems(field: str, ids: list[int], vocab_size: int | None) -> list[DatumError]:
     """The first id that is no integer or outside the vocabulary: zero or one messages."""
     for at, token in enumerate(ids):  # chunks take whatever list they are given
         if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
-            return [message(f"{field}[{at}]", "not a token id", "an integer", repr(token))]
+            return [
+                DatumError(
+                    f"{field}[{at}]", "not a token id", expected="an integer", got=repr(token)
+                )
+            ]
     return token_problems(field, np.asarray(ids), vocab_size)
 
 
-def token_problems(field: str, ids: np.ndarray, vocab_size: int | None) -> list[str]:
+def token_problems(field: str, ids: np.ndarray, vocab_size: int | None) -> list[DatumError]:
     """The first id outside the vocabulary, as a list of zero or one messages."""
     bad = np.argwhere((ids < 0) | (ids >= (math.inf if vocab_size is None else vocab_size)))
     if not len(bad):
         return []
     at = tuple(int(j) for j in bad[0])
     return [
-        message(
+        DatumError(
             f"{field}{list(at)}",
             "token id outside the vocabulary",
-            "an id >= 0" if vocab_size is None else f"0 <= id < {vocab_size}",
-            int(ids[at]),
+            expected="an id >= 0" if vocab_size is None else f"0 <= id < {vocab_size}",
+            got=int(ids[at]),
         )
     ]
 
 
-def _weight_problems(where: str, datum: Datum, targets: TensorData) -> list[str]:
+def _weight_problems(where: str, datum: Datum, targets: TensorData) -> list[DatumError]:
     weights = datum.loss_fn_inputs.get("weights")
     if weights is None:
         return []
     field = f'{where}.loss_fn_inputs["weights"]'
     if weights.shape not in (targets.shape, targets.shape[:1]):
         return [
-            message(
+            DatumError(
                 field,
                 "length does not match target_tokens",
-                f"{tuple(targets.shape)} (that of target_tokens)",
-                tuple(weights.shape),
-                "Build datums with datum_from_tokens_weights(), which shifts both together.",
+                expected=f"{tuple(targets.shape)} (that of target_tokens)",
+                got=tuple(weights.shape),
+                fix="Build datums with datum_from_tokens_weights(); it shifts both together.",
             )
         ]
     bad = np.argwhere(~np.isfinite(weights.to_numpy()))
     if not len(bad):
         return []
     at = [int(j) for j in bad[0]]
-    return [message(f"{field}{at}", "not finite", "a finite number", weights.to_numpy()[tuple(at)])]
+    return [
+        DatumError(
+            f"{field}{at}",
+            "not finite",
+            expected="a finite number",
+            got=weights.to_numpy()[tuple(at)],
+        )
+    ]

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cookbook_core.datums import SCORE_MASK
-from cookbook_core.errors import ConfigError, DataError, DatumError, check_text, is_finite, message
-from cookbook_core.tinker.types import Datum, ModelInput
+from cookbook_core.errors import ConfigError, DataError, DatumError, check_text, is_finite
+from cookbook_core.types import Datum, ModelInput
 
 
 def single_tokens(tokenizer: Any, labels: Sequence[str]) -> list[int]:
@@ -28,7 +28,7 @@ def single_tokens(tokenizer: Any, labels: Sequence[str]) -> list[int]:
     """
     if not isinstance(labels, (list, tuple)) or len(labels) < 2:
         rule = "a list of at least 2 words"
-        raise ConfigError(message("labels", "nothing to choose from", rule, repr(labels)))
+        raise ConfigError("labels", "nothing to choose from", expected=rule, got=repr(labels))
     for i, label in enumerate(labels):
         check_text(ConfigError, f"labels[{i}]", label)
     encoded = [list(tokenizer.encode(label, add_special_tokens=False)) for label in labels]
@@ -39,18 +39,16 @@ def single_tokens(tokenizer: Any, labels: Sequence[str]) -> list[int]:
     ]
     if split:
         raise ConfigError(
-            message(
-                "labels",
-                "not one token each for this tokenizer",
-                "one token per label",
-                ", ".join(split),
-                "Choose words that are single tokens; most need their leading space.",
-            )
+            "labels",
+            "not one token each for this tokenizer",
+            expected="one token per label",
+            got=", ".join(split),
+            fix="Choose words that are single tokens; most need their leading space.",
         )
     ids = [one for (one,) in encoded]
     if len(set(ids)) < len(ids):
         twice = sorted({label for label, i in zip(labels, ids, strict=True) if ids.count(i) > 1})
-        raise ConfigError(message("labels", "the same token", "different tokens", twice))
+        raise ConfigError("labels", "the same token", expected="different tokens", got=twice)
     return ids
 
 
@@ -77,7 +75,10 @@ def datum_from_token_set(
     n = len(tokens)
     if n == 0 or len(ids) < 2:
         raise DatumError(
-            message("datum_from_token_set", "too few tokens", "N >= 1 and K >= 2", (n, len(ids)))
+            "datum_from_token_set",
+            "too few tokens",
+            expected="N >= 1 and K >= 2",
+            got=(n, len(ids)),
         )
     weights = [0.0] * (n - 1) + [1.0]
     inputs = {"target_tokens": [ids] * n, "weights": weights, SCORE_MASK: weights, **loss_fn_inputs}
@@ -110,7 +111,7 @@ def label_distribution(
         names = [label.strip() for label in labels]
         answer = str(row["answer"]).strip()
         if answer not in names:
-            raise DataError(message(f"{where}.answer", "not a label", names, repr(answer)))
+            raise DataError(f"{where}.answer", "not a label", expected=names, got=repr(answer))
         probs = [float(name == answer) for name in names]
     else:
         given = row["label_probs"]
@@ -118,10 +119,14 @@ def label_distribution(
         probs = [float(p) for p in given] if listed else []
         if len(probs) != k or not all(p >= 0 for p in probs) or not abs(sum(probs) - 1) < 1e-3:
             rule = f"{k} numbers >= 0 that sum to 1, one per label"
-            raise DataError(message(f"{where}.label_probs", "no distribution", rule, repr(given)))
+            raise DataError(
+                f"{where}.label_probs", "no distribution", expected=rule, got=repr(given)
+            )
     total = math.fsum(probs)
     probs = [(1 - smoothing) * p / total + smoothing / k for p in probs]
     if not zeros and min(probs) == 0:
         rule, mend = "every share above 0", "Pass --smoothing 0.01, or another --divergence."
-        raise DataError(message(where, "KL(model || target) is infinite", rule, probs, mend))
+        raise DataError(
+            where, "KL(model || target) is infinite", expected=rule, got=probs, fix=mend
+        )
     return probs

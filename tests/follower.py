@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from cookbook_core.backend.local import processes
-from cookbook_core.backend.local.scoring import Scorer
+from cookbook_core.backend.local.multiprocess import group
+from cookbook_core.backend.local.scoring.scorer import Scorer
 from cookbook_core.runs import join_processes
 
 FAILS, FAILS_BACKWARD, TOO_LONG = 97, 98, 99
@@ -79,7 +79,7 @@ class Two:
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
     def end(self) -> int:
-        processes.leave()
+        group.leave()
         return self.other.wait(60)
 
 

@@ -25,8 +25,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from cookbook_core import manifest, run_files
-from cookbook_core.runs import RunFlags, read_metrics
+from cookbook_core.runs import RunFlags, read_metrics, run_folder
+from cookbook_core.storage import manifest
 
 ROOT = Path(__file__).parents[1]
 SAVE_EVERY = 3
@@ -72,7 +72,7 @@ def child(recipe: str, steps: int, folder: str, slow: bool) -> None:
     if slow:
         safetensors.torch.save_file = slowed(save_file)
         checkpoints.sync, checkpoints.put_in_place = slowed(sync), slowed(replace)
-        run_files.write_record = slowed(run_files.write_record)
+        run_folder.write_record = slowed(run_folder.write_record)
     module = importlib.import_module(f"recipes.{recipe}")
     config = module.Config(num_steps=steps, log_path=folder, **CONFIGS[recipe])
     module.train(config, RunFlags(save_every=SAVE_EVERY))
@@ -102,14 +102,14 @@ def wait_for(process: subprocess.Popen[str], word: str, count: int) -> bool:
 
 def look(folder: Path) -> tuple[int, int]:
     """The newest checkpoint's step and how many steps were done after it; all is checked."""
-    record = run_files.read_record(folder)
+    record = run_folder.read_record(folder)
     for entry in record["checkpoints"]:
         held = manifest.check(Path(entry["path"]))
         assert held is not None, entry["step"]
         assert int(held["step"]) <= entry["step"]  # less where grpo had nothing to learn from
         for file in Path(entry["path"]).glob("*.safetensors"):
             assert all(tensor.isfinite().all() for tensor in load_file(file).values())
-    entry = run_files.newest(record)
+    entry = run_folder.newest(record)
     step = entry["step"] if entry else 0
     rows = [  # of training: grpo logs no loss where no completion beats another
         row["step"]

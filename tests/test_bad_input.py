@@ -383,7 +383,7 @@ def test_names_the_hub_cannot_be_asked_for_are_quick(tmp_path, monkeypatch, caps
 
     from huggingface_hub import constants
 
-    from cookbook_core.backend.local.model import load_base_model
+    from cookbook_core.backend.local.model.loading import load_base_model
     from cookbook_core.data import load_rows
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -400,7 +400,7 @@ def test_names_the_hub_cannot_be_asked_for_are_quick(tmp_path, monkeypatch, caps
 
 
 def test_a_folder_without_tokenizer(tmp_path):
-    from cookbook_core.backend.local.model import load_tokenizer
+    from cookbook_core.backend.local.model.loading import load_tokenizer
 
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}', encoding="utf-8")
     with pytest.raises(ModelError, match=r"has no tokenizer.*\. Copy tokenizer.json"):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from cookbook_core import cli
-from cookbook_core.script import code_of
+from cookbook_core.commands import cli
+from cookbook_core.runs.script import code_of
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if p.stem != "__init__")
@@ -20,7 +20,7 @@ RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if p.stem != "_
 
 def test_help_needs_no_heavy_import() -> None:
     code = (
-        "import sys\nfrom cookbook_core.cli import main\n"
+        "import sys\nfrom cookbook_core.commands.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'pandas', 'tyro'}\n"
         "main(['list']); print(sorted(heavy & set(sys.modules)))"

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from cookbook_core import cli
-from cookbook_core.backend.arithmetic import NO_ANSWER, core_problems
+from cookbook_core.backend.gradient_probe import NO_ANSWER, core_problems
+from cookbook_core.commands import cli
 from cookbook_core.conformance import CHECKS, CORE, Row, check_service, row_text, summary
 from cookbook_core.tinker import TrainingClient
-from cookbook_core.tinker.types import GetServerCapabilitiesResponse, SupportedModel
+from cookbook_core.types import GetServerCapabilitiesResponse, SupportedModel
 from tests import faulty_services as faulty
 from tests.faulty_services import done
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cookbook_core import clients, tinker
-from cookbook_core.backend.local import attention
-from cookbook_core.backend.local.packing import lay_out
+from cookbook_core.backend.local.scoring import attention
+from cookbook_core.backend.local.scoring.packing import lay_out
 from cookbook_core.tinker import TrainingClient
 from tests.oracles.logprobs import adapter_of, engine_of, randomize, take_gradient
 from tests.test_gradient_parity import squared

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from cookbook_core import cli, datum_from_prompt_completion, run_files
+from cookbook_core import datum_from_prompt_completion
 from cookbook_core.backend.local import checkpoints
 from cookbook_core.clients import final_adapter
+from cookbook_core.commands import cli
+from cookbook_core.commands.export import export
 from cookbook_core.errors import CheckpointError, ConfigError, ModelError
-from cookbook_core.export import export
-from cookbook_core.run_files import find_checkpoint
-from cookbook_core.runs import RunFlags
+from cookbook_core.runs import RunFlags, run_folder
+from cookbook_core.runs.run_folder import find_checkpoint
 from cookbook_core.tinker import ModelInput, SamplingParams, ServiceClient, TrainingClient
 from recipes import sft
 from tests.conftest import make_random_data
@@ -290,7 +291,7 @@ def write_run(path: Path, steps: list[int], best: int | None = None, final: bool
     record = {"checkpoints": entries, "best": None, "values": {}, "finished": final}
     if best is not None:
         record["best"] = {"step": best, "value": 1.0}
-    run_files.write_record(path, record)
+    run_folder.write_record(path, record)
     return path
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cookbook_core.backend.local.fused_lora import fuse
+from cookbook_core.backend.local.model.fused_lora import fuse
 
 
 class Net(torch.nn.Module):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from cookbook_core.backend.local import fused_norm
+from cookbook_core.backend.local.model import fused_norm
 
 
 def norm_of(size: int, *, spread: float = 1.0) -> Qwen3RMSNorm:
@@ -74,7 +74,7 @@ def test_a_norm_that_computes_something_else_is_left_alone() -> None:
 
 @pytest.mark.parametrize("arch", ["qwen3", "llama", "mistral"])
 def test_every_norm_of_these_models_is_fused(model_folder: Callable[..., str], arch: str) -> None:
-    from cookbook_core.backend.local.model import load_base_model
+    from cookbook_core.backend.local.model.loading import load_base_model
 
     loaded = load_base_model(model_folder(arch), device="cpu").model
     plain = AutoModelForCausalLM.from_pretrained(model_folder(arch))

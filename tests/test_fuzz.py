@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -78,13 +77,15 @@ def cases(count: int, **strategies: Any) -> Callable[..., Any]:
 
 
 def attempt(act: Callable[[], Any]) -> Any:
-    """The result of `act`, or REFUSED after an error of ours that says where, expected and got."""
+    """The result of `act`, or REFUSED after an error of ours: where, what, and a rule or a fix."""
     try:
         return act()
     except CookbookError as error:
-        text = str(error)
-        assert re.search(r"(?s)^.*?: .+\. Expected .+, got ", text), f"not our shape: {text!r}"
-        return REFUSED
+        refused = error
+    assert refused.where, str(refused)
+    assert refused.what, str(refused)
+    assert refused.expected or refused.fix, str(refused)
+    return REFUSED
 
 
 def digest(client: Any, folder: Path) -> str:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cookbook_core.backend.local import linear_logprobs
-from cookbook_core.backend.local.linear_logprobs import Head, find_head, target_logprobs
+from cookbook_core.backend.local import scoring
+from cookbook_core.backend.local.scoring.target_logprobs import Head, find_head, target_logprobs
 
 N, DIM, VOCAB = 7, 5, 11
 
@@ -66,9 +66,9 @@ def test_equal_to_log_softmax_value_and_gradient(
 ) -> None:
     """Every head, frozen and trained, in chunks of 1, 3 (7 = 3 + 3 + 1), 7 and all rows; tiles of
     all or part of the vocabulary, the last one smaller."""
-    monkeypatch.setattr(linear_logprobs, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(scoring.target_logprobs, "CHUNK_ELEMENTS", elements)
     tile = {1: (1, 1), 3 * VOCAB: (3, 4), 7 * VOCAB: (100, VOCAB - 1), 1 << 24: (1024, 1024)}
-    monkeypatch.setitem(linear_logprobs.TILE, "cpu", tile[elements])
+    monkeypatch.setitem(scoring.target_logprobs.TILE, "cpu", tile[elements])
     head = make_head(scale, softcap, bias, trained)
     hidden, targets, cotangent = inputs(k)
     wanted = [hidden, *(head.module.parameters() if trained else ())]

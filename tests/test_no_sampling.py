@@ -14,7 +14,7 @@ from recipes import dpo, sft
 @pytest.fixture
 def no_sampling(monkeypatch):
     def refuse(self, *args, **kwargs):
-        raise RequestError("capability disabled")
+        raise RequestError("sample", "capability disabled")
 
     monkeypatch.setattr(tinker.ServiceClient, "create_sampling_client", refuse)
     monkeypatch.setattr(tinker.TrainingClient, "save_weights_and_get_sampling_client", refuse)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from cookbook_core import with_inputs
-from cookbook_core.backend.local import attention, packing
-from cookbook_core.backend.local.packing import Layout, Piece, lay_out, micro_batches
+from cookbook_core.backend.local.scoring import attention, packing
+from cookbook_core.backend.local.scoring.packing import Layout, Piece, lay_out, micro_batches
 from cookbook_core.errors import DatumError
 from cookbook_core.tinker import Datum, ModelInput, ServiceClient, TrainingClient
 from tests.conftest import VOCAB

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from cookbook_core import clients
-from cookbook_core.backend.local import processes
+from cookbook_core.backend.local.multiprocess import group
 from cookbook_core.errors import ProcessError
-from cookbook_core.launch import join_processes
 from cookbook_core.runs import Run, RunFlags, read_metrics
+from cookbook_core.runs.launch import join_processes
 from cookbook_core.tinker import AdamParams, ServiceClient, TrainingClient
 from recipes import dpo as dpo_recipe
 from tests.follower import ROOT, Two
@@ -78,7 +78,7 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_in_one(
             steps(run, make_service(checkpoint_dir=run / "checkpoints"), model, kill)
     finally:
         assert made.end() == -9
-    assert processes.joined() is None
+    assert group.joined() is None
     began: list[int] = []
     ended = steps(run, make_service(checkpoint_dir=run / "checkpoints"), model, began.append)
     assert began == [4, 5]
@@ -92,4 +92,4 @@ def test_one_process_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     join_processes()
-    assert processes.joined() is None
+    assert group.joined() is None

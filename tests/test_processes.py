@@ -14,8 +14,8 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from cookbook_core import weighted_sums
-from cookbook_core.backend.local import processes, shared_engine
-from cookbook_core.backend.local.shares import distinct_tokens, share_out
+from cookbook_core.backend.local.multiprocess import engine, group
+from cookbook_core.backend.local.multiprocess.shares import distinct_tokens, share_out
 from cookbook_core.errors import DatumError, LossError, RequestError
 from cookbook_core.tinker import (
     AdamParams,
@@ -90,13 +90,13 @@ def sides(
         for service, alone in zip(services, (False, True), strict=True):
             with pytest.MonkeyPatch.context() as patch:
                 if alone:
-                    patch.setattr(processes, "_group", None)
+                    patch.setattr(group, "_group", None)
                 created = service.create_lora_training_client(
                     model_folder(arch), rank=4, seed=seed, train_unembed=train_unembed
                 )
                 made.append(created.result(SECONDS))
             randomize(made[-1], seed)
-        kinds = [type(engine_of(client)) is shared_engine.SharedEngine for client in made]
+        kinds = [type(engine_of(client)) is engine.SharedEngine for client in made]
         assert kinds == [True, False]
         return Sides(*made)
 
@@ -219,7 +219,7 @@ def test_a_graph_that_does_not_fit_in_one_process(
 def test_clients_do_not_mix(sides: Connect) -> None:
     """More adapters than the other process keeps copies of, in turns, one of them frozen."""
     data = grouped(2, 2, 18)
-    clients = [sides(seed=seed) for seed in range(shared_engine.COPIES + 2)]
+    clients = [sides(seed=seed) for seed in range(engine.COPIES + 2)]
     for _ in range(2):
         for both in clients:
             both.agree(lambda c: c.forward_backward_custom(data, dpo))
@@ -396,7 +396,7 @@ def test_fewer_than_processes() -> None:
 
 
 def test_distinct_tokens_are_those_laid_out() -> None:
-    from cookbook_core.backend.local.packing import lay_out
+    from cookbook_core.backend.local.scoring.packing import lay_out
 
     lists = sorted(lists_of(grouped(3, 3, 25)))
     common = [

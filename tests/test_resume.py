@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from cookbook_core import run_files, runs
+from cookbook_core import runs
 from cookbook_core.errors import CheckpointError, ConfigError
-from cookbook_core.runs import Run, RunFlags, read_metrics
+from cookbook_core.runs import Run, RunFlags, read_metrics, run_folder
 from cookbook_core.tinker import TrainingClient
 from tests import kill_harness
 from tests.test_runs import Config
@@ -111,7 +111,7 @@ class Client:
         path = self.folder / "checkpoints" / "model-0" / "weights" / name
         path.mkdir(parents=True, exist_ok=overwrite)
         (path / "state").write_text(str(self.state), encoding="utf-8")
-        run_files.manifest.write(path, {})
+        run_folder.manifest.write(path, {})
         return self
 
     def result(self, *_: Any) -> Any:
@@ -282,7 +282,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     process.send_signal(number)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number
-    entry = run_files.newest(run_files.read_record(tmp_path / "run"))
+    entry = run_folder.newest(run_folder.read_record(tmp_path / "run"))
     assert entry is not None
     assert f"stopped at step {entry['step']} of 400, which is saved in" in said
     assert "Give the same command to go on." in said

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cookbook_core.backend.local import room
+from cookbook_core.backend.local.scoring import memory_limits
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.tinker import ServiceClient, TrainingClient
 from tests.oracles.logprobs import adapter_of, assert_close, engine_of, randomize, take_gradient
@@ -36,13 +36,13 @@ def test_gradient_checkpointing_changes_nothing(
     want = gradient(client, data)
     flags = [m.training for m in engine.base.model.modules()]
     calls: list[int] = []
-    checkpoint = room._checkpoint
+    checkpoint = memory_limits._checkpoint
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return checkpoint(*args)
 
-    monkeypatch.setattr(room, "_checkpoint", counted)
+    monkeypatch.setattr(memory_limits, "_checkpoint", counted)
     for mode, limit in (("on", 10**9), ("auto", 20), ("off", 20)):
         monkeypatch.setattr(engine.room, "mode", mode)
         monkeypatch.setattr(engine.room, "one_pass_tokens", limit)

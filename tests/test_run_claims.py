@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from cookbook_core import script
 from cookbook_core.errors import ConfigError
-from cookbook_core.runs import Run, RunFlags
+from cookbook_core.runs import Run, RunFlags, script
 
 RECIPE = '''"""A recipe."""
 

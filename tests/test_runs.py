@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from cookbook_core import tracking
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import ConfigError, DataError, LossError
-from cookbook_core.progress import Progress
-from cookbook_core.runs import Panel, Run, RunFlags, main, parse_config, read_metrics
+from cookbook_core.runs import Panel, Run, RunFlags, main, parse_config, read_metrics, tracking
+from cookbook_core.runs.progress import Progress
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
-            raise ConfigError("Config.num_steps: too few")
+            raise ConfigError("Config.num_steps", "too few")
 
 
 # ---- command line --------------------------------------------------------------------------
@@ -100,8 +99,8 @@ def test_help_whose_reader_has_gone() -> None:
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [
-        (DataError("rows.jsonl:3: broken"), 1, "rows.jsonl:3: broken\n"),
-        (ConfigError("Config.log_path: in use"), 2, "Config.log_path: in use\n"),
+        (DataError("rows.jsonl:3", "broken"), 1, "rows.jsonl:3: broken.\n"),
+        (ConfigError("Config.log_path", "in use"), 2, "Config.log_path: in use.\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (None, 0, ""),
     ],
@@ -317,7 +316,7 @@ def test_the_rate_is_tokens_of_this_process_over_its_wall_time(
 ) -> None:
     """By hand: 3 steps of 300 tokens and an evaluation in 6 s; 10 of 20 steps were done before."""
     now = [100.0]
-    monkeypatch.setattr("cookbook_core.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("cookbook_core.runs.progress.time.perf_counter", lambda: now[0])
     progress = Progress("sft", 20, 10, ["loss"])
     now[0] = 150.0  # the model is loaded meanwhile
     progress.begin()
@@ -341,7 +340,7 @@ def test_metrics_go_to_the_tracker_asked_for(
     tracker = tracking.Tracker(
         lambda step, metrics: sent.append((step, dict(metrics))), lambda: sent.append("closed")
     )
-    monkeypatch.setattr("cookbook_core.runs.open_tracker", lambda kind, *_: (kind, tracker)[1])
+    monkeypatch.setattr("cookbook_core.runs.run.open_tracker", lambda kind, *_: (kind, tracker)[1])
     with make_run(tmp_path, flags=RunFlags(track="trackio")) as run:
         run.log(0, {"loss": 0.5, "kl": math.nan})
     assert sent == [(0, {"loss": 0.5, "kl": None}), "closed"]

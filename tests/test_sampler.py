@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
-from cookbook_core.backend.local.sampler import sample_batch
-from cookbook_core.backend.local.sampling_math import Knobs, draw_tokens, eos_ids, truncate
+from cookbook_core.backend.local.sampling.draw import Knobs, draw_tokens, eos_ids, truncate
+from cookbook_core.backend.local.sampling.sampler import sample_batch
 from cookbook_core.backend.sampling_requests import SampleRequest, check_request
 from cookbook_core.errors import ConfigError, DatumError, ModelError
-from cookbook_core.tinker.types import ModelInput, SamplingParams
+from cookbook_core.types import ModelInput, SamplingParams
 from tests.oracles.logprobs import adapter_of, engine_of, randomize
 
 VOCAB = 100

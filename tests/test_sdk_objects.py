@@ -16,7 +16,8 @@ from cookbook_core.builtin_losses import builtin_loss
 from cookbook_core.clients import add_ref_logprobs, score
 from cookbook_core.custom_loss import forward_backward_two_pass
 from cookbook_core.errors import ConfigError, DatumError, LossError
-from cookbook_core.tinker import foreign, types
+from cookbook_core.tinker import sdk_objects, types
+from cookbook_core.types.model_input import own_input
 
 sdk = pytest.importorskip("tinker")
 
@@ -93,7 +94,7 @@ def test_arrays(given, dtype, expected):
     theirs = given()
     assert (theirs.sparse_crow_indices is not None) == (expected.shape[-1] == 40)
     datum = sdk.Datum(model_input=sdk_input([1, 2, 3]), loss_fn_inputs={"extra": theirs})
-    [own] = foreign.own_data([datum])
+    [own] = sdk_objects.own_data([datum])
     found = own.loss_fn_inputs["extra"]
     assert found.dtype == {"f": "float32", "i": "int64"}[dtype]
     torch.testing.assert_close(found.to_torch(), expected)
@@ -103,11 +104,11 @@ def test_arrays(given, dtype, expected):
 
 def test_our_own_objects_are_not_touched(random_data):
     data = random_data()
-    assert foreign.own_data(data) is data
+    assert sdk_objects.own_data(data) is data
     for params in (types.AdamParams(), types.SamplingParams()):
-        assert foreign.own_params(type(params), params) is params
+        assert sdk_objects.own_params(type(params), params) is params
     prompt = data[0].model_input
-    assert types.own_input(prompt) is prompt
+    assert own_input(prompt) is prompt
 
 
 # ---- custom losses ------------------------------------------------------------------------------

@@ -9,9 +9,8 @@ from typing import Any
 import datasets
 import pytest
 
-from cookbook_core import sources
 from cookbook_core.chat import check_messages
-from cookbook_core.data import load_rows, train_test
+from cookbook_core.data import load_rows, sources, train_test
 from cookbook_core.errors import DataError
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(20)]

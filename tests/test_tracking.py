@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cookbook_core.errors import ConfigError
-from cookbook_core.tracking import open_tracker
+from cookbook_core.runs.tracking import open_tracker
 
 CONFIG = {"beta": 0.1, "verdicts": (" yes", " no"), "name": "größe"}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cookbook_core.backend.local.vocab_logprobs import VocabLogprobs
+from cookbook_core.backend.local.scoring.vocab_logprobs import VocabLogprobs
 from cookbook_core.errors import ConfigError, DatumError, LossError
 from cookbook_core.tinker import Datum, ServiceClient, TrainingClient
 from tests.oracles.logprobs import (

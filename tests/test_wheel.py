@@ -90,10 +90,10 @@ def test_the_wheel_says_what_the_project_files_say(wheel: Path) -> None:
 
 
 def test_the_command_and_a_copied_recipe(run: Command) -> None:
-    listed = run("-m", "cookbook_core.cli", "list")
+    listed = run("-m", "cookbook_core.commands.cli", "list")
     recipes = {p.stem for p in (ROOT / "recipes").glob("*.py")} - {"__init__"}
     assert recipes <= set(listed.stdout.split()), listed.stderr
-    copied = run("-m", "cookbook_core.cli", "new", "dpo", "my_dpo.py")
+    copied = run("-m", "cookbook_core.commands.cli", "new", "dpo", "my_dpo.py")
     assert "python my_dpo.py" in copied.stdout, copied.stderr
 
     flags = "--num_steps 2 --batch_size 4 --test_rows 4 --log_path made/run"
@@ -108,13 +108,13 @@ def test_the_command_and_a_copied_recipe(run: Command) -> None:
     assert 0 < abs(losses[1] - losses[0]) < 0.1
     assert next(made.rglob("adapter_model.safetensors")).stat().st_size > 0
 
-    compared = run("-m", "cookbook_core.cli", "compare", "made/run")
+    compared = run("-m", "cookbook_core.commands.cli", "compare", "made/run")
     assert "| test_accuracy" in compared.stdout, compared.stderr
     assert (trained.folder / "compare.png").exists()
 
 
 def test_a_copied_grpo_finds_the_packaged_scorer(run: Command) -> None:
-    assert run("-m", "cookbook_core.cli", "new", "grpo").returncode == 0
+    assert run("-m", "cookbook_core.commands.cli", "new", "grpo").returncode == 0
     code = (
         "import my_grpo\n"
         "try: my_grpo.bradley_terry_reward(None, my_grpo.Config(reward_model='nowhere'))\n"
@@ -126,7 +126,9 @@ def test_a_copied_grpo_finds_the_packaged_scorer(run: Command) -> None:
 
 
 def test_nothing_comes_from_the_checkout(run: Command) -> None:
-    done = run("-c", "import cookbook_core.cli, cookbook_core.recipes.sft as r; print(r.__file__)")
+    done = run(
+        "-c", "import cookbook_core.commands.cli, cookbook_core.recipes.sft as r; print(r.__file__)"
+    )
     assert Path(done.stdout.strip()).is_relative_to(done.site), done.stderr
     script = done.site / "bin" / "cookbook"
     if os.name == "posix":  # elsewhere it is a program of its own, which would read .pth files

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from cookbook_core.custom_loss import LossFn, LossTypeInput
-from cookbook_core.tinker.types import (
+from cookbook_core.types import (
     AdamParams,
     Datum,
     ForwardBackwardOutput,

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from cookbook_core.datums import check_data, input_problems, shift_tokens
-from cookbook_core.errors import ConfigError, DatumError, is_finite, message, raise_all
-from cookbook_core.tinker.types import Datum, ModelData, ModelInput, SamplingParams
+from cookbook_core.errors import ConfigError, DatumError, is_finite, raise_all
+from cookbook_core.types import Datum, ModelData, ModelInput, SamplingParams
 
 MOST_SAMPLES = 65_536
 """Completions of one prompt in one request: a row of state is kept for each."""
@@ -39,7 +39,7 @@ def check_prompt(prompt: object, where: str) -> list[int]:
     if not isinstance(prompt, ModelInput):
         got = f"{type(prompt).__name__} {prompt!r:.80}"
         mend = "Wrap token ids with ModelInput.from_ints()."
-        raise DatumError(message(f"{where}.prompt", "wrong type", "ModelInput", got, mend))
+        raise DatumError(f"{where}.prompt", "wrong type", expected="ModelInput", got=got, fix=mend)
     return prompt.to_ints()
 
 
@@ -95,35 +95,31 @@ def check_request(
     """
     prompt, params = request.prompt, request.params
     if not prompt:
-        raise DatumError(message(f"{where}.prompt", "is empty", "at least 1 token", "0"))
-    raise_all(DatumError, input_problems(f"{where}.prompt", prompt, vocab_size))
+        raise DatumError(f"{where}.prompt", "is empty", expected="at least 1 token", got="0")
+    raise_all(input_problems(f"{where}.prompt", prompt, vocab_size))
     if not isinstance(params, SamplingParams):
         got = f"{type(params).__name__} {params!r:.80}"
-        raise ConfigError(message(f"{where}.params", "wrong type", "SamplingParams", got))
+        raise ConfigError(f"{where}.params", "wrong type", expected="SamplingParams", got=got)
     problems = [
-        message(f"{where}.{name}", "cannot work", expected, repr(got))
+        ConfigError(f"{where}.{name}", "cannot work", expected=expected, got=repr(got))
         for name, good, expected, got in _parameter_checks(request, vocab_size)
         if not good
     ]
-    raise_all(ConfigError, problems)
+    raise_all(problems)
     if max_context is not None and len(prompt) + (params.max_tokens or 1) > max_context:
         raise ConfigError(
-            message(
-                f"{where}.params.max_tokens",
-                "prompt and completion do not fit the model's context",
-                f"at most {max_context} tokens in all",
-                f"{len(prompt)} (prompt) + {params.max_tokens or 'at least 1'}",
-                "Shorten the prompt or lower max_tokens.",
-            )
+            f"{where}.params.max_tokens",
+            "prompt and completion do not fit the model's context",
+            expected=f"at most {max_context} tokens in all",
+            got=f"{len(prompt)} (prompt) + {params.max_tokens or 'at least 1'}",
+            fix="Shorten the prompt or lower max_tokens.",
         )
     if max_context is None and params.max_tokens is None:
         raise ConfigError(
-            message(
-                f"{where}.params.max_tokens",
-                "nothing bounds the completion",
-                "a number, since this model states no context limit",
-                None,
-            )
+            f"{where}.params.max_tokens",
+            "nothing bounds the completion",
+            expected="a number, since this model states no context limit",
+            got=None,
         )
 
 

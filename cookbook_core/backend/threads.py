@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from functools import cache
 from typing import Any
 
@@ -35,3 +36,16 @@ def release_helpers() -> None:
     count = gomp.omp_get_max_threads()
     gomp.omp_pause_resource_all(1)  # omp_pause_soft; does nothing inside a parallel region
     gomp.omp_set_num_threads(count)
+
+
+_worker = threading.local()
+
+
+def mark_worker_thread() -> None:
+    """Called once by a thread that serves requests: waiting in it can only deadlock."""
+    _worker.active = True
+
+
+def in_worker_thread() -> bool:
+    """Whether this code runs inside a request (a loss function, for instance)."""
+    return getattr(_worker, "active", False)

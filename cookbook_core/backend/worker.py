@@ -11,9 +11,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from cookbook_core.backend.threads import release_helpers
-from cookbook_core.errors import RequestError, message
-from cookbook_core.tinker.futures import in_worker_thread, mark_worker_thread
+from cookbook_core.backend.threads import (
+    in_worker_thread,
+    mark_worker_thread,
+    release_helpers,
+)
+from cookbook_core.errors import RequestError
 
 LINGER_SECONDS = 0.002
 """How long a request that can be grouped waits for another one like it."""
@@ -69,19 +72,17 @@ class Worker:
     def _put(self, job: _Job) -> Future[Any]:
         if in_worker_thread():
             raise RequestError(
-                message(
-                    job.label,
-                    "requests cannot be made from inside a loss function",
-                    "a call outside of it",
-                    "one in the slot of the queue that this request would wait in",
-                    "Make the call first and put its result on the datums with with_inputs().",
-                )
+                job.label,
+                "requests cannot be made from inside a loss function",
+                expected="a call outside of it",
+                got="one in the slot of the queue that this request would wait in",
+                fix="Make the call first and put its result on the datums with with_inputs().",
             )
         release_helpers()  # of the caller, who is about to wait
         with self._changed:
             if self._closed:
                 what = "this client has been closed"
-                raise RequestError(message(job.label, what, "an open one", "a closed one"))
+                raise RequestError(job.label, what, expected="an open one", got="a closed one")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
                 self._thread.start()
@@ -119,14 +120,12 @@ def refuse_after_failure(requests: Sequence[Future[Any]]) -> None:
     errors = [e for f in requests if not f.cancelled() and (e := f.exception())]
     if errors:
         raise RequestError(
-            message(
-                "optim_step",
-                "a forward_backward before it failed, and nobody had read its result",
-                "no failure since the last step",
-                errors[0],
-                "Nothing was stepped; accumulated gradients are kept. Read the failed future's "
-                ".result(), then decide.",
-            )
+            "optim_step",
+            "a forward_backward before it failed, and nobody had read its result",
+            expected="no failure since the last step",
+            got=errors[0],
+            fix="Nothing was stepped; accumulated gradients are kept. Read the failed future's "
+            ".result(), then decide.",
         ) from errors[0]
 
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from cookbook_core.backend.arithmetic import NO_ANSWER, PATIENCE, CannotBeRead, said
+from cookbook_core.backend.gradient_probe import NO_ANSWER, PATIENCE, CannotBeRead, said
 from cookbook_core.conformance import gradients, requests, sampling
 from cookbook_core.conformance.report import Outcome, Row, row_text, summary
 from cookbook_core.conformance.subject import NotOffered, Subject, logprobs

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cookbook_core.backend.arithmetic import (
+from cookbook_core.backend.gradient_probe import (
     NO_ANSWER,
     SAME_PATH,
     CannotBeRead,

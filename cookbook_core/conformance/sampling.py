@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cookbook_core.backend.arithmetic import SAME_PATH, CannotBeRead, difference, said
+from cookbook_core.backend.gradient_probe import SAME_PATH, CannotBeRead, difference, said
 from cookbook_core.conformance.report import Outcome, passes
 from cookbook_core.conformance.subject import (
     RATE,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cookbook_core.backend.arithmetic import (
+from cookbook_core.backend.gradient_probe import (
     LOSS,
     GradientReader,
     Reading,

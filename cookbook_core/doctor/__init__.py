@@ -21,7 +21,7 @@ from cookbook_core.doctor.case import Case, make_case
 from cookbook_core.doctor.examples import example_data
 from cookbook_core.doctor.report import Finding, Report, from_error
 from cookbook_core.errors import CookbookError, DatumError
-from cookbook_core.tinker.types import Datum
+from cookbook_core.types import Datum
 
 __all__ = ["Finding", "Report", "examine"]
 
@@ -84,8 +84,8 @@ def examine(
     try:
         check_data(data, vocab_size=2**62, needs=needs)
     except DatumError as error:
-        lines = str(error).splitlines()
-        return Report(subject, tuple(from_error("data", "data", line) for line in lines))
+        listed = [error, *error.others]
+        return Report(subject, tuple(from_error("data", "data", each) for each in listed))
     case = make_case(loss_fn, data, logprobs, form, seed)
     findings = _ask(case, checks.mutates, set())
     for check in FIRST:
@@ -112,7 +112,7 @@ def _ask(case: Case, check: Callable[[Case], list[Finding]], known: set[str]) ->
     try:
         return check(case)
     except CookbookError as error:
-        if "finite" in known and "not finite" in str(error):
+        if "finite" in known and "not finite" in error.what:
             return []
         name = {"where_gradient_falls": "weights"}.get(check.__name__, check.__name__)
         return [from_error(name, case.where, error)]

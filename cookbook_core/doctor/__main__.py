@@ -23,7 +23,7 @@ from typing import Any
 from cookbook_core.custom_loss import LossFn, name_of
 from cookbook_core.doctor import examine
 from cookbook_core.doctor.report import Finding
-from cookbook_core.errors import ConfigError, CookbookError, message, nearest
+from cookbook_core.errors import ConfigError, CookbookError, nearest
 
 
 def load(target: str) -> tuple[LossFn, ModuleType]:
@@ -42,13 +42,15 @@ def load(target: str) -> tuple[LossFn, ModuleType]:
     except (Exception, SystemExit) as error:
         what, got = "cannot be imported", f"{type(error).__name__}: {error}"
         mend = "The loss goes by file.py:name or package.module:name."
-        raise ConfigError(message(place, what, "a Python file or module", got, mend)) from error
+        raise ConfigError(
+            place, what, expected="a Python file or module", got=got, fix=mend
+        ) from error
     own = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__]
     losses = [k for k in own if k.endswith("_loss")]
     if not name and len(losses) == 1:
         name = losses[0]
     if not callable(getattr(module, name, None)):
-        raise ConfigError(f"{place}: no loss {name!r} there. {nearest(name, losses or own)}")
+        raise ConfigError(place, f"no loss {name!r} there", fix=nearest(name, losses or own))
     return getattr(module, name), module
 
 
@@ -78,13 +80,11 @@ def bind(loss_fn: LossFn, module: ModuleType, flags: Mapping[str, Any]) -> tuple
     for flag in flags:
         if flag not in known | {p.name for p in asked}:
             names = nearest(flag, known | {p.name for p in asked}) if known or asked else ""
-            raise ConfigError(
-                f"--{flag}: {name_of(loss_fn)} has no such argument. {names}".rstrip()
-            )
+            raise ConfigError(f"--{flag}", f"{name_of(loss_fn)} has no such argument", fix=names)
     try:
         config = config_class(**{k: v for k, v in flags.items() if k in known}) if known else None
     except TypeError as error:
-        raise ConfigError(f"Config: {error}") from error
+        raise ConfigError("Config", str(error)) from error
     bound: dict[str, Any] = {}
     for p in asked:
         if p.name in flags:
@@ -98,7 +98,7 @@ def bind(loss_fn: LossFn, module: ModuleType, flags: Mapping[str, Any]) -> tuple
         elif p.default is p.empty:
             where, mend = f"{name_of(loss_fn)}({p.name})", f"Pass --{p.name} VALUE."
             rule = f"a flag, or {p.name} in the file's Config"
-            raise ConfigError(message(where, "no value for it", rule, "neither", mend))
+            raise ConfigError(where, "no value for it", expected=rule, got="neither", fix=mend)
     return (functools.partial(loss_fn, **bound) if bound else loss_fn), config
 
 
@@ -113,7 +113,7 @@ def parse_flags(words: Sequence[str]) -> dict[str, Any]:
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
         if not flag.startswith("--") or not (equals or rest):
-            raise ConfigError(message(flag, "not understood", "--name value", " ".join(words)))
+            raise ConfigError(flag, "not understood", expected="--name value", got=" ".join(words))
         value = value if equals else rest.pop(0)
         try:
             flags[flag[2:].replace("-", "_")] = ast.literal_eval(value)

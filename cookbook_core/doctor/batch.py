@@ -11,7 +11,7 @@ from cookbook_core.doctor.case import Case, per_token, role_of, take_rows
 from cookbook_core.doctor.checks import PER_TOKEN, several
 from cookbook_core.doctor.report import Finding, defect
 from cookbook_core.errors import CookbookError
-from cookbook_core.tinker.types import TensorData
+from cookbook_core.types import TensorData
 
 # ---- where gradient falls ------------------------------------------------------------------------
 

@@ -18,8 +18,8 @@ import numpy as np
 from cookbook_core.custom_loss import LossFn, LossResult, LossTypeInput, differentiate, name_of
 from cookbook_core.datums import SCORE_MASK, with_inputs
 from cookbook_core.doctor.watch import watch_class
-from cookbook_core.errors import ConfigError, CookbookError, message
-from cookbook_core.tinker.types import Datum, ModelInput, TensorData
+from cookbook_core.errors import ConfigError, CookbookError
+from cookbook_core.types import Datum, ModelInput, TensorData
 
 if TYPE_CHECKING:
     import torch
@@ -233,7 +233,9 @@ def draw_logprobs(data: Sequence[Datum], form: LossTypeInput, seed: int) -> list
     cells = vocab * sum(datum.model_input.length for datum in data)
     if form == "vocab_logprobs" and cells > MAX_CELLS:
         rule, mend = f"at most {MAX_CELLS} logprobs", "Examine fewer or shorter datums."
-        raise ConfigError(message("data", "too large a table of logprobs", rule, cells, mend))
+        raise ConfigError(
+            "data", "too large a table of logprobs", expected=rule, got=cells, fix=mend
+        )
     drawn = []
     for datum in data:
         n, targets = datum.model_input.length, datum.loss_fn_inputs.get("target_tokens")

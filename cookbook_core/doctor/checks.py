@@ -50,7 +50,7 @@ def returns(case: Case) -> list[Finding]:
         merge_metrics(result, {})
     except CookbookError as error:
         kinds = {"finite": "not finite", "gradient": "detached|no gradient can be|uses no datum"}
-        named = (k for k, words in kinds.items() if re.search(words, str(error)))
+        named = (k for k, words in kinds.items() if re.search(words, error.what))
         return [from_error(next(named, "returns"), case.where, error)]
     words = f"a 0-d loss ({result.loss:.4g}) and {len(result.metrics)} metric(s)"
     lost = [name for name, value in result.metrics.items() if not math.isfinite(value)]
@@ -244,7 +244,7 @@ def finite(case: Case) -> list[Finding]:
         try:
             case.run(data, logprobs)
         except CookbookError as error:
-            if "not finite" in str(error):
+            if "not finite" in error.what:
                 one = from_error("finite", case.where, error)
                 what = f"{one.what} {spot}"
                 return [defect("finite", one.where, what, one.expected, one.got, mend)]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from cookbook_core.errors import message
+from cookbook_core.errors import CookbookError
 
 Status = Literal["ok", "note", "defect"]
-
-_SHAPE = re.compile(r"(.+?): (.+?)\. Expected (.+), got (.+?)\.(?:\s+(.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,8 @@ class Finding:
     def __str__(self) -> str:
         text = self.what
         if self.expected:
-            text = message(self.where, self.what, self.expected, self.got, self.mend)
+            slots = {"expected": self.expected, "got": self.got, "fix": self.mend}
+            text = str(CookbookError(self.where, self.what, **slots))
         elif self.where or self.mend:
             text = f"{self.where}: {self.what}. {self.mend}".rstrip().removeprefix(": ")
         head = f"{self.status:<7} {self.check:<14}"
@@ -50,11 +48,10 @@ def defect(
 
 def from_error(check: str, where: str, error: Exception | str) -> Finding:
     """Read an error of this package, which says where, expected and got, as a defect."""
-    text = re.sub(r" Nothing was accumulated;.*", "", str(error))
-    if found := _SHAPE.fullmatch(text.split("\n")[0]):
-        at, what, expected, got, mend = found.groups()
-        return Finding(check, "defect", what, at, expected, got, mend or "")
-    return Finding(check, "defect", text.removeprefix(f"{where}: ").rstrip("."), where)
+    if isinstance(error, CookbookError):
+        fix = "" if error.fix.startswith("Nothing was accumulated") else error.fix
+        return Finding(check, "defect", error.what, error.where, error.expected, error.got, fix)
+    return Finding(check, "defect", str(error).rstrip("."), where)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from cookbook_core.tinker.futures import APIFuture
 from cookbook_core.tinker.sampling import SamplingClient
 from cookbook_core.tinker.service import ServiceClient
 from cookbook_core.tinker.training import TrainingClient
-from cookbook_core.tinker.types import (
+from cookbook_core.types import (
     AdamOptimizerConfig,
     AdamParams,
     Datum,

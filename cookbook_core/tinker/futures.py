@@ -10,22 +10,11 @@ from collections.abc import Generator
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
-from cookbook_core.errors import RequestError, message
+from cookbook_core.backend.threads import in_worker_thread
+from cookbook_core.errors import RequestError
 
 T = TypeVar("T")
 logger = logging.getLogger("cookbook_core")
-
-_worker = threading.local()
-
-
-def mark_worker_thread() -> None:
-    """Called once by a thread that serves requests: waiting in it can only deadlock."""
-    _worker.active = True
-
-
-def in_worker_thread() -> bool:
-    """Whether this code runs inside a request (a loss function, for instance)."""
-    return getattr(_worker, "active", False)
 
 
 class Outcome:
@@ -127,14 +116,12 @@ class APIFuture(Generic[T]):
     def _refuse_to_wait_for_itself(self) -> None:
         if in_worker_thread() and not self._future.done():
             raise RequestError(
-                message(
-                    f"{self.outcome.label}.result()",
-                    "waiting inside a loss function would wait for itself",
-                    "a result that is there, since requests run one after another",
-                    "one that has yet to run",
-                    "Compute what the loss needs before the call and put it on the datums "
-                    "(with_inputs).",
-                )
+                f"{self.outcome.label}.result()",
+                "waiting inside a loss function would wait for itself",
+                expected="a result that is there, since requests run one after another",
+                got="one that has yet to run",
+                fix="Compute what the loss needs before the call and put it on the datums "
+                "(with_inputs).",
             )
 
     def future(self) -> Future[T]:

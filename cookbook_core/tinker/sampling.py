@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from cookbook_core.backend.interface import SamplingBackend
-from cookbook_core.errors import ConfigError, message
-from cookbook_core.tinker.foreign import own_params
+from cookbook_core.errors import ConfigError
 from cookbook_core.tinker.futures import APIFuture
-from cookbook_core.tinker.model_input import own_input
-from cookbook_core.tinker.types import ModelInput, SampleResponse, SamplingParams, TensorData
+from cookbook_core.tinker.sdk_objects import own_params
+from cookbook_core.types import ModelInput, SampleResponse, SamplingParams, TensorData
+from cookbook_core.types.model_input import own_input
 
 
 class SamplingClient:
@@ -57,7 +57,7 @@ class SamplingClient:
         ):
             if type(value) is not type(default) or value != default:
                 raise ConfigError(
-                    message(name, "not offered by this backend", "its default", repr(value))
+                    name, "not offered by this backend", expected="its default", got=repr(value)
                 )
         prompt, params = own_input(prompt), own_params(SamplingParams, sampling_params)
         return APIFuture(
@@ -77,12 +77,10 @@ class SamplingClient:
         """
         if prompt_logprobs_last_n is not None:
             raise ConfigError(
-                message(
-                    "prompt_logprobs_last_n",
-                    "not offered by this backend",
-                    None,
-                    prompt_logprobs_last_n,
-                )
+                "prompt_logprobs_last_n",
+                "not offered by this backend",
+                expected=None,
+                got=prompt_logprobs_last_n,
             )
         return APIFuture(self._backend.compute_logprobs(own_input(prompt)), "compute_logprobs")
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cookbook_core.backend.interface import Backend
-from cookbook_core.errors import CheckpointError, ConfigError, message
-from cookbook_core.paths import usable_path
-from cookbook_core.tinker.foreign import check_optimizer
+from cookbook_core.errors import CheckpointError, ConfigError
+from cookbook_core.storage.paths import usable_path
 from cookbook_core.tinker.futures import APIFuture, ClientFuture, mapped
 from cookbook_core.tinker.sampling import SamplingClient
+from cookbook_core.tinker.sdk_objects import check_optimizer
 from cookbook_core.tinker.training import TrainingClient
-from cookbook_core.tinker.types import (
+from cookbook_core.types import (
     AdamOptimizerConfig,
     GetServerCapabilitiesResponse,
     LoraConfig,
@@ -157,7 +157,10 @@ class ServiceClient:
         del retry_config, record_stability_info
         if model_path is None and base_model is None:
             raise ConfigError(
-                message("create_sampling_client", "nothing named", "model_path or base_model", None)
+                "create_sampling_client",
+                "nothing named",
+                expected="model_path or base_model",
+                got=None,
             )
         created = self._backend_of(model_path, base_model).create_sampler(model_path)
         return ClientFuture(mapped(created, SamplingClient), "create_sampling_client")
@@ -201,7 +204,7 @@ class ServiceClient:
             ConfigError: always; a ValueError, which callers of the SDK's are prepared for.
         """
         what, rule = "there is no service to ask", "a folder of checkpoints, read as files"
-        raise ConfigError(message("create_rest_client", what, rule, "a call"))
+        raise ConfigError("create_rest_client", what, expected=rule, got="a call")
 
     # ---- async names: each awaits to the client itself -------------------------------------------
 
@@ -281,13 +284,16 @@ class ServiceClient:
 
     def _backend(self, base_model: str) -> Backend:
         """The backend for a base model, made once; torch and transformers are imported here."""
-        from cookbook_core.backend.local.engine import LocalBackend
-        from cookbook_core.backend.local.model import resolve_model
+        from cookbook_core.backend.local.backend import LocalBackend
+        from cookbook_core.backend.local.model.loading import resolve_model
         from cookbook_core.backend.local.model_ids import ModelIds
 
         if not isinstance(base_model, str) or not base_model:
             raise ConfigError(
-                message("base_model", "missing", 'a folder, a hub name or "tiny"', repr(base_model))
+                "base_model",
+                "missing",
+                expected='a folder, a hub name or "tiny"',
+                got=repr(base_model),
             )
         if self._service is not None:
             return self._remote(base_model)

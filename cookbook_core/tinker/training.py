@@ -11,11 +11,11 @@ from cookbook_core.backend.interface import TrainingBackend
 from cookbook_core.builtin_losses import builtin_loss, needed_inputs
 from cookbook_core.custom_loss import LossFn, LossTypeInput, check_loss
 from cookbook_core.datums import check_data, score_where_weighted
-from cookbook_core.errors import ConfigError, check_choice, message
-from cookbook_core.tinker.foreign import loss_on, own_data, own_params
+from cookbook_core.errors import ConfigError, check_choice
 from cookbook_core.tinker.futures import APIFuture, ClientFuture, Outcome, mapped
 from cookbook_core.tinker.sampling import SamplingClient
-from cookbook_core.tinker.types import (
+from cookbook_core.tinker.sdk_objects import loss_on, own_data, own_params
+from cookbook_core.types import (
     AdamParams,
     Datum,
     ForwardBackwardOutput,
@@ -125,11 +125,11 @@ class TrainingClient:
             ConfigError: at once. RequestError: from the future.
         """
         if optim_params is not None and adam_params is not None:
-            raise ConfigError(message("optim_step", "given twice", "one AdamParams", "two"))
+            raise ConfigError("optim_step", "given twice", expected="one AdamParams", got="two")
         params = own_params(AdamParams, optim_params if optim_params is not None else adam_params)
         if not isinstance(params, AdamParams):
             raise ConfigError(
-                message("optim_params", "wrong type", "AdamParams", type(params).__name__)
+                "optim_params", "wrong type", expected="AdamParams", got=type(params).__name__
             )
         unread = [o for o in self._gradients if not o.read]
         step = self._backend.optim_step(params, [o.future for o in unread])

@@ -17,21 +17,10 @@ import torch
 from cookbook_core import clients, datum_from_prompt_completion, runs, tinker, with_inputs
 from cookbook_core.backend.remote import backend, connection, training
 from cookbook_core.builtin_losses import builtin_loss
-from cookbook_core.conformance.requests import (
-    nan_weight,
-    no_targets,
-    refuses,
-    short_weights,
-)
+from cookbook_core.conformance.requests import nan_weight, no_targets, refuses, short_weights
 from cookbook_core.conformance.subject import Subject
 from cookbook_core.custom_loss import forward_backward_two_pass
-from cookbook_core.errors import (
-    CheckpointError,
-    ConfigError,
-    DatumError,
-    LossError,
-    RequestError,
-)
+from cookbook_core.errors import CheckpointError, ConfigError, DatumError, LossError, RequestError
 from cookbook_core.runs import RunFlags, read_metrics
 from recipes.dpo import dpo_loss
 from recipes.sft import sft_loss
@@ -572,7 +561,7 @@ def test_the_recipes_run_unchanged_and_go_on(name, tmp_path, core, monkeypatch):
             raise KeyboardInterrupt
         return optim_step(self, params)
 
-    monkeypatch.setattr(runs, "draw_panels", lambda *_: "plot.png")  # takes seconds
+    monkeypatch.setattr(runs.run, "draw_panels", lambda *_: "plot.png")  # takes seconds
     with Fake(str(TINY), tmp_path / "served", name="tiny", context=512) as fake:
         flags = RunFlags(save_every=1, keep_last=1, base_url=fake.url)
         if goes_on:

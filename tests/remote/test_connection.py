@@ -11,7 +11,7 @@ import pytest
 
 from cookbook_core.backend.remote import backend, connection, convert
 from cookbook_core.errors import ConfigError, RequestError
-from cookbook_core.run_files import newest, sweep
+from cookbook_core.runs.run_folder import newest, sweep
 from cookbook_core.tinker import Datum, ModelInput, ServiceClient, TensorData
 
 

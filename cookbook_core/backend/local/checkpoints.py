@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from cookbook_core import manifest
-from cookbook_core.backend.local.adapters import Adapter, AdapterBank, plain_config
-from cookbook_core.backend.local.model import BaseModel
-from cookbook_core.errors import CheckpointError, message
+from cookbook_core.backend.local.model.adapters import Adapter, AdapterBank, plain_config
+from cookbook_core.backend.local.model.loading import BaseModel
+from cookbook_core.errors import CheckpointError
+from cookbook_core.storage import manifest
 
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -68,12 +68,10 @@ def check_name(name: str) -> str:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise CheckpointError(
-            message(
-                "name",
-                "not usable as a checkpoint name",
-                "1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit",
-                repr(name)[:80],
-            )
+            "name",
+            "not usable as a checkpoint name",
+            expected="1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit",
+            got=repr(name)[:80],
         )
     return name
 
@@ -111,7 +109,7 @@ def write(
         json.dumps(state)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            message("user_metadata", "cannot be written as JSON", "text by name", error)
+            "user_metadata", "cannot be written as JSON", expected="text by name", got=error
         ) from error
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +127,7 @@ def write(
                     return folder
                 got, mend = folder.name, "Or pass overwrite=True."
                 raise CheckpointError(
-                    message(str(folder), "already exists", "a new name", got, mend)
+                    str(folder), "already exists", expected="a new name", got=got, fix=mend
                 )
             sync(temporary)
             put_in_place(temporary, folder)
@@ -137,7 +135,7 @@ def write(
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # the second where the disk is full
         raise CheckpointError(
-            message(str(folder), "cannot be written", "a writable folder", error)
+            str(folder), "cannot be written", expected="a writable folder", got=error
         ) from error
     return folder
 
@@ -156,25 +154,23 @@ def read(path: str | Path, *, with_optimizer: bool = False) -> Checkpoint:
     folder = Path(path)
     if not (folder / "adapter_config.json").is_file():
         raise CheckpointError(
-            message(str(path), "not a checkpoint", "a folder with adapter_config.json", "none")
+            str(path), "not a checkpoint", expected="a folder with adapter_config.json", got="none"
         )
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir()))
         raise CheckpointError(
-            message(
-                str(path),
-                "has no safetensors weights; pickled ones are never opened",
-                "adapter_model.safetensors",
-                found,
-            )
+            str(path),
+            "has no safetensors weights; pickled ones are never opened",
+            expected="adapter_model.safetensors",
+            got=found,
         )
     held = manifest.check(folder) or {}
     try:
         config: Any = peft.PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, peft.LoraConfig):
             raise CheckpointError(
-                message(f"{path}: peft_type", "not a LoRA", "LORA", config.peft_type)
+                f"{path}: peft_type", "not a LoRA", expected="LORA", got=config.peft_type
             )
         tensors = load_file(weights)
         moments, step = _read_optimizer(folder) if with_optimizer else (None, 0)
@@ -182,23 +178,21 @@ def read(path: str | Path, *, with_optimizer: bool = False) -> Checkpoint:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            message(str(path), "cannot be read", "an intact LoRA folder", error)
+            str(path), "cannot be read", expected="an intact LoRA folder", got=error
         ) from error
     for key, plain in _UNSUPPORTED.items():
         if getattr(config, key, plain) not in (plain, False, None):
             raise CheckpointError(
-                message(f"{path}: {key}", "not supported", plain, getattr(config, key))
+                f"{path}: {key}", "not supported", expected=plain, got=getattr(config, key)
             )
     start = getattr(config, "init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise CheckpointError(
-            message(
-                f"{path}: init_lora_weights",
-                "belongs to a changed base model",
-                "an adapter for the base model as it is",
-                repr(start),
-                "Convert it with peft's path_initial_model_for_weight_conversion.",
-            )
+            f"{path}: init_lora_weights",
+            "belongs to a changed base model",
+            expected="an adapter for the base model as it is",
+            got=repr(start),
+            fix="Convert it with peft's path_initial_model_for_weight_conversion.",
         )
     config.init_lora_weights = True  # every value is overwritten; nothing is to be computed
     config.inference_mode = False
@@ -230,7 +224,7 @@ def check_base(checkpoint: Checkpoint, base: BaseModel) -> None:
 
         where = f"{checkpoint.path}: base model"
         raise CheckpointError(
-            message(where, "not the one it was trained on", say(there), say(here))
+            where, "not the one it was trained on", expected=say(there), got=say(here)
         )
 
 
@@ -247,26 +241,22 @@ def restore(adapter: Adapter, checkpoint: Checkpoint) -> None:
     for key in ("r", "lora_alpha", "use_rslora", "alpha_pattern"):
         if (getattr(ours, key) or None) != (getattr(theirs, key) or None):
             raise CheckpointError(
-                message(
-                    f"{checkpoint.path}: {key}",
-                    "differs from this client's adapter",
-                    getattr(ours, key),
-                    getattr(theirs, key),
-                    "Make a client for it: service.create_training_client_from_state(path).",
-                )
+                f"{checkpoint.path}: {key}",
+                "differs from this client's adapter",
+                expected=getattr(ours, key),
+                got=getattr(theirs, key),
+                fix="Make a client for it: service.create_training_client_from_state(path).",
             )
     wanted = {k: tuple(p.shape) for k, p in adapter.named().items()}
     found = {k: tuple(t.shape) for k, t in checkpoint.tensors.items()}
     if wanted != found:
         odd = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
         raise CheckpointError(
-            message(
-                f"{checkpoint.path}: {odd[0]}",
-                f"does not fit this model and adapter ({len(odd)} of {len(wanted)} tensors differ)",
-                wanted.get(odd[0], "no such tensor"),
-                found.get(odd[0], "no such tensor"),
-                "Was it made for another base model, or with other train_attn/mlp/unembed?",
-            )
+            f"{checkpoint.path}: {odd[0]}",
+            f"does not fit this model and adapter ({len(odd)} of {len(wanted)} tensors differ)",
+            expected=wanted.get(odd[0], "no such tensor"),
+            got=found.get(odd[0], "no such tensor"),
+            fix="Was it made for another base model, or with other train_attn/mlp/unembed?",
         )
     if checkpoint.moments:
         kinds = ("exp_avg", "exp_avg_sq")
@@ -275,12 +265,10 @@ def restore(adapter: Adapter, checkpoint: Checkpoint) -> None:
         if wanted != found:
             odd = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
             raise CheckpointError(
-                message(
-                    f"{checkpoint.path}/optimizer.safetensors: {odd[0]}",
-                    "does not fit the weights beside it",
-                    wanted.get(odd[0], "no such tensor"),
-                    found.get(odd[0], "no such tensor"),
-                )
+                f"{checkpoint.path}/optimizer.safetensors: {odd[0]}",
+                "does not fit the weights beside it",
+                expected=wanted.get(odd[0], "no such tensor"),
+                got=found.get(odd[0], "no such tensor"),
             )
     for key, p in zip(adapter.slot.params, adapter.params, strict=True):
         p.data.copy_(checkpoint.tensors[key])
@@ -315,13 +303,11 @@ def _read_optimizer(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
 
     if not (folder / "optimizer.safetensors").is_file():
         raise CheckpointError(
-            message(
-                str(folder),
-                "holds no optimizer state",
-                "optimizer.safetensors (as save_state writes)",
-                "none",
-                "Load the weights alone: load_state / create_training_client_from_state.",
-            )
+            str(folder),
+            "holds no optimizer state",
+            expected="optimizer.safetensors (as save_state writes)",
+            got="none",
+            fix="Load the weights alone: load_state / create_training_client_from_state.",
         )
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return load_file(folder / "optimizer.safetensors"), int(state["step"])
@@ -388,10 +374,10 @@ def base_model_of(path: str | Path) -> str:
         name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            message(str(path), "not a checkpoint", "a folder with adapter_config.json", error)
+            str(path), "not a checkpoint", expected="a folder with adapter_config.json", got=error
         ) from error
     if not name:
         raise CheckpointError(
-            message(str(file), "names no base model", "base_model_name_or_path", None)
+            str(file), "names no base model", expected="base_model_name_or_path", got=None
         )
     return name

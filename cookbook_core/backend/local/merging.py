@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from cookbook_core.backend.local.checkpoints import Checkpoint, check_base
-from cookbook_core.backend.local.model import load_base_model
-from cookbook_core.errors import CheckpointError, ModelError, message
+from cookbook_core.backend.local.model.loading import load_base_model
+from cookbook_core.errors import CheckpointError, ModelError
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -36,7 +36,7 @@ def merge(checkpoint: Checkpoint, base_model: str, dtype: str | None) -> tuple[A
     config = AutoConfig.from_pretrained(base_model)
     if getattr(config, "quantization_config", None):
         what = "is quantized, and nothing exact can be merged into it"
-        raise ModelError(message(base_model, what, "the model it was quantized from", "this"))
+        raise ModelError(base_model, what, expected="the model it was quantized from", got="this")
     own = config.dtype or torch.float32
     working = "float64" if own == torch.float64 else "float32"
     base = load_base_model(base_model, "cpu", working)
@@ -54,14 +54,14 @@ def merge(checkpoint: Checkpoint, base_model: str, dtype: str | None) -> tuple[A
             model = wrapped.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            message(str(checkpoint.path), "does not fit the base model", base_model, error)
+            str(checkpoint.path), "does not fit the base model", expected=base_model, got=error
         ) from error
     model.to(_DTYPES[dtype] if dtype else own)
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             mend = "Give --dtype bfloat16 or float32."
             got = f"infinity in {name}"
-            raise ModelError(message("--dtype", "too narrow a range", "finite", got, mend))
+            raise ModelError("--dtype", "too narrow a range", expected="finite", got=got, fix=mend)
     return model, untied
 
 

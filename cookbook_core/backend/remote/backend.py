@@ -19,8 +19,8 @@ from cookbook_core.backend.remote.connection import Connection, settle, unknown_
 from cookbook_core.backend.remote.sampler import RemoteSampler
 from cookbook_core.backend.remote.training import CUSTOM, RemoteTraining
 from cookbook_core.backend.worker import Worker
-from cookbook_core.errors import RequestError, message
-from cookbook_core.tinker.types import LoraConfig, ModelData
+from cookbook_core.errors import RequestError
+from cookbook_core.types import LoraConfig, ModelData
 
 
 class RemoteBackend:
@@ -94,7 +94,7 @@ class RemoteBackend:
     def tokenizer(self) -> Any:
         """The base model's tokenizer, from a local folder or by its name on the hub."""
         if self._tokenizer is None:
-            from cookbook_core.backend.local.model import load_tokenizer
+            from cookbook_core.backend.local.model.loading import load_tokenizer
 
             data = self.model()
             self._tokenizer = load_tokenizer(data.tokenizer_id or data.model_name or "")
@@ -123,10 +123,12 @@ class RemoteBackend:
                     verdicts[name] = pool.submit(self._scratch_problems).result()
             except Exception as error:
                 what = "the service's arithmetic could not be checked"
-                raise RequestError(message(where, what, "an answer", error, mend)) from error
+                raise RequestError(
+                    where, what, expected="an answer", got=error, fix=mend
+                ) from error
         if verdicts[name]:
             found = "\n- ".join(["", *verdicts[name]])
-            raise RequestError(f"{where}: the service would train it wrongly.{found}\n{mend}")
+            raise RequestError(where, f"the service would train it wrongly.{found}\n", fix=mend)
 
     def _scratch_problems(self) -> list[str]:
         scratch = RemoteBackend(self.connection, self.base_model, trusted=True)
@@ -175,7 +177,7 @@ def describe_model(base_model: str | None, offered: Sequence[Any]) -> ModelData:
     """
     if base_model is None:
         return ModelData()
-    from cookbook_core.backend.local.model import TINY_MODEL, resolve_model
+    from cookbook_core.backend.local.model.loading import TINY_MODEL, resolve_model
 
     names = [m.model_name for m in offered if m.model_name]
     tiny = base_model == TINY_MODEL
@@ -206,6 +208,6 @@ def _sizes(source: str) -> tuple[int | None, int | None]:
 
 
 def _core_problems(make_training: Callable[[], TrainingBackend]) -> list[str]:
-    from cookbook_core.backend.arithmetic import core_problems
+    from cookbook_core.backend.gradient_probe import core_problems
 
     return core_problems(make_training)

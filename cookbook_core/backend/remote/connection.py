@@ -22,7 +22,7 @@ from concurrent.futures import CancelledError, Future, InvalidStateError
 from importlib import metadata
 from typing import Any
 
-from cookbook_core.errors import ConfigError, CookbookError, RequestError, message, nearest
+from cookbook_core.errors import ConfigError, CookbookError, RequestError, nearest
 
 OLDEST_SDK = (0, 25)
 HOSTED = ("thinkingmachines.dev", "thinkingmachines.ai")
@@ -139,8 +139,10 @@ class Connection:
                 if waited > WAIT_SECONDS:
                     what = f"no answer within {WAIT_SECONDS:g} s"
                     mend = "Look at the service's log; go on from the last checkpoint."
-                    error = message(f"{p.label} at {self.url}", what, "an answer", "none", mend)
-                    settle(p.future, error=RequestError(error))
+                    error = RequestError(
+                        f"{p.label} at {self.url}", what, expected="an answer", got="none", fix=mend
+                    )
+                    settle(p.future, error=error)
                 elif waited > SAY_SECONDS * (p.said + 1):
                     p.said += 1
                     log.warning(
@@ -163,7 +165,7 @@ class Connection:
             mend = _UNKNOWN_FORM
         elif mend == "" and isinstance(error, (TypeError, AttributeError)):
             mend = f"The tinker SDK installed here is {sdk_version()}; another may know this."
-        ours = RequestError(message(f"{label} at {self.url}", text, "success", got, mend))
+        ours = RequestError(f"{label} at {self.url}", text, expected="success", got=got, fix=mend)
         ours.__cause__ = error
         return ours
 
@@ -208,7 +210,11 @@ def unknown_model(base_model: str, names: list[str]) -> ConfigError:
     """The error for a base model the service does not have."""
     what = "the service has no such model"
     return ConfigError(
-        message("base_model", what, "one it names", repr(base_model), nearest(base_model, names))
+        "base_model",
+        what,
+        expected="one it names",
+        got=repr(base_model),
+        fix=nearest(base_model, names),
     )
 
 
@@ -223,18 +229,22 @@ def _import_sdk() -> Any:
         import tinker
     except ImportError as error:
         what = "needs the tinker SDK"
-        raise ConfigError(message("base_url", what, "tinker >= 0.25", error, mend)) from error
+        raise ConfigError(
+            "base_url", what, expected="tinker >= 0.25", got=error, fix=mend
+        ) from error
     found = tuple(int(n) for n in re.findall(r"\d+", sdk_version())[:2])
     if found < OLDEST_SDK:
         what = "the tinker SDK is too old"
-        raise ConfigError(message("base_url", what, "tinker >= 0.25", sdk_version(), mend))
+        raise ConfigError("base_url", what, expected="tinker >= 0.25", got=sdk_version(), fix=mend)
     return tinker
 
 
 def _checked_url(url: object) -> str:
     parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(message("base_url", "not a URL", "such as http://localhost:8000", url))
+        raise ConfigError(
+            "base_url", "not a URL", expected="such as http://localhost:8000", got=url
+        )
     return str(url).rstrip("/")
 
 
@@ -249,10 +259,10 @@ def _refuse_silent_address(url: str) -> None:
         socket.create_connection((host, port), timeout=10).close()
     except OSError as error:
         mend = "Start the service, or mend the URL."
+        got = f"{url} ({error})"
         raise ConfigError(
-            message("base_url", "nothing answers there", "a running service", f"{url} ({error})",
-                    mend)
-        ) from error  # fmt: skip
+            "base_url", "nothing answers there", expected="a running service", got=got, fix=mend
+        ) from error
 
 
 def _last_line(text: str) -> str:

@@ -16,9 +16,9 @@ import numpy as np
 from cookbook_core.builtin_losses import BuiltinLoss, needed_inputs
 from cookbook_core.custom_loss import LossFn, logprobs_from_output
 from cookbook_core.datums import SCORE_MASK
-from cookbook_core.errors import AnswerError, CheckpointError, DatumError, message, raise_all
-from cookbook_core.paths import is_on_service
-from cookbook_core.tinker.types import (
+from cookbook_core.errors import AnswerError, CheckpointError, DatumError, raise_all
+from cookbook_core.storage.paths import is_on_service
+from cookbook_core.types import (
     AdamParams,
     Datum,
     ForwardBackwardOutput,
@@ -77,7 +77,7 @@ def named_datums(data: Sequence[Datum], loss: BuiltinLoss) -> list[Datum]:
         missing = [key for key in needed_inputs(loss.name) if key not in datum.loss_fn_inputs]
         if missing:
             rule = f"what {loss.name} needs"
-            raise DatumError(message(f'data[{i}]["{missing[0]}"]', "missing", rule, "nothing"))
+            raise DatumError(f'data[{i}]["{missing[0]}"]', "missing", expected=rule, got="nothing")
         inputs = {key: datum.loss_fn_inputs[key] for key in needed_inputs(loss.name)}
         if loss.name == "cross_entropy":
             shape = tuple(inputs["target_tokens"].shape)
@@ -86,7 +86,7 @@ def named_datums(data: Sequence[Datum], loss: BuiltinLoss) -> list[Datum]:
             rows = weights.reshape(weights.shape + (1,) * (len(shape) - weights.ndim))
             if rows.shape[:1] != shape[:1]:
                 where, what = f'data[{i}]["weights"]', "not one per target"
-                raise DatumError(message(where, what, shape, weights.shape))
+                raise DatumError(where, what, expected=shape, got=weights.shape)
             inputs["weights"] = np.broadcast_to(rows, shape)
         out.append(Datum(datum.model_input, inputs))
     return out
@@ -133,7 +133,7 @@ def check_path(path: object) -> None:
     if not isinstance(path, str) or not is_on_service(path):
         mend = "Weights saved on this machine cannot be sent: start without them, or train locally."
         raise CheckpointError(
-            message("path", "not a service's checkpoint", "tinker://...", repr(path), mend)
+            "path", "not a service's checkpoint", expected="tinker://...", got=repr(path), fix=mend
         )
 
 
@@ -155,10 +155,9 @@ def output_in(where: str, found: Any, data: Sequence[Datum]) -> ForwardBackwardO
     try:
         logprobs_from_output(output, data)
     except DatumError as error:
-        raise AnswerError(
-            f"{where}: the service's answer does not fit the request. {error} `cookbook check` "
-            "says what else the service does differently."
-        ) from error
+        what = f"the service's answer does not fit the request: {error.where} {error.what}"
+        fix = "`cookbook check` lists what else the service does differently."
+        raise AnswerError(where, what, expected=error.expected, got=error.got, fix=fix) from error
     problems = []
     for i, (out, datum) in enumerate(zip(outputs, data, strict=True)):
         logprobs = out["logprobs"].to_numpy()
@@ -167,17 +166,17 @@ def output_in(where: str, found: Any, data: Sequence[Datum]) -> ForwardBackwardO
             at = tuple(int(j) for j in bad[0])
             token = int(datum.loss_fn_inputs["target_tokens"].to_numpy()[at])
             problems.append(
-                message(
+                AnswerError(
                     f"{where}: logprobs of data[{i}] at {list(at)}",
                     'the service answered "success" with a logprob that is not finite',
-                    "a finite log p",
-                    f"{float(logprobs[at])} for token {token}",
-                    "Look for token ids outside the model's vocabulary. The service may hold a "
+                    expected="a finite log p",
+                    got=f"{float(logprobs[at])} for token {token}",
+                    fix="Look for token ids outside the model's vocabulary. The service may hold a "
                     "broken gradient: go on from the last checkpoint.",
                 )
             )
         out["logprobs"] = _masked(out["logprobs"], datum)
-    raise_all(AnswerError, problems)
+    raise_all(problems)
     return output
 
 
@@ -222,7 +221,7 @@ def sampled_in(where: str, found: Any, num_samples: int) -> SampleResponse:
     """
     if len(found.sequences) != num_samples:
         what = "the service gave another number of completions"
-        raise AnswerError(message(where, what, num_samples, len(found.sequences)))
+        raise AnswerError(where, what, expected=num_samples, got=len(found.sequences))
     sequences = []
     for i, s in enumerate(found.sequences):
         tokens = np.asarray(s.tokens, dtype=np.int64)
@@ -232,12 +231,10 @@ def sampled_in(where: str, found: Any, num_samples: int) -> SampleResponse:
         ):
             finite = int(np.isfinite(logprobs).sum())
             raise AnswerError(
-                message(
-                    f"{where}: sequences[{i}].logprobs",
-                    "not one finite number per token",
-                    f"{len(tokens)} of them",
-                    f"{len(logprobs)}, {finite} of them finite",
-                )
+                f"{where}: sequences[{i}].logprobs",
+                "not one finite number per token",
+                expected=f"{len(tokens)} of them",
+                got=f"{len(logprobs)}, {finite} of them finite",
             )
         name = getattr(s, "sequence_id", None) or str(i)
         sequences.append(SampledSequence(s.stop_reason, name, tokens, logprobs))

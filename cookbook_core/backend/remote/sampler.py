@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cookbook_core.backend.remote import convert
 from cookbook_core.backend.sampling_requests import prompt_datum, sampling_request
-from cookbook_core.tinker.types import ModelInput, SampleResponse, SamplingParams
+from cookbook_core.types import ModelInput, SampleResponse, SamplingParams
 
 if TYPE_CHECKING:
     from cookbook_core.backend.remote.backend import RemoteBackend

@@ -23,8 +23,8 @@ from cookbook_core.custom_loss import (
     merge_metrics,
     surrogate_datums,
 )
-from cookbook_core.errors import AnswerError, ConfigError, LossError, RequestError, message
-from cookbook_core.tinker.types import (
+from cookbook_core.errors import AnswerError, ConfigError, LossError, RequestError
+from cookbook_core.types import (
     AdamParams,
     Datum,
     ForwardBackwardOutput,
@@ -79,13 +79,11 @@ class RemoteTraining:
     ) -> Future[ForwardBackwardOutput]:
         if loss_type_input != "logprobs":
             raise ConfigError(
-                message(
-                    "loss_type_input",
-                    "a service gives logprobs of target tokens only",
-                    '"logprobs"',
-                    repr(loss_type_input),
-                    "Name the tokens the loss needs as target_tokens (N, K), or train locally.",
-                )
+                "loss_type_input",
+                "a service gives logprobs of target tokens only",
+                expected='"logprobs"',
+                got=repr(loss_type_input),
+                fix="Name the tokens the loss needs as target_tokens (N, K), or train locally.",
             )
         named = convert.named_loss(loss_fn, data)
         if named is not None:
@@ -102,9 +100,8 @@ class RemoteTraining:
             try:
                 result = evaluate(loss, data, logprobs_from_output(output, data))
             except LossError as error:
-                raise AnswerError(
-                    f"{where}: the service accepted what has no loss. {error}"
-                ) from error
+                what = f"the service accepted what has no loss: {error.where} {error.what}"
+                raise AnswerError(where, what, expected=error.expected, got=error.got) from error
             theirs = output.metrics.get("loss:sum")
             if convert.disagrees(theirs, result.loss) and not self._said_disagreement:
                 self._said_disagreement = True
@@ -173,7 +170,7 @@ class RemoteTraining:
             if not good:
                 what = "no gradient has been accumulated"
                 mend = "Call forward_backward first; every step uses its gradient up."
-                raise RequestError(message("optim_step", what, "a gradient", "none", mend))
+                raise RequestError("optim_step", what, expected="a gradient", got="none", fix=mend)
             sent = self._client.optim_step(convert.adam_out(self._types, params))
             with self._lock:
                 self._gradients = [f for f in self._gradients if f not in before]

@@ -1,0 +1,256 @@
+"""The local backend: one base model, one queue, any number of adapters, on this machine's torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cookbook_core.backend.local import checkpoints
+from cookbook_core.backend.local.engine import Engine
+from cookbook_core.backend.local.model.adapters import Adapter
+from cookbook_core.backend.local.model.loading import load_base_model
+from cookbook_core.backend.local.model.memory import keep_freed_memory
+from cookbook_core.backend.local.model_ids import ModelIds
+from cookbook_core.backend.local.multiprocess.engine import SharedEngine
+from cookbook_core.backend.local.multiprocess.group import joined
+from cookbook_core.backend.local.scoring.memory_limits import check_mode
+from cookbook_core.backend.sampling_requests import prompt_datum, sampling_request
+from cookbook_core.backend.worker import Worker, refuse_after_failure
+from cookbook_core.custom_loss import LossFn, LossTypeInput
+from cookbook_core.errors import CheckpointError, check_text
+from cookbook_core.storage.paths import usable_path
+from cookbook_core.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    LoraConfig,
+    ModelInput,
+    OptimStepResponse,
+    SampleResponse,
+    SamplingParams,
+)
+
+
+class LocalBackend:
+    """A base model with its queue. Its methods return futures; the work is done by one thread."""
+
+    def __init__(
+        self,
+        base_model: str,
+        checkpoint_dir: Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        gradient_checkpointing: str = "auto",
+        model_ids: ModelIds | None = None,
+    ) -> None:
+        check_mode(gradient_checkpointing)
+        if not torch.cuda.is_available():
+            keep_freed_memory()  # before there is a thread with an arena of its own
+        self.worker = Worker(f"cookbook-{base_model}")
+        self.checkpoint_dir = checkpoint_dir
+        self.model_ids = model_ids or ModelIds(checkpoint_dir)
+        self._loaded: Engine | None = None
+        self._load = partial(load_engine, base_model, device, dtype, gradient_checkpointing)
+
+    def engine(self) -> Engine:
+        """The engine, loaded by the first request that needs it (worker thread only)."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def create_training(
+        self, lora: LoraConfig, user_metadata: dict[str, str] | None = None
+    ) -> Future[LocalTraining]:
+        check_metadata(user_metadata)
+
+        def create() -> LocalTraining:
+            return LocalTraining(self, self.engine().bank.create(lora), user_metadata)
+
+        return self.worker.submit("create_lora_training_client", create)
+
+    def restore_training(self, path: str, *, with_optimizer: bool) -> Future[LocalTraining]:
+        def create() -> LocalTraining:
+            folder = usable_path("path", path, CheckpointError)
+            checkpoint = checkpoints.read(folder, with_optimizer=with_optimizer)
+            adapter = checkpoints.new_adapter(self.engine().bank, checkpoint)
+            return LocalTraining(self, adapter, continued=folder if with_optimizer else None)
+
+        return self.worker.submit("create_training_client_from_state", create)
+
+    def create_sampler(self, path: str | None) -> Future[LocalSampler]:
+        def create() -> LocalSampler:
+            engine = self.engine()
+            if path is None:
+                return LocalSampler(self, None)
+            checkpoint = checkpoints.read(usable_path("path", path, CheckpointError))
+            return LocalSampler(self, checkpoints.new_adapter(engine.bank, checkpoint))
+
+        return self.worker.submit("create_sampling_client", create)
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+def load_engine(name: str, device: str, dtype: str, gradient_checkpointing: str) -> Engine:
+    """The engine of a base model; where processes have joined, one that shares its work out."""
+    group = joined()
+    if group is not None:
+        return SharedEngine.load(group, name, device, dtype, gradient_checkpointing)
+    return Engine(load_base_model(name, device, dtype), gradient_checkpointing)
+
+
+def check_metadata(user_metadata: Any) -> None:
+    """Refuse, with a CheckpointError, what cannot be written beside a checkpoint."""
+    if user_metadata is None:
+        return
+    if not isinstance(user_metadata, dict):
+        got = f"{type(user_metadata).__name__} {user_metadata!r:.80}"
+        raise CheckpointError(
+            "user_metadata", "wrong type", expected="a dict of str, or None", got=got
+        )
+    for key, value in user_metadata.items():
+        check_text(CheckpointError, "user_metadata", key)
+        check_text(CheckpointError, f"user_metadata[{key!r}]", value)
+
+
+class LocalTraining:
+    """One adapter in training."""
+
+    def __init__(
+        self,
+        backend: LocalBackend,
+        adapter: Adapter,
+        user_metadata: dict[str, str] | None = None,
+        continued: Path | None = None,
+    ) -> None:
+        base = backend.engine().base
+        self._backend, self._adapter, self._metadata = backend, adapter, user_metadata
+        data = base.data()
+        self.info = GetInfoResponse(
+            model_data=data,
+            model_id=backend.model_ids.next(continued),
+            is_lora=True,
+            lora_rank=adapter.slot.config.r,
+            model_name=data.model_name,
+        )
+
+    def tokenizer(self) -> Any:
+        return self._backend.engine().base.tokenizer()
+
+    def forward(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[ForwardBackwardOutput]:
+        return self._submit("forward", lambda e: e.forward(self._adapter, data, loss_fn))
+
+    def forward_backward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        loss_type_input: LossTypeInput = "logprobs",
+    ) -> Future[ForwardBackwardOutput]:
+        return self._submit(
+            "forward_backward",
+            lambda e: e.forward_backward(self._adapter, data, loss_fn, loss_type_input),
+        )
+
+    def optim_step(
+        self, params: AdamParams, after: Sequence[Future[Any]] = ()
+    ) -> Future[OptimStepResponse]:
+        def step(_: Engine) -> OptimStepResponse:
+            refuse_after_failure(after)
+            return OptimStepResponse(self._adapter.optim_step(params))
+
+        return self._submit("optim_step", step)
+
+    def save(
+        self,
+        name: str,
+        *,
+        for_sampler: bool,
+        overwrite: bool = False,
+        user_metadata: dict[str, str] | None = None,
+    ) -> Future[str]:
+        check_metadata(user_metadata)
+        kind = "sampler_weights" if for_sampler else "weights"
+        folder = self._backend.checkpoint_dir / self.info.model_id / kind
+        path = folder / checkpoints.check_name(name)
+
+        def save(engine: Engine) -> str:
+            written = checkpoints.write(
+                path,
+                self._adapter,
+                base=engine.base,
+                with_optimizer=not for_sampler,
+                overwrite=overwrite,
+                user_metadata={**(self._metadata or {}), **(user_metadata or {})},
+            )
+            return str(written)
+
+        return self._submit("save_weights_for_sampler" if for_sampler else "save_state", save)
+
+    def load(self, path: str, *, with_optimizer: bool) -> Future[None]:
+        def load(engine: Engine) -> None:
+            folder = usable_path("path", path, CheckpointError)
+            checkpoint = checkpoints.read(folder, with_optimizer=with_optimizer)
+            checkpoints.check_base(checkpoint, engine.base)
+            checkpoints.restore(self._adapter, checkpoint)
+
+        return self._submit("load_state", load)
+
+    def open_sampler(self, path: str) -> Future[LocalSampler]:
+        return self._backend.create_sampler(path)
+
+    def snapshot(self) -> Future[LocalSampler]:
+        return self._submit(
+            "save_weights_and_get_sampling_client",
+            lambda _: LocalSampler(self._backend, self._adapter.copy()),
+        )
+
+    def _submit(self, label: str, run: Any) -> Future[Any]:
+        return self._backend.worker.submit(label, lambda: run(self._backend.engine()))
+
+
+class LocalSampler:
+    """A snapshot to generate from: a copy of an adapter, or the bare base model."""
+
+    def __init__(self, backend: LocalBackend, adapter: Adapter | None) -> None:
+        self._backend, self._adapter = backend, adapter
+        self.model_data = backend.engine().base.data()
+
+    def tokenizer(self) -> Any:
+        return self._backend.engine().base.tokenizer()
+
+    def sample(
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+    ) -> Future[SampleResponse]:
+        """Queued; requests made back to back on the same snapshot are decoded together."""
+        told = include_prompt_logprobs, topk_prompt_logprobs
+        request = sampling_request(self.model_data, prompt, num_samples, params, *told)
+        return self._backend.worker.submit_grouped(
+            "sample",
+            ("sample", id(self)),
+            request,
+            lambda requests: self._backend.engine().sample(self._adapter, requests),
+        )
+
+    def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
+        """log p of each prompt token given those before it, through the training's scoring path."""
+        datum = prompt_datum(self.model_data, prompt)
+
+        def run(data: list[Datum]) -> list[list[float | None]]:
+            scored = self._backend.engine().score(self._adapter, data)
+            return [[None, *lp.tolist()] for lp in scored]
+
+        return self._backend.worker.submit_grouped(
+            "compute_logprobs", ("compute_logprobs", id(self)), datum, run
+        )

@@ -1,0 +1,1 @@
+"""The base model: loading, adapters, fused layers, memory."""

@@ -1,0 +1,225 @@
+"""The base model: found, loaded onto a device in a dtype, and frozen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cookbook_core.backend.local.model import fused_norm
+from cookbook_core.errors import ConfigError, ModelError, check_choice
+from cookbook_core.storage.hub import asking_hub
+from cookbook_core.storage.paths import asset_path, usable_path
+from cookbook_core.types import ModelData
+
+TINY_MODEL = "tiny"
+"""The name under which the bundled model is known."""
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class BaseModel:
+    """A frozen Hugging Face causal LM. `tokenizer` is loaded when first asked for."""
+
+    name: str
+    path: str
+    model: Any
+    device: torch.device
+    vocab_size: int
+    max_context: int | None
+    _tokenizer: Any = field(default=None, repr=False)
+    _identity: dict[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Adapters and Adam state are float32 whatever the base; float64 over a float64 base."""
+        return torch.float64 if self.model.dtype == torch.float64 else torch.float32
+
+    def data(self) -> ModelData:
+        """What clients are told about it."""
+        return ModelData(
+            arch=type(self.model).__name__,
+            model_name=self.name,
+            tokenizer_id=self.path,
+            max_context_length=self.max_context,
+            vocab_size=self.vocab_size,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from others: where it is, its architecture and size, and a
+        fingerprint of its weights, the same whatever the dtype they are loaded in."""
+        if self._identity is None:
+            digest, count = hashlib.sha256(), 0
+            for name, p in sorted(self._own_parameters()):
+                count += p.numel()
+                values = p.detach().flatten()[:: max(1, p.numel() // 64)].bfloat16().contiguous()
+                digest.update(f"{name}{tuple(p.shape)}".encode())
+                digest.update(values.view(torch.uint8).cpu().numpy().tobytes())
+            architecture = type(self.model).__name__
+            self._identity = {
+                "path": self.path,
+                "architecture": architecture,
+                "parameters": count,
+                "fingerprint": digest.hexdigest()[:32],
+            }
+        return self._identity
+
+    def _own_parameters(self) -> Iterator[tuple[str, Any]]:
+        """The base model's parameters by their own names, adapters left out."""
+        for name, p in self.model.named_parameters():
+            if ".lora_" not in name:
+                yield name.replace(".base_layer", ""), p
+
+    def tokenizer(self) -> Any:
+        """The model's Hugging Face tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.path)
+        return self._tokenizer
+
+
+def resolve_model(name: str) -> str:
+    """The folder or hub name behind `name`; "tiny" is the bundled model.
+
+    Raises:
+        ModelError: a path that does not exist, or a folder that holds no model.
+    """
+    if name == TINY_MODEL:
+        return str(asset_path("tiny_model"))
+    path = usable_path("base_model", name, ModelError)
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                "base_model", "not a model folder", expected="a config.json in it", got=name
+            )
+        return str(path)
+    if looks_local or path.exists():
+        raise ModelError(
+            "base_model",
+            "no such folder",
+            expected='a folder with a Hugging Face model, a hub name ("Qwen/Qwen3-0.6B") or "tiny"',
+            got=name,
+        )
+    return name
+
+
+def choose_device(device: str) -> torch.device:
+    """Choose: "auto" takes cuda, then mps, then cpu; anything else is torch's own device string."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        mend = str(error).splitlines()[0]
+        if device.startswith("cuda") and not (torch.version.cuda or torch.version.hip):
+            mend = "This torch is built without CUDA: install another (pytorch.org), or take cpu."
+        raise ConfigError(
+            "device",
+            "not usable here",
+            expected='"auto", "cuda", "mps" or "cpu"',
+            got=device,
+            fix=mend,
+        ) from error
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Choose: "auto" is bfloat16 on cuda and float32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    check_choice(ConfigError, "dtype", "unknown dtype", dtype, ("auto", *DTYPES))
+    return DTYPES[dtype]
+
+
+def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> BaseModel:
+    """Load a causal LM from a folder, the hub, or the package ("tiny"), frozen, in eval mode.
+
+    Raises:
+        ModelError: nothing there, or not a causal LM. ConfigError: bad device or dtype.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_model(name)
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device)
+    try:
+        with _quiet_loading(), _found(path, "folder"):
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            "base_model",
+            "cannot be loaded as a causal language model",
+            expected='a folder with a Hugging Face model, a hub name ("Qwen/Qwen3-0.6B") or "tiny"',
+            got=f"{name} ({first})",
+            fix="Check the spelling, and that this machine reaches the hub or has it cached.",
+        ) from error
+    # eval for good: no dropout, in training either, so that policy and reference are the same
+    # function and a ratio of 1 is exactly 1.
+    model.to(chosen_device).eval().requires_grad_(False)
+    fused_norm.fuse(model)
+    text_config = model.config.get_text_config()
+    return BaseModel(
+        name=name,
+        path=path,
+        model=model,
+        device=chosen_device,
+        vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+        max_context=getattr(text_config, "max_position_embeddings", None),
+    )
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No bar for loading a local model; downloads keep theirs."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def _found(path: str, kind: str = "") -> AbstractContextManager[object]:
+    """Where `path` is no folder but a name, the hub's part in loading it."""
+    return nullcontext() if Path(path).is_dir() else asking_hub(path, kind)
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model folder or hub name.
+
+    Raises:
+        ModelError: the folder holds none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with _found(path):
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise ValueError("made from config.json alone, one would know special tokens only:")
+        return tokenizer
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        if first.rstrip().endswith(":"):  # a list of what it tried follows
+            first = "Copy tokenizer.json and tokenizer_config.json there from the model's origin."
+        raise ModelError(
+            "base_model",
+            "has no tokenizer",
+            expected="tokenizer files beside it",
+            got=path,
+            fix=first,
+        ) from error

@@ -1,0 +1,1 @@
+"""One run over the processes that torchrun starts."""

@@ -1,0 +1,233 @@
+"""The arithmetic of sampling: from logits to token ids, their logprobs, and when to stop.
+
+Nothing here knows a model. Logprobs are those of softmax(logits / temperature) over the whole
+vocabulary, before top_k and top_p, in float32 (float64 when the logits are float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cookbook_core.types import SamplingParams
+
+_BLOCK = 128  # entries of the vocabulary summed together by `draw_tokens`
+_DRAWS = 64  # uniforms made at a time per row
+
+
+# ---- one step: logits to tokens -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """The sampling parameters of R rows as tensors; None where no row needs the feature.
+
+    scale: `(R, 1)`, 1 / temperature; 1 for greedy rows.
+    greedy: `(R,)` bool. top_k: `(R,)`, 0 for all. top_p: `(R,)`.
+    """
+
+    scale: Tensor | None
+    greedy: Tensor | None
+    top_k: Tensor | None
+    top_p: Tensor | None
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], device: torch.device) -> Knobs:
+        """Collect the parameters of one row each."""
+
+        def column(values: list[Any], neutral: Any) -> Tensor | None:
+            if all(value == neutral for value in values):
+                return None
+            dtype = torch.float64 if isinstance(neutral, float) else None
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        scale = column([1.0 / p.temperature if p.temperature else 1.0 for p in params], 1.0)
+        return cls(
+            scale=None if scale is None else scale[:, None],
+            greedy=column([p.temperature == 0 for p in params], False),
+            top_k=column([max(p.top_k, 0) for p in params], 0),
+            top_p=column([float(p.top_p) for p in params], 1.0),
+        )
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, knobs: Knobs) -> tuple[Tensor, Tensor]:
+    """Draw one token per row by inverting the cumulative distribution at a uniform number.
+
+    The cumulative sum runs over blocks of the vocabulary first and inside one block after, both
+    in float64, so a row's token depends on its own logits and uniform alone.
+
+    Args:
+        logits: `(R, V)`, any float dtype.
+        uniforms: `(R,)` float64 in [0, 1).
+        knobs: the parameters of the R rows.
+
+    Returns:
+        tokens: `(R,)` int64.
+        logprobs: `(R,)`, nats; at each row's temperature (1 for greedy rows), before top_k/top_p.
+    """
+    logits = at_least_float32(logits)
+    if knobs.scale is not None:
+        logits = logits * knobs.scale.to(logits.dtype)
+    peak, best = logits.max(dim=1, keepdim=True)
+    mass = (logits - peak).exp_()
+    total = mass.sum(dim=1, dtype=torch.float64)
+    kept = mass
+    if knobs.top_k is not None or knobs.top_p is not None:
+        kept = truncate(mass, knobs.top_k, knobs.top_p)
+    tokens = _invert(kept, uniforms)
+    if knobs.greedy is not None:
+        tokens = torch.where(knobs.greedy, best[:, 0], tokens)
+    chosen = logits.gather(1, tokens[:, None]) - peak
+    return tokens, chosen[:, 0] - total.log().to(logits.dtype)
+
+
+def _invert(mass: Tensor, uniforms: Tensor) -> Tensor:
+    """The index at which the cumulative sum of each row of `mass` `(R, V)` passes u * total."""
+    rows, vocab = mass.shape
+    if vocab % _BLOCK:
+        mass = torch.nn.functional.pad(mass, (0, _BLOCK - vocab % _BLOCK))
+    blocks = mass.view(rows, -1, _BLOCK)
+    sums = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    # Strictly below the total, so that the block found holds some mass even after rounding.
+    target = uniforms.clamp(max=1 - 1e-15)[:, None] * sums[:, -1:]
+    # (The clamp matters for NaN alone; the caller refuses the logprob it leads to.)
+    block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[1] - 1)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(rows, 1, _BLOCK))[:, 0].double()
+    index = torch.searchsorted(inside.cumsum(dim=1), target - before, right=True)
+    # Rounding may carry the search past the block's last entry with any mass: step back to it.
+    last = (torch.arange(_BLOCK, device=mass.device) * (inside > 0)).amax(dim=1, keepdim=True)
+    return (block * _BLOCK + torch.minimum(index, last))[:, 0]
+
+
+def truncate(mass: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+    """Set to zero what top_k and then top_p leave out.
+
+    Args:
+        mass: `(R, V)` unnormalised probabilities.
+        top_k: `(R,)` int64, 0 for all.
+        top_p: `(R,)`; of the mass that top_k kept, the smallest set that reaches this share.
+
+    Returns:
+        `(R, V)`: `mass` with zeros outside the kept set.
+    """
+    ordered, order = mass.sort(dim=1, descending=True, stable=True)
+    if top_k is not None:
+        rank = torch.arange(mass.shape[1], device=mass.device)
+        limit = torch.where(top_k > 0, top_k, mass.shape[1])
+        ordered = ordered * (rank < limit[:, None])
+    if top_p is not None:
+        reached = ordered.cumsum(dim=1, dtype=torch.float64)
+        before = reached - ordered
+        ordered = ordered * ((before < top_p[:, None] * reached[:, -1:]) | (top_p >= 1)[:, None])
+    return torch.zeros_like(mass).scatter_(1, order, ordered)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """float64 stays; anything narrower than float32 becomes float32."""
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+def score(logits: Tensor, targets: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logprobs at temperature 1 of `targets`, and the `top_k` most likely ids.
+
+    Args:
+        logits: `(P, N, V)`.
+        targets: `(P, N)` ids.
+        top_k: how many ids, 0 for none.
+
+    Returns:
+        logprobs `(P, N)`, top ids `(P, N, top_k)` and their logprobs, most likely first; nats.
+    """
+    logprobs = torch.log_softmax(at_least_float32(logits), dim=-1)
+    top_values, top_ids = logprobs.topk(top_k, dim=-1)
+    return logprobs.gather(-1, targets[..., None])[..., 0], top_ids, top_values
+
+
+class Uniforms:
+    """The random numbers of one sample: a function of (seed, sample index) and nothing else."""
+
+    def __init__(self, seed: int, sample: int) -> None:
+        self._generator = np.random.default_rng([seed % 2**64, sample])
+        self._ready: list[float] = []
+
+    def next(self) -> float:
+        """A float64 in [0, 1)."""
+        if not self._ready:
+            self._ready = self._generator.random(_DRAWS)[::-1].tolist()
+        return self._ready.pop()
+
+
+# ---- stopping -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """Stop after a token in `ids`, or once the decoded completion contains one of `strings`."""
+
+    ids: frozenset[int] = frozenset()
+    strings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, stop: str | Sequence[str] | Sequence[int] | None, eos: frozenset[int]) -> StopRule:
+        """From `SamplingParams.stop`; None means the end-of-sequence ids `eos`."""
+        if stop is None:
+            return cls(ids=eos)
+        if isinstance(stop, str):
+            return cls(strings=(stop,))
+        if any(isinstance(entry, str) for entry in stop):
+            return cls(strings=tuple(str(entry) for entry in stop))
+        return cls(ids=frozenset(int(entry) for entry in stop))
+
+
+def eos_ids(tokenizer: Any, config: Any) -> frozenset[int]:
+    """What `stop=None` stops at: the tokenizer's end-of-sequence id.
+
+    When the model config lists several end ids and the tokenizer's is one of them, all of that
+    list. A config that disagrees with the tokenizer is left aside: many are library defaults.
+    """
+    eos = getattr(tokenizer, "eos_token_id", None)
+    listed = getattr(config, "eos_token_id", None)
+    if isinstance(listed, (list, tuple)) and eos in listed:
+        return frozenset(listed)
+    return frozenset() if eos is None else frozenset([eos])
+
+
+@dataclass
+class TextWatch:
+    """Finds a stop string in a growing completion while decoding only its last tokens.
+
+    The window opens at token `start` and moves only when the text after it stays longer than any
+    stop string, so a string that spans tokens, or follows tokens that decode to nothing, is seen.
+    """
+
+    strings: tuple[str, ...]
+    tokenizer: Any
+    start: int = 0
+    margin: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.margin = max(map(len, self.strings)) + 16
+
+    def found(self, tokens: list[int]) -> bool:
+        """Whether the text of `tokens` (the completion so far) contains a stop string."""
+        text = self._decode(tokens[self.start :])
+        if any(string in text for string in self.strings):
+            # The window's first characters may be decoded differently on their own: ask again.
+            whole = self._decode(tokens)
+            return any(string in whole for string in self.strings)
+        if len(text) > 4 * self.margin:
+            middle = (self.start + len(tokens)) // 2
+            if len(self._decode(tokens[middle:])) > self.margin:
+                self.start = middle
+        return False
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(
+            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )

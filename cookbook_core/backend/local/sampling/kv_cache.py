@@ -1,0 +1,297 @@
+"""The model as a stepper: read prompts once, then one token for every row at a time.
+
+Two caches. Models whose layers are all plain or sliding-window attention use `RowCache`, allocated
+ahead and compacted in place. Anything else transformers can cache (state-space, convolution and
+hybrid layers) uses transformers' own DynamicCache, prompts of one length at a time, unpadded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from cookbook_core.backend.local.sampling.draw import score
+from cookbook_core.errors import ModelError
+
+OPEN_ENDED = 1024  # tokens that max_tokens=None is taken to need when requests are batched
+_PREFILL_TOKENS = 8192  # most prompt tokens in one forward pass
+_SCORE_ELEMENTS = 2**25  # most logits alive while prompts are scored
+
+
+@dataclass
+class Prompt:
+    """A distinct prompt: its ids and, once read, what was asked about it."""
+
+    tokens: list[int]
+    scored: bool = False
+    top_k: int = 0
+    logprobs: list[float] = field(default_factory=list)  # of tokens[1:]
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+
+
+class RowLayer(CacheLayerMixin):
+    """Keys and values of one layer, `(rows, heads, capacity, head_dim)`, allocated ahead.
+
+    Sliding-window layers keep all columns too: transformers' mask hides the old ones.
+    """
+
+    keys: Any
+    values: Any
+
+    def __init__(self, capacity: int, length: int) -> None:
+        super().__init__()
+        self.capacity, self.length, self.rows = capacity, length, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the rows of these states. Zeros: padding is masked but must be finite."""
+        self.rows = key_states.shape[0]
+        self.keys, self.values = (
+            states.new_zeros(*states.shape[:2], self.capacity, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append columns; returns all columns of the live rows."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[2]
+        if self.length > self.capacity:
+            self.reserve(max(self.length, 2 * self.capacity))
+        self.keys[: self.rows, :, start : self.length] = key_states
+        self.values[: self.rows, :, start : self.length] = value_states
+        return self.keys[: self.rows, :, : self.length], self.values[: self.rows, :, : self.length]
+
+    def reserve(self, capacity: int) -> None:
+        """Move the live rows to a longer allocation."""
+        more = (0, 0, 0, capacity - self.capacity)
+        self.keys = torch.nn.functional.pad(self.keys[: self.rows], more)
+        self.values = torch.nn.functional.pad(self.values[: self.rows], more)
+        self.capacity = capacity
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns after the next update, and the first of them."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns filled."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """No limit: it grows."""
+        return -1
+
+
+class RowCache(Cache):
+    """A `RowLayer` per layer of the model."""
+
+    layers: Any
+
+    def __init__(self, num_layers: int, capacity: int, length: int = 0) -> None:
+        super().__init__(layers=[RowLayer(capacity, length) for _ in range(num_layers)])
+
+    def adopt(self, other: RowCache, row: int, into: list[int], total: int, start: int) -> None:
+        """Copy one prompt to rows of this cache.
+
+        Args:
+            other: a cache filled by one prefill.
+            row: the row of it to copy.
+            into: the rows of this cache that continue this prompt.
+            total: rows of this cache in all.
+            start: its first column; the columns from there on are copied.
+        """
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            if not theirs.is_initialized:  # a layer that reads another layer's cache
+                continue
+            if not mine.is_initialized:
+                mine.lazy_initialization(
+                    *(x[:1].expand(total, -1, -1, -1) for x in (theirs.keys, theirs.values))
+                )
+            columns = mine.length - start
+            mine.keys[into, :, start : mine.length] = theirs.keys[row, :, :columns]
+            mine.values[into, :, start : mine.length] = theirs.values[row, :, :columns]
+
+    def keep(self, order: list[int]) -> None:
+        """Keep `len(order)` rows, row i being what row order[i] >= i was."""
+        moved = [i for i, source in enumerate(order) if source != i]
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.rows = len(order)
+                if moved:
+                    source = [order[i] for i in moved]
+                    layer.keys[moved, :, : layer.length] = layer.keys[source, :, : layer.length]
+                    layer.values[moved, :, : layer.length] = layer.values[source, :, : layer.length]
+
+
+# ---- the stepper ---------------------------------------------------------------------------------
+
+
+class Stepper:
+    """The model, its cache and the layout of the rows in it.
+
+    pads: whether this model's layers allow prompts of different lengths in one cache.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+        self.config = core.config.get_text_config(decoder=True)
+        self.device = core.get_input_embeddings().weight.device
+        known = inspect.signature(core.forward).parameters
+        if "past_key_values" not in known:
+            raise ModelError(
+                "sample",
+                f"{type(core).__name__} keeps its state in a way this sampler does not know",
+                expected="a model that takes past_key_values",
+                got=", ".join(known),
+            )
+        self._takes_position_ids = "position_ids" in known
+        self._takes_logits_to_keep = "logits_to_keep" in known
+        layers = DynamicCache(config=self.config).layers
+        self._num_layers = len(layers)
+        self.pads = all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers)
+
+    def start(self, prompts: list[Prompt], limits: Sequence[int]) -> Tensor:
+        """Read each distinct prompt once; returns the `(R, V)` logits after them.
+
+        Args:
+            prompts: one per row, the same object for rows that share it.
+            limits: most tokens each row may get.
+
+        All but the last token of each prompt is read by `_prefill`; the last tokens make the first
+        step of the loop, where every row is at the same column.
+        """
+        distinct = list({id(prompt): prompt for prompt in prompts}.values())
+        self.width = max(len(prompt.tokens) for prompt in prompts) - 1
+        longest = max(limits)
+        self.pad = torch.tensor([self.width + 1 - len(prompt.tokens) for prompt in prompts])
+        self.pad = self.pad.to(self.device)
+        self.mask = None
+        if self.pad.any():
+            columns = torch.arange(self.width + longest, device=self.device)
+            self.mask = columns >= self.pad[:, None]
+        if self.pads:
+            capacity = self.width + min(longest, OPEN_ENDED)
+            self.cache = RowCache(self._num_layers, capacity, self.width)
+        for group in self._groups(distinct):
+            cache = self._prefill(group)
+            if not self.pads:
+                place = {id(prompt): i for i, prompt in enumerate(group)}
+                order = [place[id(prompt)] for prompt in prompts]
+                cache.reorder_cache(torch.tensor(order, device=self.device))
+                self.cache = cache
+                continue
+            for i, prompt in enumerate(group):
+                into = [row for row, other in enumerate(prompts) if other is prompt]
+                self.cache.adopt(cache, i, into, len(prompts), self.width + 1 - len(prompt.tokens))
+        return self.step(torch.tensor([p.tokens[-1] for p in prompts], device=self.device))
+
+    def _groups(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+        """Prompts to read in one pass: like lengths, scored ones apart."""
+        if not self.pads:
+            yield prompts
+            return
+        group: list[Prompt] = []
+        for prompt in sorted(prompts, key=lambda p: (p.scored, len(p.tokens))):
+            length = len(prompt.tokens)
+            if length == 1:
+                continue
+            if group and (
+                prompt.scored != group[0].scored
+                or 4 * len(group[0].tokens) < 3 * length
+                or (len(group) + 1) * length > _PREFILL_TOKENS
+            ):
+                yield group
+                group = []
+            group.append(prompt)
+        if group:
+            yield group
+
+    def _prefill(self, group: list[Prompt]) -> Any:
+        """Read all but the last token of each prompt, scoring those that ask; returns the cache.
+
+        Right-padded: with causal attention the padding after a prompt cannot reach it. With a
+        RowCache the columns are read in pieces, to bound memory.
+        """
+        width = max(len(prompt.tokens) for prompt in group) - 1
+        cache: Any = DynamicCache(config=self.config)
+        scored, piece = any(prompt.scored for prompt in group), max(width, 1)
+        if self.pads:
+            cache = RowCache(self._num_layers, width)
+            most = _PREFILL_TOKENS
+            if scored:
+                most = min(most, _SCORE_ELEMENTS // self.config.vocab_size)
+            piece = max(1, most // len(group))
+        ids = torch.tensor([p.tokens + [0] * (width + 1 - len(p.tokens)) for p in group])
+        ids = ids.to(self.device)
+        first = torch.zeros(len(group), dtype=torch.int64, device=self.device)
+        for start in range(0, width, piece):
+            end = min(start + piece, width)
+            logits = self._forward(cache, ids[:, start:end], first + start, None, scored)
+            if scored:
+                _keep_scores(group, logits, ids[:, start + 1 : end + 1])
+        for prompt in group:
+            del prompt.logprobs[len(prompt.tokens) - 1 :], prompt.top[len(prompt.tokens) - 1 :]
+        return cache
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token to each row, `(R,)`; returns the next `(R, V)` logits."""
+        position = self.width - self.pad
+        self.width += 1
+        mask = None if self.mask is None else self.mask[:, : self.width]
+        return self._forward(self.cache, tokens[:, None], position, mask, False)[:, -1]
+
+    def keep(self, order: list[int]) -> None:
+        """Keep these rows, in this order."""
+        index = torch.tensor(order, device=self.device)
+        if self.pads:
+            self.cache.keep(order)
+        else:
+            cast(Any, self.cache).reorder_cache(index)
+        self.pad = self.pad[index]
+        if self.mask is not None:
+            self.mask = self.mask[index]
+
+    def _forward(
+        self, cache: Any, ids: Tensor, first: Tensor, mask: Tensor | None, whole: bool
+    ) -> Tensor:
+        """One pass of the model.
+
+        Args:
+            cache: keys and values so far; grows by N columns.
+            ids: `(R, N)`.
+            first: `(R,)`, position of column 0.
+            mask: `(R, columns so far)` bool, False at padding; None without any.
+            whole: logits of all N positions, not of the last alone.
+        """
+        extra: dict[str, Any] = {}
+        if self._takes_position_ids:
+            extra["position_ids"] = first[:, None] + torch.arange(ids.shape[1], device=self.device)
+        if self._takes_logits_to_keep:
+            extra["logits_to_keep"] = 0 if whole else 1
+        return self.core(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra
+        ).logits
+
+
+def _keep_scores(group: list[Prompt], logits: Tensor, targets: Tensor) -> None:
+    """Store the logprobs of `targets` `(P, N)` given `logits` `(P, N, V)` with their prompts."""
+    top_k = max(prompt.top_k for prompt in group)
+    logprobs, ids, values = score(logits, targets, top_k)
+    for i, prompt in enumerate(group):
+        prompt.logprobs += logprobs[i].tolist()
+        pairs = zip(ids[i].tolist(), values[i].tolist(), strict=True)
+        prompt.top += [list(zip(*pair, strict=True)) for pair in pairs]

@@ -1,0 +1,242 @@
+"""Generation with logprobs: pure functions over a Hugging Face causal language model.
+
+`sample_batch` decodes any mix of requests in one loop. Rows are left-padded to the longest prompt,
+so that the newest token of every row is in the same column and a sliding window measured in
+columns is one measured in positions. Each distinct prompt is read once; its keys and values are
+copied to all of its samples. Rows that stop leave the batch.
+
+    prompts -> Stepper.start -> logits -> _decode: draw, append, step -> SampleResponse
+The model folder's generation_config is never read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from cookbook_core.backend.local.sampling.draw import (
+    Knobs,
+    StopRule,
+    TextWatch,
+    Uniforms,
+    draw_tokens,
+    eos_ids,
+)
+from cookbook_core.backend.local.sampling.kv_cache import OPEN_ENDED, Prompt, Stepper
+from cookbook_core.backend.sampling_requests import SampleRequest, check_request
+from cookbook_core.errors import ModelError
+from cookbook_core.types import SampledSequence, SampleResponse, SamplingParams, StopReason
+
+
+@dataclass
+class _Row:
+    """One sample in the making."""
+
+    prompt: Prompt
+    params: SamplingParams
+    limit: int
+    stop: StopRule
+    uniforms: Uniforms
+    watch: TextWatch | None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop_reason: StopReason | None = None
+
+    def push(self, token: int, logprob: float) -> bool:
+        """Append a token; returns whether the row ends with it."""
+        if not math.isfinite(logprob):
+            raise ModelError(
+                "sample",
+                "the model's output is not finite",
+                expected="finite logits",
+                got=f"logprob {logprob} at completion token {len(self.tokens)}",
+                fix="Training has diverged, or the dtype overflows.",
+            )
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if token in self.stop.ids or (self.watch is not None and self.watch.found(self.tokens)):
+            self.stop_reason = "stop"
+        elif len(self.tokens) == self.limit:
+            self.stop_reason = "length"
+        return bool(self.stop_reason)
+
+    def result(self) -> SampledSequence:
+        assert self.stop_reason is not None, "a row has a result once it has ended"
+        return SampledSequence(
+            stop_reason=self.stop_reason,
+            sequence_id=uuid.uuid4().hex,
+            tokens_np=np.array(self.tokens, dtype=np.int64),
+            logprobs_np=np.array(self.logprobs),
+        )
+
+
+# ---- public -------------------------------------------------------------------------------------
+
+
+def context_limit(model: Any) -> int | None:
+    """Most positions the model's config allows; None when it names no limit."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def sample_batch(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[SampleRequest],
+    *,
+    generator: torch.Generator | None = None,
+    max_context: int | None = None,
+    token_budget: int = 65_536,
+) -> list[SampleResponse]:
+    """Decode all requests together.
+
+    A request with a seed gives sample j the tokens that (seed, j) fixes, whatever else is in the
+    batch (up to float ties: batch shapes move logits in the last bits). Temperature 0 is greedy;
+    its logprobs are those at temperature 1.
+
+    Args:
+        model: causal LM, or a PeftModel with the wanted LoRA active. Left as it was.
+        tokenizer: for `stop=None` (see `eos_ids`) and for stop strings.
+        requests: checked here, before any work.
+        generator: one number is drawn from it per request without a seed; None: torch's global.
+        max_context: tokens of prompt and completion together; None: the model config's limit.
+        token_budget: most rows x columns of one cache; more rows wait for the next loop. An
+            open-ended request (max_tokens None) counts as 1024 tokens.
+
+    Returns:
+        One response per request, in order; logprobs in nats.
+    """
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    max_context = max_context or context_limit(core)
+    vocab_size = core.config.get_text_config(decoder=True).vocab_size
+    for i, request in enumerate(requests):
+        check_request(
+            request, vocab_size=vocab_size, max_context=max_context, where=f"requests[{i}]"
+        )
+    eos = eos_ids(tokenizer, core.config)
+    prompts: dict[tuple[int, ...], Prompt] = {}
+    rows: list[list[_Row]] = []
+    for request in requests:
+        prompt = prompts.setdefault(tuple(request.prompt), Prompt(list(request.prompt)))
+        prompt.top_k = max(prompt.top_k, request.topk_prompt_logprobs)
+        prompt.scored |= request.include_prompt_logprobs or prompt.top_k > 0
+        rows.append(_rows_of(request, prompt, tokenizer, eos, generator, max_context))
+    with _undisturbed(core):
+        stepper = Stepper(core)
+        for wave in _waves([row for group in rows for row in group], stepper, token_budget):
+            _decode(stepper, wave)
+    return [
+        _response(request, prompts[tuple(request.prompt)], group)
+        for request, group in zip(requests, rows, strict=True)
+    ]
+
+
+def _rows_of(
+    request: SampleRequest,
+    prompt: Prompt,
+    tokenizer: Any,
+    eos: frozenset[int],
+    generator: torch.Generator | None,
+    max_context: int | None,
+) -> list[_Row]:
+    """The samples of one request, ready to decode."""
+    params, seed = request.params, request.params.seed
+    if seed is None:
+        device = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(2**62, (), generator=generator, device=device))
+    stop = StopRule.of(params.stop, eos)
+    limit = params.max_tokens or (max_context or 0) - len(request.prompt)
+    return [
+        _Row(
+            prompt=prompt,
+            params=params,
+            limit=limit,
+            stop=stop,
+            uniforms=Uniforms(seed, sample),
+            watch=TextWatch(stop.strings, tokenizer) if stop.strings else None,
+        )
+        for sample in range(request.num_samples)
+    ]
+
+
+def _response(request: SampleRequest, prompt: Prompt, rows: list[_Row]) -> SampleResponse:
+    k = request.topk_prompt_logprobs
+    return SampleResponse(
+        sequences=[row.result() for row in rows],
+        prompt_logprobs=[None, *prompt.logprobs] if request.include_prompt_logprobs else None,
+        topk_prompt_logprobs=[None, *(top[:k] for top in prompt.top)] if k else None,
+    )
+
+
+@contextlib.contextmanager
+def _undisturbed(core: Any) -> Iterator[None]:
+    """No gradients and no dropout inside; every module's mode as before afterwards."""
+    training = [module for module in core.modules() if module.training]
+    core.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# ---- the loop -----------------------------------------------------------------------------------
+
+
+def _waves(rows: list[_Row], stepper: Stepper, token_budget: int) -> Iterator[list[_Row]]:
+    """Split rows into loops whose caches fit the budget; samples of one prompt stay together.
+
+    Prompts are taken shortest first, so that rows of like length share a loop.
+    """
+    rows = sorted(rows, key=lambda row: (len(row.prompt.tokens), row.prompt.tokens))
+    wave: list[_Row] = []
+    widest = 0
+    for row in rows:
+        completion = min(row.limit, max(OPEN_ENDED, row.params.max_tokens or 0))
+        needed = len(row.prompt.tokens) + completion
+        uneven = wave and len(wave[0].prompt.tokens) != len(row.prompt.tokens)
+        widest = max(widest, needed)
+        if wave and ((len(wave) + 1) * widest > token_budget or (uneven and not stepper.pads)):
+            yield wave
+            wave, widest = [], needed
+        wave.append(row)
+    if wave:
+        yield wave
+
+
+def _decode(stepper: Stepper, rows: list[_Row]) -> None:
+    """Read the prompts of `rows`, then sample until every row has stopped."""
+    logits = stepper.start([row.prompt for row in rows], [row.limit for row in rows])
+    device = logits.device
+    knobs = Knobs.of([row.params for row in rows], device)
+    while True:
+        uniforms = torch.tensor([row.uniforms.next() for row in rows], dtype=torch.float64)
+        tokens, logprobs = draw_tokens(logits, uniforms.to(device), knobs)
+        # Ids are exact in float64: one transfer for both.
+        drawn = torch.stack([tokens.double(), logprobs.double()]).tolist()
+        ended = [
+            row.push(int(token), logprob) for row, token, logprob in zip(rows, *drawn, strict=True)
+        ]
+        if any(ended):
+            order = _close_gaps(ended)
+            if not order:
+                return
+            rows = [rows[i] for i in order]
+            stepper.keep(order)
+            tokens = tokens[order]
+            knobs = Knobs.of([row.params for row in rows], device)
+        logits = stepper.step(tokens)
+
+
+def _close_gaps(ended: list[bool]) -> list[int]:
+    """Which old row each remaining row is: those that stay in place do, the last fill the gaps."""
+    alive = [i for i, end in enumerate(ended) if not end]
+    late = [i for i in alive if i >= len(alive)]
+    return [late.pop() if ended[i] else i for i in range(len(alive))]

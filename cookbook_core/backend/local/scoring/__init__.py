@@ -1,0 +1,1 @@
+"""From datums to log-probabilities and back to gradients."""

@@ -1,0 +1,1 @@
+"""The command line: `cookbook new`, `list`, `compare`, `export`, `check`, `doctor`."""

@@ -1,0 +1,116 @@
+"""What an exported folder says of itself: README.md, and the Modelfile that Ollama reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cookbook_core.chat.rendering import stop_tokens
+from cookbook_core.storage import manifest
+
+_OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+_USE_PEFT = """\
+    model = AutoModelForCausalLM.from_pretrained({base!r})
+    model = PeftModel.from_pretrained(model, "THIS FOLDER")
+
+vLLM: `vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME=THIS_FOLDER`
+"""
+_USE_MERGED = """\
+    model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+
+Weights in {dtype}, merged in float32; peft is not needed.
+"""
+_USE_GGUF = """\
+With a checkout of llama.cpp, from this folder:
+
+    python LLAMA.CPP/convert_hf_to_gguf.py . --outtype {outtype} --outfile model.gguf
+    llama-quantize model.gguf model-Q4_K_M.gguf Q4_K_M      # smaller, if you like
+    llama-server -m model.gguf
+
+With Ollama, after that conversion (change FROM in Modelfile for the quantized file):
+
+    ollama create NAME -f Modelfile
+    ollama run NAME
+
+"The BPE pre-tokenizer was not recognized" means that llama.cpp does not know the base model's
+tokenizer; `convert_hf_to_gguf.py --print-supported-models` lists the architectures it knows.
+"""
+_MODELFILE = """\
+# ollama create NAME -f Modelfile, once convert_hf_to_gguf.py has written model.gguf (README.md)
+FROM ./model.gguf
+{stops}
+# No TEMPLATE: Ollama picks one of its own by the chat template in the GGUF. Its templates are in
+# Go's language, so the one in tokenizer_config.json cannot stand here. Compare it with `ollama show
+# --modelfile NAME`; where they differ, write TEMPLATE by hand or send raw prompts.
+"""
+
+
+@dataclass
+class Card:
+    """Where an export comes from.
+
+    Attributes:
+        form: "peft", "merged" or "gguf-ready".
+        base_model: hub name, or absolute path.
+        checkpoint: "final", or the name of another checkpoint's folder.
+        rank: of the adapter.
+        run_config: the run's config.json; None for a folder from elsewhere.
+        architecture, dtype, untied: of merged weights; see `describe`.
+    """
+
+    form: str
+    base_model: str
+    checkpoint: str
+    rank: int
+    run_config: Path | None
+    architecture: str = ""
+    dtype: str = ""
+    untied: bool = False
+
+    def describe(self, model: Any, untied: bool) -> None:
+        """Note what was merged."""
+        self.architecture = type(model).__name__
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.untied = untied
+
+    def write(self, folder: Path, tokenizer: Any) -> None:
+        """Write README.md, and a Modelfile where the form is gguf-ready."""
+        known = {"base": self.base_model, "rank": self.rank, "dtype": self.dtype}
+        use = _USE_PEFT if self.form == "peft" else _USE_MERGED
+        parts = [self._head(), use.format(**known)]
+        if self.untied:
+            parts.append("The unembedding was trained, so it is no longer tied to the embedding.\n")
+        if self.form == "gguf-ready":
+            parts.append(_USE_GGUF.format(outtype=_OUTTYPES.get(self.dtype, "auto")))
+            ends = [tokenizer.decode([token]) for token in stop_tokens(tokenizer)]
+            stops = "".join(f"PARAMETER stop {json.dumps(e, ensure_ascii=False)}\n" for e in ends)
+            (folder / "Modelfile").write_text(_MODELFILE.format(stops=stops), encoding="utf-8")
+        (folder / "README.md").write_text("\n".join([*parts, self._origin()]), encoding="utf-8")
+
+    def _head(self) -> str:
+        """Front matter, as model hubs read it, and the title."""
+        library = "peft" if self.form == "peft" else "transformers"
+        local = Path(self.base_model).is_absolute()  # a hub has no use for somebody's path
+        base = "" if local else f"base_model: {self.base_model}\n"
+        name = Path(self.base_model).name
+        kind = f"LoRA adapter of rank {self.rank} for" if library == "peft" else "Fine-tuned"
+        return f"---\nlibrary_name: {library}\n{base}tags: [lora]\n---\n# {kind} {name}\n"
+
+    def _origin(self) -> str:
+        """Base model, recipe, config and versions."""
+        held = {"recipe": "unknown", "config": None}
+        if self.run_config and self.run_config.is_file():
+            held = json.loads(self.run_config.read_text(encoding="utf-8"))
+        version = manifest.versions().get("cookbook-core", "(not installed)")
+        lines = [
+            f"- base model: {self.base_model}",
+            f"- recipe: {held['recipe']}, checkpoint {self.checkpoint}",
+            f"- exported by cookbook-core {version}",
+        ]
+        if held["config"]:
+            text = json.dumps(held["config"], indent=2, ensure_ascii=False)
+            lines += ["- config:", "", "```json", text, "```"]
+        return "\n".join(lines) + "\n"

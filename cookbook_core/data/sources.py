@@ -1,0 +1,217 @@
+"""Where a dataset's rows come from: what a dataset may be called, and which of its rows are meant.
+
+    tiny/NAME                 bundled with this package (see cookbook_core/assets/data)
+    FILE.jsonl .json .csv .parquet
+    FOLDER                    with train.jsonl and perhaps test.jsonl, from save_to_disk, or one
+                              that `datasets` loads (a clone of a hub dataset)
+    OWNER/NAME[:CONFIG]       on the Hugging Face hub
+
+After any of them, `@TRAIN` or `@TRAIN/TEST` names the splits to train on and to hold out, each with
+a slice if need be, as `datasets` has them (quote it: shells read brackets):
+
+    "HuggingFaceH4/ultrafeedback_binarized@train_prefs/test_prefs"
+    "my_rows.jsonl@train[:90%]/train[90%:]"
+    "OWNER/NAME@train[:5000]/test[:200]"     streamed: what comes after is not downloaded
+
+With `@TRAIN` alone the held-out rows are drawn from TRAIN. Rows are read one by one, none beyond
+the slice. A hub dataset is streamed, and not kept in a cache, where a slice ends at a row number
+and none needs the rows counted (percentages, from the end). A path that exists is that path,
+whatever is in its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cookbook_core.data.files import SUFFIXES, Row, read_file, without_nulls
+from cookbook_core.errors import DataError, check_choice
+from cookbook_core.storage.hub import asking_hub
+from cookbook_core.storage.paths import asset_path, usable_path
+
+_KINDS = (
+    "Accepted: tiny/NAME (bundled), a .jsonl, .json, .csv or .parquet file, a folder with "
+    "train.jsonl, a folder from save_to_disk, or OWNER/NAME[:CONFIG] on the Hugging Face hub; "
+    "after each of them @TRAIN or @TRAIN/TEST to name splits."
+)
+_SPLIT = re.compile(r"(\w+(?:[.-]\w+)*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
+_PLACES = re.compile(r"(/|\.|~|[A-Za-z]:[\\/]|.*\\)")  # what begins like a path, Windows' included
+Wanted = tuple[str, str | None, str | None]
+"""A split's name and the bounds of its slice, such as ("train", None, "90%")."""
+
+
+def open_splits(dataset: str) -> dict[str, Iterable[tuple[str, Row]]]:
+    """A dataset's splits, each to be read once: (where, row) with `where` file:line or name[row].
+
+    Args:
+        dataset: a name or path, see the top of this file. With `@TRAIN/TEST` the splits are those
+            two, called "train" and "test".
+    Raises:
+        DataError: no such dataset or split, a slice that is none, or slices that share rows. While
+            a split is read: broken text, or a connection that fails.
+    """
+    usable_path("dataset", dataset, DataError)
+    name, wanted = _parse(str(dataset))
+    known = all(_is_count(low) and _is_count(high) for _, low, high in wanted)
+    streaming = known and any(high is not None for _, _, high in wanted)
+    splits = _find(name, dataset, streaming)
+    if not wanted:
+        return {split: _rows(dataset, source, 0, None) for split, source in splits.items()}
+    cuts = []
+    for split, low, high in wanted:
+        check_choice(DataError, dataset, f'no split "{split}"', split, splits)
+        count = None if _is_count(low) and _is_count(high) else _length(splits[split])
+        cuts.append((split, _place(low, count) or 0, _place(high, count)))
+    _check_apart(dataset, cuts)
+    return {
+        role: _rows(dataset, splits[split], start, stop)
+        for role, (split, start, stop) in zip(("train", "test"), cuts, strict=False)
+    }
+
+
+# ---- names -----------------------------------------------------------------------------------
+
+
+def _parse(dataset: str) -> tuple[str, list[Wanted]]:
+    """The name before the @, and the splits after it; none where the @ belongs to a path."""
+    name, at, tail = dataset.rpartition("@")
+    if not at or _is_file_name(tail) or usable_path("dataset", dataset, DataError).exists():
+        return dataset, []
+    found = [_SPLIT.fullmatch(part) for part in tail.split("/")]
+    if not name or len(found) > 2 or not all(found):
+        rule = "SPLIT or SPLIT/SPLIT, each such as train, train[:2000], train[-100:] or train[:90%]"
+        mend = "No file or folder has that whole name either."
+        raise DataError(
+            f"{dataset}: after the @", "no splits", expected=rule, got=repr(tail), fix=mend
+        )
+    return name, [(match[1], match[2], match[3]) for match in found if match]
+
+
+def _is_file_name(text: str) -> bool:
+    return Path(text).suffix.lower() in SUFFIXES
+
+
+def _is_count(bound: str | None) -> bool:
+    """Whether the place is known before the rows are counted."""
+    return bound is None or bound.isdecimal()
+
+
+def _place(bound: str | None, count: int | None) -> int | None:
+    """The row a bound stands for, rounded and clipped as `datasets` does."""
+    if bound is None or count is None:
+        return None if bound is None else int(bound)
+    place = round(int(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
+    return min(max(place + count, 0) if place < 0 else place, count)
+
+
+def _check_apart(dataset: str, cuts: list[tuple[str, int, int | None]]) -> None:
+    """Raise DataError if the two parts are of one split and share rows."""
+    if len({split for split, _, _ in cuts}) == len(cuts):
+        return
+    ends = [float("inf") if stop is None else stop for _, _, stop in cuts]
+    if max(cuts[0][1], cuts[1][1]) < min(ends):
+        mend = "Rows trained on say nothing about others."
+        raise DataError(
+            dataset, "both slices hold the same rows", expected="others", got=cuts, fix=mend
+        )
+
+
+# ---- sources ---------------------------------------------------------------------------------
+
+
+def _find(name: str, dataset: str, streaming: bool) -> Mapping[str, Any]:
+    """Map split names to a file (Path) or to a table of the `datasets` library."""
+    path = usable_path("dataset", name, DataError)
+    if name.startswith("tiny/"):
+        return _bundled(name.removeprefix("tiny/"))
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
+        return {"train": path}
+    if path.is_dir():
+        files = {p.stem: p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES}
+        if "train" in files:
+            return files
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return _saved(path, dataset)
+        if files or any(map(_is_file_name, map(str, path.glob("data/*")))):
+            return _load(str(path), None, dataset, streaming)
+        names = [p.name for p in sorted(path.iterdir())[:10]]
+        raise DataError(
+            dataset, "no dataset in this folder", expected="train.jsonl", got=names, fix=_KINDS
+        )
+    if path.exists() or _is_file_name(name) or _PLACES.match(name):
+        what = "not a dataset file" if path.exists() else "no such file"
+        if path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip"):
+            what = f"{what}, and compressed ones are not read: unpack it"
+        raise DataError(dataset, what, expected="a dataset", got="none there", fix=_KINDS)
+    hub_name, _, config = name.partition(":")
+    import datasets  # before asking_hub, which sees to its settings
+
+    del datasets
+    with asking_hub(hub_name, "file"):
+        return _load(hub_name, config, dataset, streaming)
+
+
+def _saved(path: Path, dataset: str) -> Mapping[str, Any]:
+    import datasets
+
+    try:
+        held: Any = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise _unreadable(dataset, error) from error
+    return held if isinstance(held, dict) else {"train": held}
+
+
+def _load(name: str, config: str | None, dataset: str, streaming: bool) -> Mapping[str, Any]:
+    import datasets
+
+    try:
+        loaded: Any = datasets.load_dataset(name, config or None, streaming=streaming)
+        return loaded
+    except Exception as error:  # hub, network and format errors share no base class
+        raise _unreadable(dataset, error) from error
+
+
+def _unreadable(dataset: str, error: Exception) -> DataError:
+    got = f"{type(error).__name__}: {error}".removesuffix(" (OfflineModeIsEnabled)")
+    return DataError(dataset, "cannot be loaded", expected="a dataset", got=got, fix=_KINDS)
+
+
+def _bundled(name: str) -> dict[str, Path]:
+    folder = asset_path("data")
+    stems = {path.stem for path in folder.glob("*.jsonl") if not path.stem.endswith("_test")}
+    names = {stem.removesuffix("_train") for stem in stems}
+    check_choice(DataError, f"tiny/{name}", "no such bundled dataset", name, names)
+    if name in stems:
+        return {"train": folder / f"{name}.jsonl"}
+    files = {split: folder / f"{name}_{split}.jsonl" for split in ("train", "test")}
+    return {split: path for split, path in files.items() if path.exists()}
+
+
+def _length(source: Any) -> int:
+    return sum(1 for _ in read_file(source)) if isinstance(source, Path) else len(source)
+
+
+def _rows(dataset: str, source: Any, start: int, stop: int | None) -> Iterator[tuple[str, Row]]:
+    """Read rows start..stop; no further one is looked at."""
+    if isinstance(source, Path):
+        yield from islice(read_file(source), start, stop)
+        return
+    if start and hasattr(source, "select"):  # not streamed: no need to read what comes before
+        source = source.select(range(min(start, len(source)), len(source)))
+    else:
+        source = islice(source, start, None)
+    count = None if stop is None else max(stop - start, 0)
+    rows = iter(islice(source, count))
+    place = start
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # of a connection, or a broken file of a streamed dataset
+            raise _unreadable(f"{dataset}[{place}]", error) from error
+        yield f"{dataset}[{place}]", without_nulls(row)
+        place += 1

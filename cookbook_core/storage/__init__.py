@@ -1,0 +1,1 @@
+"""Files on disk and on the Hub: paths, manifests, downloads."""

@@ -1,0 +1,58 @@
+"""Datum: one sequence of tokens, and the arrays its loss needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from cookbook_core.types.model_input import ModelInput, own_input, require_type
+from cookbook_core.types.tensors import TensorData, to_array
+
+_INTEGER_KEYS = frozenset({"target_tokens"})
+_FLOAT_KEYS = frozenset({"weights", "advantages", "logprobs"})
+
+LossFnInputs: TypeAlias = dict[str, TensorData]
+
+
+@dataclass(frozen=True)
+class Datum:
+    """One sequence and everything its loss needs.
+
+    Args:
+        model_input: the tokens the model reads, N of them.
+        loss_fn_inputs: arrays by name (TensorData, torch, numpy or nested lists; all are stored
+            as TensorData). "target_tokens" `(N,)` or `(N, K)`: the token(s) to predict at each
+            position. "weights" like target_tokens. Any other key is handed to the loss as it is
+            and never reaches the model.
+
+    Raises:
+        DatumError: a value that is not a rectangular numeric array, or a name that is not text.
+    """
+
+    model_input: ModelInput
+    loss_fn_inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model_input", own_input(self.model_input))
+        known = isinstance(self.model_input, ModelInput)
+        require_type(known, "Datum.model_input", "ModelInput", self.model_input)
+        named = isinstance(self.loss_fn_inputs, Mapping)
+        require_type(named, "Datum.loss_fn_inputs", "arrays by name", self.loss_fn_inputs)
+        for key in self.loss_fn_inputs:
+            require_type(isinstance(key, str), "Datum.loss_fn_inputs", "names that are str", key)
+        inputs = {k: _to_tensor_data(k, v) for k, v in self.loss_fn_inputs.items()}
+        object.__setattr__(self, "loss_fn_inputs", inputs)
+
+
+def _to_tensor_data(key: str, value: Any) -> TensorData:
+    if isinstance(value, TensorData) and (key not in _INTEGER_KEYS or value.dtype == "int64"):
+        return value
+    if isinstance(value, ModelInput):  # the SDK's own examples pass targets this way
+        value = value.to_ints()
+    dtype = "int64" if key in _INTEGER_KEYS else "float32" if key in _FLOAT_KEYS else None
+    where = f'Datum.loss_fn_inputs["{key}"]'
+    array = to_array(where, value, np.dtype(dtype) if dtype else None)
+    return TensorData(array, dtype="float32" if array.dtype.kind == "f" else "int64")
