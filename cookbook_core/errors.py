@@ -128,7 +128,8 @@ def check_choice(
     known = sorted(known)
     if not isinstance(name, str) or name not in known:
         fix = nearest(str(name), known).partition("Known: ")[0].rstrip()
-        raise error(where, what, expected=" or ".join(known) or "none", got=repr(name), fix=fix)
+        expected = f"one of {', '.join(known)}" if known else "none"
+        raise error(where, what, expected=expected, got=repr(name), fix=fix)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
