@@ -136,7 +136,7 @@ def rollout(
     temperature: float = 1.0,
     seed: int | str = 0,
 ) -> list[list[SampledSequence]]:
-    """Sample completions of each prompt, all decoded together, until the answer's end token.
+    """Sample completions of each prompt, decoded as one unit, until the answer's end token.
 
     Args:
         sampler: the weights to sample from.
@@ -151,13 +151,15 @@ def rollout(
         DatumError, ConfigError: a prompt or parameter the sampler refuses.
     """
     seeds, stop = random.Random(str(seed)), chat.stop_tokens(sampler.get_tokenizer())
-    futures = []
-    for prompt in prompts:
-        params = SamplingParams(
+    params = [
+        SamplingParams(
             max_tokens=max_tokens, temperature=temperature, seed=seeds.getrandbits(60), stop=stop
         )
-        futures.append(sampler.sample(ModelInput.from_ints(prompt), num_samples, params))
-    return [future.result().sequences for future in futures]
+        for _ in prompts
+    ]
+    inputs = [ModelInput.from_ints(prompt) for prompt in prompts]
+    futures = sampler.sample_batch(inputs, num_samples, params)
+    return [list(future.result().sequences) for future in futures]
 
 
 def texts_of(tokenizer: Any, sequences: Sequence[SampledSequence]) -> list[str]:

@@ -298,7 +298,7 @@ def test_the_loss_runs_exactly_once(
 
     client.forward_backward_custom(data, counted).result(SECONDS)
     assert seen == [[True] * 5]
-    engine_of(client).room.one_pass_tokens = 0
+    engine_of(client).limits.graph_tokens = 0
     client.forward_backward_custom(data, counted).result(SECONDS)
     assert len(seen) == 2
     forward_backward_two_pass(client, data, counted)
@@ -346,7 +346,7 @@ def test_a_failing_loss_leaves_everything_as_it_was(
     """Pitfall 2: gradients are byte-equal after a failed call, and the client goes on working."""
     data = random_data(4)
     if passes == 2:
-        engine_of(client).room.one_pass_tokens = 0
+        engine_of(client).limits.graph_tokens = 0
     client.forward_backward(data, "cross_entropy").result(SECONDS)
     adapter = adapter_of(client)
     grads = [g.clone() for g in adapter.grads]

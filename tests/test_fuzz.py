@@ -336,7 +336,7 @@ def test_builtin_losses(live, datums, loss, config, method):
 )
 def test_custom_losses(live, datums, loss, form, passes):
     engine = live.client._backend._backend.engine()
-    engine.one_pass_tokens = passes
+    engine.limits.graph_tokens = passes
     try:
         before = [d.model_input.to_ints() for d in datums]
         result = call(
@@ -346,7 +346,7 @@ def test_custom_losses(live, datums, loss, form, passes):
         )
         assert [d.model_input.to_ints() for d in datums] == before
     finally:
-        engine.one_pass_tokens = None
+        engine.limits.graph_tokens = None
     if result is not REFUSED:
         assert all(isinstance(v, float) for v in result.metrics.values())
         adapter = live.client._backend._adapter

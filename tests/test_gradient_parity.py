@@ -127,7 +127,7 @@ def check_parity(
     surrogate = forward_backward_two_pass(client, data, loss_fn)
     surrogate_grads = take_gradient(client)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.room, "one_pass_tokens", 0)
+        patch.setattr(engine.limits, "graph_tokens", 0)
         patch.setattr(engine.scorer, "micro_batch_tokens", 24)  # several micro-batches
         two, two_grads = gradient(client, data, loss_fn)
 

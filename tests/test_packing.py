@@ -200,10 +200,11 @@ def test_shared_prefixes_give_the_gradient_of_separate_sequences(
     assert engine.scorer.packs, f"{arch} fell back to padded batches"
     data = family_data(k)
     if limit is not None:
-        monkeypatch.setattr(engine.room, "one_pass_tokens", limit)
+        monkeypatch.setattr(engine.limits, "graph_tokens", limit)
         monkeypatch.setattr(engine.scorer, "micro_batch_tokens", 60)
-        kept, again = engine.room.split(engine.scorer.batches(data))
-        assert again
+        batches = engine.scorer.batches(data)
+        kept = engine.limits.limits(longest=100).count_kept(batches)
+        assert kept < len(batches)
         assert bool(kept) == (limit > 0)
     output = client.forward_backward_custom(data, loss_fn).result(SECONDS)
     grads = {key: g.double() for key, g in take_gradient(client).items()}

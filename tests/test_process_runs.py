@@ -72,7 +72,7 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_in_one(
             made.other.kill()
             made.other.wait(SECONDS)
 
-    said = "process 1 of 2: is gone.* The last checkpoint in .*run is that of step 4: give the same"
+    said = "process 1 of 2: died.* The last checkpoint in .*run is that of step 4: give the same"
     try:
         with pytest.raises(ProcessError, match=said):
             steps(run, make_service(checkpoint_dir=run / "checkpoints"), model, kill)

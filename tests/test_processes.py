@@ -210,7 +210,7 @@ def test_a_graph_that_does_not_fit_in_one_process(
     sides: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both, data = sides(), grouped(2, 3, 18)
-    monkeypatch.setattr(engine_of(both.shared).room, "one_pass_tokens", 0)
+    monkeypatch.setattr(engine_of(both.shared).limits, "graph_tokens", 0)
     found, want = (c.forward_backward_custom(data, policy).result(SECONDS) for c in both.each())
     assert (found.metrics["passes"], want.metrics["passes"]) == (2.0, 1.0)
     assert_close(*map(take_gradient, both.each()), EXACT)

@@ -172,7 +172,7 @@ def test_indexed_rows_give_the_gradient_of_the_multi_target_form(
     ]
     expected = client.forward_backward_custom(wide, multi_target_loss).result(SECONDS)
     wanted = take_gradient(client)
-    engine_of(client).room.one_pass_tokens = 10**9 if passes == 1 else 0
+    engine_of(client).limits.graph_tokens = 10**9 if passes == 1 else 0
     found = client.forward_backward_custom(
         data, indexed_loss, loss_type_input="vocab_logprobs"
     ).result(SECONDS)

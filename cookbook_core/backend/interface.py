@@ -42,6 +42,12 @@ class SamplingBackend(Protocol):
         """Completions of one prompt."""
         ...
 
+    def sample_batch(
+        self, prompts: Sequence[ModelInput], num_samples: int, params: Sequence[SamplingParams]
+    ) -> list[Future[SampleResponse]]:
+        """Completions of each prompt; where the backend decodes itself, together as one unit."""
+        ...
+
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
         """log p of each prompt token given those before it, nats; None at position 0."""
         ...

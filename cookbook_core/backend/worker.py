@@ -6,38 +6,32 @@ import atexit
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from cookbook_core.backend.threads import (
-    in_worker_thread,
-    mark_worker_thread,
-    release_helpers,
-)
+from cookbook_core.backend.threads import in_worker_thread, mark_worker_thread, release_helpers
 from cookbook_core.errors import RequestError
-
-LINGER_SECONDS = 0.002
-"""How long a request that can be grouped waits for another one like it."""
 
 
 @dataclass
 class _Job:
+    """One call of `function`, and the futures of its results.
+
+    group None: `function(*items)` has one result. Otherwise `function(items)` has one for each
+    item, and neighbours of the same group in the queue are run as one call.
+    """
+
     label: str
-    run: Callable[[list[Any]], Sequence[Any]]
-    """Takes the items of one or more jobs, gives one result for each."""
-    item: Any = None
+    function: Callable[..., Any]
+    items: list[Any]
+    futures: list[Future[Any]]
     group: Hashable | None = None
-    future: Future[Any] = field(default_factory=Future)
 
 
 class Worker:
-    """A queue and the thread that empties it.
-
-    `submit` runs a function; `submit_grouped` lets consecutive requests with the same group key
-    run as one call. Nothing runs concurrently, so nothing here needs a lock on the model.
-    """
+    """A queue and the thread that empties it. Requests never overlap: the model needs no lock."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -47,57 +41,75 @@ class Worker:
         self._thread: threading.Thread | None = None
         _workers.add(self)
 
-    def submit(self, label: str, run: Callable[[], Any]) -> Future[Any]:
-        """Run `run()` after everything submitted before it.
+    def submit(self, label: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Call `function(*args)` after everything submitted before it.
 
         Raises:
             RequestError: called from inside a request (a loss function), or after `close`.
         """
-        return self._put(_Job(label, lambda items: [run() for _ in items]))
+        job = _Job(label, function, list(args), [Future()])
+        self._put(job)
+        return job.futures[0]
 
-    def submit_grouped(
-        self, label: str, group: Hashable, item: Any, run: Callable[[list[Any]], Sequence[Any]]
-    ) -> Future[Any]:
-        """Run `run([item, ...])` together with neighbours of the same group in the queue."""
-        return self._put(_Job(label, run, item, group))
+    def submit_batch(
+        self,
+        label: str,
+        function: Callable[[list[Any]], Sequence[Any]],
+        items: Sequence[Any],
+        group: Hashable | None = None,
+    ) -> list[Future[Any]]:
+        """Call `function(items)` as one unit; it gives one result for each item.
+
+        Args:
+            label: what errors call the request.
+            function: what to call.
+            items: of the unit, in order.
+            group: a key that lets requests of the same key that are already waiting in the queue
+                run in the same call. Which those are depends on timing. None: this unit alone.
+        """
+        key = object() if group is None else group
+        job = _Job(label, function, list(items), [Future() for _ in items], key)
+        self._put(job)
+        return job.futures
 
     def close(self) -> None:
-        """Serve what is queued, then end the thread."""
+        """Serve everything that is queued, then end the thread; waits until it has ended."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=5)
+            self._thread.join()
 
-    def _put(self, job: _Job) -> Future[Any]:
+    def _put(self, job: _Job) -> None:
         if in_worker_thread():
             raise RequestError(
                 job.label,
-                "requests cannot be made from inside a loss function",
-                expected="a call outside of it",
-                got="one in the slot of the queue that this request would wait in",
+                "requests cannot be made from inside a loss function, which occupies the queue",
                 fix="Make the call first and put its result on the datums with with_inputs().",
             )
         release_helpers()  # of the caller, who is about to wait
         with self._changed:
             if self._closed:
-                what = "this client has been closed"
-                raise RequestError(job.label, what, expected="an open one", got="a closed one")
+                raise RequestError(
+                    job.label, "this client has been closed", fix="Make a new ServiceClient."
+                )
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
                 self._thread.start()
             self._jobs.append(job)
             self._changed.notify()
-        return job.future
 
     def _serve(self) -> None:
         mark_worker_thread()
         while (jobs := self._next()) is not None:
-            _run_together(jobs)
-            del jobs  # what a job holds must not live until the next one comes
+            if jobs[0].group is None:
+                _run(jobs[0])
+            else:
+                _run_batch(jobs)
+            del jobs  # what a job references must not live until the next one comes
 
     def _next(self) -> list[_Job] | None:
-        """The next job with the neighbours it can run with; None once closed and empty."""
+        """The next job with the neighbours it runs with; None once closed and empty."""
         with self._changed:
             if not self._jobs:
                 release_helpers()
@@ -105,14 +117,43 @@ class Worker:
             if not self._jobs:
                 return None
             jobs = [self._jobs.popleft()]
-            while jobs[0].group is not None:
-                arrived = self._jobs or self._changed.wait_for(
-                    lambda: self._jobs or self._closed, LINGER_SECONDS
-                )
-                if not arrived or not self._jobs or self._jobs[0].group != jobs[0].group:
-                    break
+            group = jobs[0].group
+            while group is not None and self._jobs and self._jobs[0].group == group:
                 jobs.append(self._jobs.popleft())
             return jobs
+
+
+def _run(job: _Job) -> None:
+    """Call the job's function and settle its future."""
+    (future,) = job.futures
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = job.function(*job.items)
+    except BaseException as error:  # re-raised to whoever waits for the result
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+def _run_batch(jobs: list[_Job]) -> None:
+    """Run jobs of one group as one call, without the cancelled ones, and settle their futures."""
+    running = [pair for pair in _requests(jobs) if pair[1].set_running_or_notify_cancel()]
+    if not running:
+        return
+    try:
+        results = jobs[0].function([item for item, _ in running])
+    except BaseException as error:  # re-raised to whoever waits for the results
+        for _, future in running:
+            future.set_exception(error)
+    else:
+        for (_, future), result in zip(running, results, strict=True):
+            future.set_result(result)
+
+
+def _requests(jobs: list[_Job]) -> Iterator[tuple[Any, Future[Any]]]:
+    for job in jobs:
+        yield from zip(job.items, job.futures, strict=True)
 
 
 def refuse_after_failure(requests: Sequence[Future[Any]]) -> None:
@@ -121,26 +162,11 @@ def refuse_after_failure(requests: Sequence[Future[Any]]) -> None:
     if errors:
         raise RequestError(
             "optim_step",
-            "a forward_backward before it failed, and nobody had read its result",
-            expected="no failure since the last step",
+            "a forward_backward before it failed, and its result was never read",
             got=errors[0],
             fix="Nothing was stepped; accumulated gradients are kept. Read the failed future's "
             ".result(), then decide.",
         ) from errors[0]
-
-
-def _run_together(jobs: list[_Job]) -> None:
-    jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-    if not jobs:
-        return
-    try:
-        results = jobs[0].run([job.item for job in jobs])
-    except BaseException as error:  # handed to whoever waits for the result
-        for job in jobs:
-            job.future.set_exception(error)
-    else:
-        for job, result in zip(jobs, results, strict=True):
-            job.future.set_result(result)
 
 
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()

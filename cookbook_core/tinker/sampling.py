@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cookbook_core.backend.interface import SamplingBackend
@@ -15,7 +16,10 @@ from cookbook_core.types.model_input import own_input
 class SamplingClient:
     """A snapshot of weights: what is trained later does not change it.
 
-    Requests submitted back to back are decoded together, so submit all before waiting for one.
+    Single requests are decoded together with those that are already waiting, so submit all before
+    waiting for one. Which ones share a loop depends on timing, and the shapes of its matrix
+    products move last bits. `sample_batch` decodes its prompts as one unit: the same seeds give the
+    same bits.
     """
 
     def __init__(self, backend: SamplingBackend) -> None:
@@ -66,6 +70,36 @@ class SamplingClient:
             ),
             "sample",
         )
+
+    def sample_batch(
+        self,
+        prompts: Sequence[ModelInput],
+        num_samples: int,
+        sampling_params: Sequence[SamplingParams],
+    ) -> list[APIFuture[SampleResponse]]:
+        """Generate completions of several prompts, decoded together as one unit. Not in the SDK.
+
+        Results depend on the weights, the prompts and the parameters alone, to the bit; see the
+        class for what single requests depend on. A service gets single requests.
+
+        Args:
+            prompts: P prompts.
+            num_samples: completions of each.
+            sampling_params: P of them, one for each prompt.
+        Returns:
+            P futures, as `sample` returns them.
+        Raises:
+            ConfigError, DatumError: at once, before anything is queued.
+        """
+        if len(prompts) != len(sampling_params):
+            raise ConfigError(
+                "sampling_params", "not one per prompt", expected=len(prompts),
+                got=len(sampling_params),
+            )  # fmt: skip
+        inputs = [own_input(prompt) for prompt in prompts]
+        params = [own_params(SamplingParams, p) for p in sampling_params]
+        futures = self._backend.sample_batch(inputs, num_samples, params)
+        return [APIFuture(future, "sample") for future in futures]
 
     def compute_logprobs(
         self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None

@@ -19,7 +19,7 @@ from cookbook_core.backend.local.model_ids import ModelIds
 from cookbook_core.backend.local.multiprocess.engine import SharedEngine
 from cookbook_core.backend.local.multiprocess.group import joined
 from cookbook_core.backend.local.scoring.memory_limits import check_mode
-from cookbook_core.backend.sampling_requests import prompt_datum, sampling_request
+from cookbook_core.backend.sampling_requests import SampleRequest, prompt_datum, sampling_request
 from cookbook_core.backend.worker import Worker, refuse_after_failure
 from cookbook_core.custom_loss import LossFn, LossTypeInput
 from cookbook_core.errors import CheckpointError, check_text
@@ -38,7 +38,7 @@ from cookbook_core.types import (
 
 
 class LocalBackend:
-    """A base model with its queue. Its methods return futures; the work is done by one thread."""
+    """A base model with its queue. Its methods return futures; one thread does the work."""
 
     def __init__(
         self,
@@ -69,37 +69,39 @@ class LocalBackend:
         self, lora: LoraConfig, user_metadata: dict[str, str] | None = None
     ) -> Future[LocalTraining]:
         check_metadata(user_metadata)
+        label = "create_lora_training_client"
+        return self.worker.submit(label, self._create_training, lora, user_metadata)
 
-        def create() -> LocalTraining:
-            return LocalTraining(self, self.engine().bank.create(lora), user_metadata)
-
-        return self.worker.submit("create_lora_training_client", create)
+    def _create_training(
+        self, lora: LoraConfig, user_metadata: dict[str, str] | None
+    ) -> LocalTraining:
+        return LocalTraining(self, self.engine().bank.create(lora), user_metadata)
 
     def restore_training(self, path: str, *, with_optimizer: bool) -> Future[LocalTraining]:
-        def create() -> LocalTraining:
-            folder = usable_path("path", path, CheckpointError)
-            checkpoint = checkpoints.read(folder, with_optimizer=with_optimizer)
-            adapter = checkpoints.new_adapter(self.engine().bank, checkpoint)
-            return LocalTraining(self, adapter, continued=folder if with_optimizer else None)
+        label = "create_training_client_from_state"
+        return self.worker.submit(label, self._restore_training, path, with_optimizer)
 
-        return self.worker.submit("create_training_client_from_state", create)
+    def _restore_training(self, path: str, with_optimizer: bool) -> LocalTraining:
+        folder = usable_path("path", path, CheckpointError)
+        checkpoint = checkpoints.read(folder, with_optimizer=with_optimizer)
+        adapter = checkpoints.new_adapter(self.engine().bank, checkpoint)
+        return LocalTraining(self, adapter, continued=folder if with_optimizer else None)
 
     def create_sampler(self, path: str | None) -> Future[LocalSampler]:
-        def create() -> LocalSampler:
-            engine = self.engine()
-            if path is None:
-                return LocalSampler(self, None)
-            checkpoint = checkpoints.read(usable_path("path", path, CheckpointError))
-            return LocalSampler(self, checkpoints.new_adapter(engine.bank, checkpoint))
+        return self.worker.submit("create_sampling_client", self._create_sampler, path)
 
-        return self.worker.submit("create_sampling_client", create)
+    def _create_sampler(self, path: str | None) -> LocalSampler:
+        if path is None:
+            return LocalSampler(self, None)
+        checkpoint = checkpoints.read(usable_path("path", path, CheckpointError))
+        return LocalSampler(self, checkpoints.new_adapter(self.engine().bank, checkpoint))
 
     def close(self) -> None:
         self.worker.close()
 
 
 def load_engine(name: str, device: str, dtype: str, gradient_checkpointing: str) -> Engine:
-    """The engine of a base model; where processes have joined, one that shares its work out."""
+    """The engine of a base model; under torchrun, one that shares its work among the processes."""
     group = joined()
     if group is not None:
         return SharedEngine.load(group, name, device, dtype, gradient_checkpointing)
@@ -107,7 +109,7 @@ def load_engine(name: str, device: str, dtype: str, gradient_checkpointing: str)
 
 
 def check_metadata(user_metadata: Any) -> None:
-    """Refuse, with a CheckpointError, what cannot be written beside a checkpoint."""
+    """Raise a CheckpointError unless it can be written beside a checkpoint: a dict of text."""
     if user_metadata is None:
         return
     if not isinstance(user_metadata, dict):
@@ -130,9 +132,9 @@ class LocalTraining:
         user_metadata: dict[str, str] | None = None,
         continued: Path | None = None,
     ) -> None:
-        base = backend.engine().base
         self._backend, self._adapter, self._metadata = backend, adapter, user_metadata
-        data = base.data()
+        self._engine = backend.engine()
+        data = self._engine.base.data()
         self.info = GetInfoResponse(
             model_data=data,
             model_id=backend.model_ids.next(continued),
@@ -140,12 +142,13 @@ class LocalTraining:
             lora_rank=adapter.slot.config.r,
             model_name=data.model_name,
         )
+        self.machine = self._engine.machine(adapter)
 
     def tokenizer(self) -> Any:
-        return self._backend.engine().base.tokenizer()
+        return self._engine.base.tokenizer()
 
     def forward(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[ForwardBackwardOutput]:
-        return self._submit("forward", lambda e: e.forward(self._adapter, data, loss_fn))
+        return self._submit("forward", self._engine.forward, self._adapter, data, loss_fn)
 
     def forward_backward(
         self,
@@ -153,19 +156,17 @@ class LocalTraining:
         loss_fn: LossFn,
         loss_type_input: LossTypeInput = "logprobs",
     ) -> Future[ForwardBackwardOutput]:
-        return self._submit(
-            "forward_backward",
-            lambda e: e.forward_backward(self._adapter, data, loss_fn, loss_type_input),
-        )
+        args = self._adapter, data, loss_fn, loss_type_input
+        return self._submit("forward_backward", self._engine.forward_backward, *args)
 
     def optim_step(
         self, params: AdamParams, after: Sequence[Future[Any]] = ()
     ) -> Future[OptimStepResponse]:
-        def step(_: Engine) -> OptimStepResponse:
-            refuse_after_failure(after)
-            return OptimStepResponse(self._adapter.optim_step(params))
+        return self._submit("optim_step", self._step, params, after)
 
-        return self._submit("optim_step", step)
+    def _step(self, params: AdamParams, after: Sequence[Future[Any]]) -> OptimStepResponse:
+        refuse_after_failure(after)
+        return OptimStepResponse(self._adapter.optim_step(params))
 
     def save(
         self,
@@ -178,52 +179,52 @@ class LocalTraining:
         check_metadata(user_metadata)
         kind = "sampler_weights" if for_sampler else "weights"
         folder = self._backend.checkpoint_dir / self.info.model_id / kind
-        path = folder / checkpoints.check_name(name)
+        write = partial(
+            checkpoints.write,
+            folder / checkpoints.check_name(name),
+            self._adapter,
+            base=self._engine.base,
+            with_optimizer=not for_sampler,
+            overwrite=overwrite,
+            user_metadata={**(self._metadata or {}), **(user_metadata or {})},
+        )
+        label = "save_weights_for_sampler" if for_sampler else "save_state"
+        return self._submit(label, self._save, write)
 
-        def save(engine: Engine) -> str:
-            written = checkpoints.write(
-                path,
-                self._adapter,
-                base=engine.base,
-                with_optimizer=not for_sampler,
-                overwrite=overwrite,
-                user_metadata={**(self._metadata or {}), **(user_metadata or {})},
-            )
-            return str(written)
-
-        return self._submit("save_weights_for_sampler" if for_sampler else "save_state", save)
+    def _save(self, write: partial[Path]) -> str:
+        return str(write())
 
     def load(self, path: str, *, with_optimizer: bool) -> Future[None]:
-        def load(engine: Engine) -> None:
-            folder = usable_path("path", path, CheckpointError)
-            checkpoint = checkpoints.read(folder, with_optimizer=with_optimizer)
-            checkpoints.check_base(checkpoint, engine.base)
-            checkpoints.restore(self._adapter, checkpoint)
+        return self._submit("load_state", self._load, path, with_optimizer)
 
-        return self._submit("load_state", load)
+    def _load(self, path: str, with_optimizer: bool) -> None:
+        folder = usable_path("path", path, CheckpointError)
+        checkpoint = checkpoints.read(folder, with_optimizer=with_optimizer)
+        checkpoints.check_base(checkpoint, self._engine.base)
+        checkpoints.restore(self._adapter, checkpoint)
 
     def open_sampler(self, path: str) -> Future[LocalSampler]:
         return self._backend.create_sampler(path)
 
     def snapshot(self) -> Future[LocalSampler]:
-        return self._submit(
-            "save_weights_and_get_sampling_client",
-            lambda _: LocalSampler(self._backend, self._adapter.copy()),
-        )
+        return self._submit("save_weights_and_get_sampling_client", self._snapshot)
 
-    def _submit(self, label: str, run: Any) -> Future[Any]:
-        return self._backend.worker.submit(label, lambda: run(self._backend.engine()))
+    def _snapshot(self) -> LocalSampler:
+        return LocalSampler(self._backend, self._adapter.copy())
+
+    def _submit(self, label: str, function: Any, *args: Any) -> Future[Any]:
+        return self._backend.worker.submit(label, function, *args)
 
 
 class LocalSampler:
     """A snapshot to generate from: a copy of an adapter, or the bare base model."""
 
     def __init__(self, backend: LocalBackend, adapter: Adapter | None) -> None:
-        self._backend, self._adapter = backend, adapter
-        self.model_data = backend.engine().base.data()
+        self._worker, self._engine, self._adapter = backend.worker, backend.engine(), adapter
+        self.model_data = self._engine.base.data()
 
     def tokenizer(self) -> Any:
-        return self._backend.engine().base.tokenizer()
+        return self._engine.base.tokenizer()
 
     def sample(
         self,
@@ -233,24 +234,29 @@ class LocalSampler:
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
     ) -> Future[SampleResponse]:
-        """Queued; requests made back to back on the same snapshot are decoded together."""
-        told = include_prompt_logprobs, topk_prompt_logprobs
-        request = sampling_request(self.model_data, prompt, num_samples, params, *told)
-        return self._backend.worker.submit_grouped(
-            "sample",
-            ("sample", id(self)),
-            request,
-            lambda requests: self._backend.engine().sample(self._adapter, requests),
-        )
+        """Queued; decoded together with requests of this snapshot that are waiting by then."""
+        wanted = include_prompt_logprobs, topk_prompt_logprobs
+        request = sampling_request(self.model_data, prompt, num_samples, params, *wanted)
+        return self._submit_samples([request], group="sample")[0]
+
+    def sample_batch(
+        self, prompts: Sequence[ModelInput], num_samples: int, params: Sequence[SamplingParams]
+    ) -> list[Future[SampleResponse]]:
+        requests = [
+            sampling_request(self.model_data, prompt, num_samples, p, False, 0)
+            for prompt, p in zip(prompts, params, strict=True)
+        ]
+        return self._submit_samples(requests, group=None)
+
+    def _submit_samples(
+        self, requests: list[SampleRequest], group: str | None
+    ) -> list[Future[SampleResponse]]:
+        sample = partial(self._engine.sample, self._adapter)
+        return self._worker.submit_batch("sample", sample, requests, group and (group, id(self)))
 
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
         """log p of each prompt token given those before it, through the training's scoring path."""
         datum = prompt_datum(self.model_data, prompt)
-
-        def run(data: list[Datum]) -> list[list[float | None]]:
-            scored = self._backend.engine().score(self._adapter, data)
-            return [[None, *lp.tolist()] for lp in scored]
-
-        return self._backend.worker.submit_grouped(
-            "compute_logprobs", ("compute_logprobs", id(self)), datum, run
-        )
+        score = partial(self._engine.compute_logprobs, self._adapter)
+        group = "compute_logprobs", id(self)
+        return self._worker.submit_batch("compute_logprobs", score, [datum], group)[0]

@@ -1,53 +1,94 @@
-"""The local backend: one base model, one queue, any number of adapters, on this machine's torch.
+"""The engine: a custom loss in one forward and one backward, and sampling. One thread calls it.
 
-`forward_backward` is the whole idea in a few lines: score with the graph kept, run the loss on
-detached logprobs, push its gradient back through the kept graph. One forward, one backward, for
-any loss. Micro-batches whose graphs would not fit in memory are scored without a graph first and
-then again, one by one, with the gradient known: same result, one more forward for them.
+`forward_backward` is the whole idea: score the batch with its graph, run the user's loss on the
+detached logprobs, push the loss's gradient back through that graph. Micro-batches whose graphs do
+not fit in memory are scored a second time in the backward: the same result to the bit, at the cost
+of one more forward for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
 from cookbook_core.backend.local.model.adapters import Adapter, AdapterBank
 from cookbook_core.backend.local.model.loading import BaseModel
-from cookbook_core.backend.local.sampling.sampler import sample_batch
-from cookbook_core.backend.local.scoring.backward import (
-    LossOf,
-    Pass,
-    backward,
-    on_targets,
-    on_vocabulary,
-    once,
-)
-from cookbook_core.backend.local.scoring.memory_limits import Room
+from cookbook_core.backend.local.model.memory import total_bytes
+from cookbook_core.backend.local.sampling.sampler import TOKEN_BUDGET, sample_batch
+from cookbook_core.backend.local.scoring.backward import ScoredBatch
+from cookbook_core.backend.local.scoring.memory_limits import MemoryLimits
 from cookbook_core.backend.local.scoring.scorer import Scorer
 from cookbook_core.backend.sampling_requests import SampleRequest
-from cookbook_core.custom_loss import LossFn, LossResult, LossTypeInput, evaluate, merge_metrics
-from cookbook_core.types import (
-    Datum,
-    ForwardBackwardOutput,
-    SampleResponse,
-    TensorData,
+from cookbook_core.custom_loss import (
+    LossFn,
+    LossResult,
+    LossTypeInput,
+    differentiate,
+    evaluate,
+    merge_metrics,
 )
+from cookbook_core.types import Datum, ForwardBackwardOutput, SampleResponse, TensorData
 
 MERGE_FROM = 16
 """Completion tokens from which merging the adapter costs less than it saves (a pass or two)."""
+MERGE_SHARE = 0.25
+"""The part of the machine's memory that the merged copy of an adapter's layers may take."""
 
 
 class Engine:
-    """The model and what computes with it. Every method runs in the worker thread."""
+    """A base model with its adapters, and what computes with them."""
 
     def __init__(self, base: BaseModel, gradient_checkpointing: str = "auto") -> None:
         self.base = base
         self.scorer = Scorer(base.model, base.device)
         self.bank = AdapterBank(base)
-        self.room = Room(base, self.scorer, gradient_checkpointing)
+        self.limits = MemoryLimits(base, self.scorer, gradient_checkpointing)
+
+    def forward_backward(
+        self,
+        adapter: Adapter,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        form: LossTypeInput = "logprobs",
+    ) -> ForwardBackwardOutput:
+        """Accumulate the gradient of `loss_fn`; on any error nothing is accumulated."""
+        with self.score_with_graph(adapter, data, form) as scored:
+            result = differentiate(
+                loss_fn, data, scored.logprobs, view=scored.view, params=scored.loss_params
+            )
+            grads = _sum(scored.pull_back(result.grads), result.param_grads)
+        tokens = sum(datum.model_input.length for datum in data)
+        backend_metrics = {"passes": float(scored.passes), "tokens": float(tokens)}
+        logprobs = scored.logprobs if form == "logprobs" else []
+        output = _output(logprobs, result, backend_metrics)  # refuses reserved metric names
+        adapter.accumulate(grads)
+        return output
+
+    @contextmanager
+    def score_with_graph(
+        self,
+        adapter: Adapter,
+        data: Sequence[Datum],
+        form: LossTypeInput = "logprobs",
+        places: Sequence[int] | None = None,
+    ) -> Iterator[ScoredBatch]:
+        """The scored batch, while its gradient can be pulled back: inside the block.
+
+        Args:
+            adapter: the weights in force.
+            data: D checked datums.
+            form: what the loss takes.
+            places: the index of each datum in the caller's batch, for errors; None: its own.
+        """
+        # the attention stays switched until the backward, which may compute layers again
+        packed = self.scorer.attention(packed=self.scorer.packs)
+        with self.bank.active(adapter) as params, packed:
+            yield ScoredBatch(self.scorer, self.limits, data, params, form, places)
 
     def forward(
         self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn
@@ -56,61 +97,21 @@ class Engine:
         logprobs = self.score(adapter, data)
         return _output(logprobs, evaluate(loss_fn, data, logprobs), {})
 
-    def forward_backward(
-        self,
-        adapter: Adapter,
-        data: Sequence[Datum],
-        loss_fn: LossFn,
-        loss_type_input: LossTypeInput = "logprobs",
-    ) -> ForwardBackwardOutput:
-        """Accumulate the gradient of `loss_fn`; on any error nothing is accumulated."""
-        tokens = sum(datum.model_input.length for datum in data)
-        loss_of = partial(on_targets, loss_fn, data)
-        if loss_type_input == "vocab_logprobs":
-            params = list(adapter.slot.params.values())
-            loss_of = partial(on_vocabulary, loss_fn, data, self.scorer, params)
-        (logprobs, result, grads), passes = self.gradient(adapter, data, loss_of, loss_type_input)
-        grads = [
-            g if more is None else g + more
-            for g, more in zip(grads, result.param_grads or [None] * len(grads), strict=True)
-        ]
-        output = _output(logprobs, result, {"passes": passes, "tokens": float(tokens)})
-        adapter.accumulate(grads)
-        return output
-
     def score(
         self, adapter: Adapter | None, data: Sequence[Datum], places: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
         """Logprobs of every datum's target_tokens, without a graph, on the CPU."""
         with self.bank.active(adapter), torch.no_grad():
-            scored = self.room.fitted(data, lambda: self.scorer.score(data), places)
+            scored = self.limits.fit(
+                data, lambda limits: self.scorer.score(data, limits.micro_batch_tokens), places
+            )
             return [lp.cpu() for lp in scored]
 
-    def gradient(
-        self,
-        adapter: Adapter,
-        data: Sequence[Datum],
-        loss_of: LossOf,
-        form: LossTypeInput,
-        places: Sequence[int] | None = None,
-    ) -> tuple[Pass, float]:
-        """Score `data` in the form that `loss_of` takes, and push its gradient back.
-
-        Returns:
-            what `loss_of` gave, d loss / d params through the scores, and the number of passes.
-        """
-        score = self.scorer.score_batch if form == "logprobs" else self.scorer.hidden_batch
-        loss_of = once(loss_of)
-        # the attention stays switched until the backward, which may compute layers again
-        packed = self.scorer.attention(packed=self.scorer.packs)
-        with self.bank.active(adapter) as params, packed:
-
-            def run() -> tuple[Pass, float]:
-                kept, again = self.room.split(self.scorer.batches(data))
-                done = backward(self.room.recomputing(score), loss_of, params, kept, again)
-                return done, 2.0 if again else 1.0
-
-            return self.room.fitted(data, run, places)
+    def compute_logprobs(
+        self, adapter: Adapter | None, data: Sequence[Datum]
+    ) -> list[list[float | None]]:
+        """log p of each prompt token, None at position 0, of prompts that are scored together."""
+        return [[None, *lp.tolist()] for lp in self.score(adapter, data)]
 
     def sample(
         self, adapter: Adapter | None, requests: Sequence[SampleRequest]
@@ -120,9 +121,35 @@ class Engine:
         if any(r.params.stop is None or _has_text(r.params.stop) for r in requests):
             tokenizer = self.base.tokenizer()
         longest = max(r.params.max_tokens or MERGE_FROM for r in requests)
-        merged = self.bank.merged(adapter if longest >= MERGE_FROM else None)
+        merged = self.merged(adapter) if longest >= MERGE_FROM else contextlib.nullcontext()
         with self.bank.active(adapter), torch.no_grad(), merged:
             return sample_batch(self.base.model, tokenizer, requests)
+
+    def merged(self, adapter: Adapter | None) -> AbstractContextManager[None]:
+        """Inside, the adapter is merged, where the machine (not its present load) has room."""
+        room = MERGE_SHARE * total_bytes(self.base.device)
+        fits = adapter is not None and self.bank.merged_bytes(adapter) <= room
+        return self.bank.merged(adapter if fits else None)
+
+    def machine(self, adapter: Adapter) -> dict[str, Any]:
+        """What results depend on besides seed and data, down to their last bits."""
+        room = MERGE_SHARE * total_bytes(self.base.device)
+        return {
+            "device": str(self.base.device),
+            "dtype": str(self.base.model.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads() if self.base.device.type == "cpu" else None,
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "micro_batch_tokens": self.scorer.micro_batch_tokens,
+            "packed_rows": self.scorer.packs,
+            "sampling_tokens": TOKEN_BUDGET,
+            "merged_for_sampling": self.bank.merged_bytes(adapter) <= room,
+        }
+
+
+def _sum(grads: Sequence[torch.Tensor], more: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """The gradient through the logprobs, plus what the loss itself has of the parameters."""
+    extra = more or [None] * len(grads)
+    return [g if e is None else g + e for g, e in zip(grads, extra, strict=True)]
 
 
 def _has_text(stop: Any) -> bool:

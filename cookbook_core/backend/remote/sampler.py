@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,12 @@ class RemoteSampler:
             "sample", sent, lambda found: convert.sampled_in(where, found, num_samples)
         )
         return connection.watch("sample", answer)
+
+    def sample_batch(
+        self, prompts: Sequence[ModelInput], num_samples: int, params: Sequence[SamplingParams]
+    ) -> list[Future[SampleResponse]]:
+        pairs = zip(prompts, params, strict=True)
+        return [self.sample(prompt, num_samples, p) for prompt, p in pairs]
 
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
         prompt_datum(self.model_data, prompt)  # refused on this side

@@ -36,9 +36,22 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
+    return _meminfo("MemAvailable")
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device in all, whatever is free of it; the CPU's is split among the processes
+    of a run."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return _meminfo("MemTotal")
+
+
+def _meminfo(name: str) -> int:
+    """A value of /proc/meminfo in bytes, this process's part of it; 8 GiB where there is none."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
-        line = next(row for row in text.splitlines() if row.startswith("MemAvailable:"))
+        line = next(row for row in text.splitlines() if row.startswith(f"{name}:"))
         return int(line.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     except (OSError, StopIteration):
         return 8 << 30  # macOS and Windows do not say without another package

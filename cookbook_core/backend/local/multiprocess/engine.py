@@ -1,15 +1,15 @@
-"""An engine that shares its work out among the processes of a run.
+"""An engine that divides its work among the processes of a run.
 
-Process 0 has all state: adapters, gradients, optimizers, random numbers, and the user's loss, which
-runs once over the whole batch. The others hold the base model and copies of the adapters that were
-used last; for each request they are told what to score, and with what. So nothing can go apart, a
-request that fails anywhere leaves nothing behind anywhere, and a checkpoint is process 0's.
+Rank 0 has all state: adapters, gradients, optimizers, random numbers, and the user's loss, which
+runs once over the whole batch. The other ranks hold the base model and copies of the adapters used
+last; each request carries the data to score and says with which adapter. So the ranks cannot
+diverge, a request that fails anywhere leaves no trace anywhere, and checkpoints are rank 0's.
 
-    logprobs of each share --> process 0: the loss --> their gradient, to each share
-    --> each pushes its own through the graph it kept --> adapter gradients summed on process 0
+    logprobs of each share --> rank 0: the loss --> their gradient, to each rank
+    --> each pulls its own back through the graph it kept --> adapter gradients summed on rank 0
 
-The base model is whole in every process. Sharding it would ask one thing more of this module: that
-all shares have as many micro-batches, since each forward would then be one of all processes.
+The base model is whole in every process. Sharding it would require equal numbers of micro-batches
+on all ranks, since each forward would then involve all processes.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from cookbook_core.backend.local.model.loading import BaseModel, load_base_model
 from cookbook_core.backend.local.model.memory import keep_freed_memory
 from cookbook_core.backend.local.multiprocess.group import Group, Packet, Request, Stopped
 from cookbook_core.backend.local.multiprocess.shares import share_out, spread
-from cookbook_core.backend.local.scoring.backward import LossOf, Pass, Scored, Tensors
+from cookbook_core.backend.local.scoring.backward import ScoredBatch
 from cookbook_core.backend.sampling_requests import SampleRequest
-from cookbook_core.custom_loss import LossResult, LossTypeInput
+from cookbook_core.custom_loss import LossTypeInput
 from cookbook_core.datums import SCORE_MASK
 from cookbook_core.errors import CookbookError, ModelError, ProcessError
 from cookbook_core.types import Datum, ModelInput, SampledSequence, SampleResponse, SamplingParams
 
 COPIES = 4
-"""Adapters whose copies are kept: a policy, its reference, a snapshot and one more. Those used
-longest ago are sent again when they are needed."""
+"""Adapters of which each rank keeps copies: a policy, its reference, a snapshot and one more. The
+least recently used are sent again when needed."""
 _KEYS = ("target_tokens", SCORE_MASK)
-"""Of a datum, what scoring reads; the rest is for the loss and stays on process 0."""
+"""Inputs of a datum that scoring reads; the others are for the loss and stay on rank 0."""
 
 log = logging.getLogger(__name__)
 
 
 class SharedEngine(Engine):
-    """Process 0's engine: computes a share of each request and asks the others for theirs.
+    """Rank 0's engine: computes a share of each request, and has the other ranks compute theirs.
 
     Args:
         base: the model.
-        gradient_checkpointing: see `Room`.
+        gradient_checkpointing: see `MemoryLimits`.
         group: the processes of the run.
-        number: names this engine among them.
+        number: identifies this engine in all of them.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SharedEngine(Engine):
         super().__init__(base, gradient_checkpointing)
         self._group, self._number = group, number
         self._sent: OrderedDict[int, torch.Tensor] = OrderedDict()
-        """By its number, what the others have of an adapter."""
+        """By adapter number, the values that the other ranks have."""
 
     @classmethod
     def load(
@@ -74,7 +74,7 @@ class SharedEngine(Engine):
         """Load a base model in all processes.
 
         Raises:
-            ModelError: not there in one of them, or not the same. ConfigError: a bad option.
+            ModelError: missing in one of them, or with other weights. ConfigError: a bad option.
         """
         path, number = resolve_model(name), next(_numbers)
         header = {
@@ -87,7 +87,7 @@ class SharedEngine(Engine):
             },
             "gradient_checkpointing": gradient_checkpointing,
         }
-        with group.ask([Packet(header)] * group.size) as request:
+        with group.request([Packet(header)] * group.size) as request:
             base = load_base_model(name, device, dtype)
             engine = cls(base, gradient_checkpointing, group, number)
             mine = base.identity()["fingerprint"]
@@ -101,52 +101,42 @@ class SharedEngine(Engine):
     def score(
         self, adapter: Adapter | None, data: Sequence[Datum], places: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
-        """As in one process; each scores its share."""
+        """As in one process; each rank scores its share."""
         shares = self._shares(data)
         if not any(shares[1:]):
             return super().score(adapter, data, places)
-        with self._ask("score", adapter, [_packet(data, share) for share in shares]) as request:
+        with self._request("score", adapter, [_packet(data, share) for share in shares]) as request:
             mine = super().score(adapter, [data[i] for i in shares[0]], shares[0])
             scored = [mine, *(answer.tensors for answer in request.answers())]
             request.finish()
         return _in_order(shares, scored)
 
-    def gradient(
+    @contextmanager
+    def score_with_graph(
         self,
         adapter: Adapter,
         data: Sequence[Datum],
-        loss_of: LossOf,
-        form: LossTypeInput,
+        form: LossTypeInput = "logprobs",
         places: Sequence[int] | None = None,
-    ) -> tuple[Pass, float]:
-        """As in one process; each scores its share and keeps its graph, the loss runs here."""
+    ) -> Iterator[ScoredBatch]:
+        """As in one process; each rank scores its share and keeps its graph."""
         shares = self._shares(data)
         if not any(shares[1:]):
-            return super().gradient(adapter, data, loss_of, form, places)
-        device = self.base.device if form == "vocab_logprobs" else torch.device("cpu")
-
-        def over_all(scored: Tensors) -> Scored:
-            theirs = [[t.to(device) for t in answer.tensors] for answer in request.answers()]
-            logprobs, result = loss_of(_in_order(shares, [scored, *theirs]))
-            grads = [[result.grads[i] for i in share] for share in shares]
-            request.go(grads)
-            return logprobs, dataclasses.replace(result, grads=grads[0])
-
+            with super().score_with_graph(adapter, data, form, places) as scored:
+                yield scored
+            return
         work = [_packet(data, share, form=form) for share in shares]
-        with self._ask("gradient", adapter, work) as request:
-            mine = [data[i] for i in shares[0]]
-            done, passes = super().gradient(adapter, mine, over_all, form, shares[0])
-            logprobs, result, grads = done
-            flat = _flat(grads)
-            passes = max(passes, *(answer.header["passes"] for answer in request.answers()))
-            request.finish()
-            total = _like(self._group.sum_on_first(flat), grads)
-        return (logprobs, result, total), passes
+        mine = [data[i] for i in shares[0]]
+        with (
+            self._request("gradient", adapter, work) as request,
+            super().score_with_graph(adapter, mine, form, shares[0]) as own,
+        ):
+            yield SharedScores(own, shares, request, self._group)
 
     def sample(
         self, adapter: Adapter | None, requests: Sequence[SampleRequest]
     ) -> list[SampleResponse]:
-        """As in one process; each takes whole requests. Seeds that are not given are drawn here."""
+        """As in one process; each rank takes whole requests. Missing seeds are drawn on rank 0."""
         requests = [_seeded(request) for request in requests]
         costs = [r.num_samples * (r.params.max_tokens or 1) for r in requests]
         shares = spread(costs, self._group.size)
@@ -156,7 +146,7 @@ class SharedEngine(Engine):
             Packet({"requests": [dataclasses.asdict(requests[i]) for i in share]})
             for share in shares
         ]
-        with self._ask("sample", adapter, work) as request:
+        with self._request("sample", adapter, work) as request:
             mine = super().sample(adapter, [requests[i] for i in shares[0]])
             answers = [answer.header["responses"] for answer in request.answers()]
             request.finish()
@@ -167,30 +157,58 @@ class SharedEngine(Engine):
         return share_out(lists, self._group.size, share=self.scorer.packs)
 
     @contextmanager
-    def _ask(self, op: str, adapter: Adapter | None, work: Sequence[Packet]) -> Iterator[Request]:
-        """A request, in which the others have `adapter` as it is now."""
+    def _request(
+        self, op: str, adapter: Adapter | None, work: Sequence[Packet]
+    ) -> Iterator[Request]:
+        """A request in which the other ranks have `adapter` as it is now."""
         header: dict[str, Any] = {"op": op, "engine": self._number, "adapter": None}
-        flat = None if adapter is None else _flat(adapter.params)
-        held = None if adapter is None else self._sent.get(adapter.number)
-        fresh = flat is not None and (held is None or not torch.equal(held, flat))
-        if adapter is not None and flat is not None:
+        flat, changed = None, False
+        if adapter is not None:
+            flat, sent = _flat(adapter.params), self._sent.get(adapter.number)
+            changed = sent is None or not torch.equal(sent, flat)
             config = plain_config(adapter.slot.config)
-            header["adapter"] = {"number": adapter.number, "config": config, "fresh": fresh}
+            header["adapter"] = {"number": adapter.number, "config": config, "changed": changed}
         packets = [Packet({**header, **each.header}, each.tensors) for each in work]
         try:
-            with self._group.ask(packets) as request:
+            with self._group.request(packets) as request:
                 if adapter is not None and flat is not None:
-                    if fresh:
+                    if changed:
                         self._group.broadcast(flat)
                     _keep(self._sent, adapter.number, flat)
                 yield request
         except BaseException:
-            self._sent.clear()  # who knows what the others have: send anew
+            self._sent.clear()  # what the other ranks have is unknown now: send it again
             raise
 
 
+class SharedScores(ScoredBatch):
+    """The scores of a batch of which each process scored a share."""
+
+    def __init__(
+        self, own: ScoredBatch, shares: Sequence[Sequence[int]], request: Request, group: Group
+    ) -> None:
+        self._own, self._shares, self._request, self._group = own, shares, request, group
+        self.view, self.loss_params, self.passes = own.view, own.loss_params, own.passes
+        answers = [[self._like_own(t) for t in answer.tensors] for answer in request.answers()]
+        self.logprobs = _in_order(shares, [own.logprobs, *answers])
+
+    def pull_back(self, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Each process pulls its share back through its own graph; the sum arrives on rank 0."""
+        shares = [[grads[i] for i in share] for share in self._shares]
+        self._request.next_round(shares)
+        own = self._own.pull_back(shares[0])
+        passes = [answer.header["passes"] for answer in self._request.answers()]
+        self.passes = max(self._own.passes, *passes)
+        self._request.finish()
+        return _like(self._group.sum_on_first(_flat(own)), own)
+
+    def _like_own(self, scores: torch.Tensor) -> torch.Tensor:
+        """On the device where the loss expects them."""
+        return scores.to(self._own.device) if self.view else scores
+
+
 class Follower:
-    """Every other process: base models, copies of adapters, and a loop that serves process 0."""
+    """Every other rank: base models, copies of adapters, and a loop that serves rank 0."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -200,13 +218,13 @@ class Follower:
             keep_freed_memory()
 
     def serve(self) -> None:
-        """Do what process 0 asks until it ends.
+        """Serve requests until rank 0 ends.
 
         Raises:
-            ProcessError: process 0 is gone.
+            ProcessError: rank 0 died.
         """
         group = self._group
-        while (request := group.hear()).header["op"] != "end":
+        while (request := group.receive_request()).header["op"] != "end":
             try:
                 if request.header["op"] == "load":
                     self._load(request.header)
@@ -219,7 +237,7 @@ class Follower:
             except Exception as error:
                 if not isinstance(error, CookbookError):
                     log.exception("in %s", group.name(group.rank))
-                group.report(error)
+                group.report_error(error)
 
     def _load(self, header: dict[str, Any]) -> None:
         options = header["options"]
@@ -237,9 +255,9 @@ class Follower:
         engine = self._engines[header["engine"]]
         adapter = self._adapter(header)
         if header["op"] == "sample":
-            asked = [_request(values) for values in header["requests"]]
-            found = engine.sample(adapter, asked) if asked else []
-            self._group.exchange({"responses": [dataclasses.asdict(r) for r in found]})
+            requests = [_sample_request(values) for values in header["requests"]]
+            responses = engine.sample(adapter, requests) if requests else []
+            self._group.exchange({"responses": [dataclasses.asdict(r) for r in responses]})
             return
         data, places = _datums(request), header["places"]
         if header["op"] == "score":
@@ -247,16 +265,14 @@ class Follower:
             return
         assert adapter is not None, "a gradient is one of an adapter"
 
-        def ask_first(scored: Tensors) -> Scored:
-            return [], LossResult(0.0, {}, self._group.exchange({}, scored).tensors)
-
-        done, passes = engine.gradient(adapter, data, ask_first, header["form"], places)
-        flat = _flat(done[2])
-        self._group.exchange({"passes": passes})
+        with engine.score_with_graph(adapter, data, header["form"], places) as scored:
+            grads = self._group.exchange({}, scored.logprobs).tensors
+            flat = _flat(scored.pull_back(grads))
+        self._group.exchange({"passes": scored.passes})
         self._group.sum_on_first(flat)
 
     def _adapter(self, header: dict[str, Any]) -> Adapter | None:
-        """The copy of the adapter a request is about, as process 0 has it now."""
+        """The copy of the request's adapter, with the values it has on rank 0 now."""
         if header["adapter"] is None:
             return None
         import peft
@@ -266,7 +282,7 @@ class Follower:
         adapter = copies.get(number)
         if adapter is None:
             adapter = bank.empty(peft.LoraConfig(**config))
-        if header["adapter"]["fresh"]:
+        if header["adapter"]["changed"]:
             flat = self._group.broadcast(_flat(adapter.params))
             for p, values in zip(adapter.params, _like(flat, adapter.params), strict=True):
                 p.data.copy_(values)
@@ -277,12 +293,12 @@ class Follower:
 _numbers = itertools.count()
 
 
-def _keep(held: OrderedDict[int, Any], number: int, value: Any) -> None:
-    """Put the latest last, and let go of those used longest ago."""
-    held[number] = value
-    held.move_to_end(number)
-    while len(held) > COPIES:
-        held.popitem(last=False)
+def _keep(copies: OrderedDict[int, Any], number: int, value: Any) -> None:
+    """Put the latest last, and drop the least recently used."""
+    copies[number] = value
+    copies.move_to_end(number)
+    while len(copies) > COPIES:
+        copies.popitem(last=False)
 
 
 def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -294,21 +310,21 @@ def _like(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Ten
     return [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)]
 
 
-def _in_order(shares: Sequence[Sequence[int]], found: Sequence[Sequence[Any]]) -> list[Any]:
-    """What was found for each share -> in the order of the whole."""
+def _in_order(shares: Sequence[Sequence[int]], results: Sequence[Sequence[Any]]) -> list[Any]:
+    """The results of each share -> in the order of the whole batch."""
     pairs = [
         pair
-        for share, each in zip(shares, found, strict=True)
+        for share, each in zip(shares, results, strict=True)
         for pair in zip(share, each, strict=True)
     ]
     return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
 
 
-# ---- what is sent --------------------------------------------------------------------------------
+# ---- packets -------------------------------------------------------------------------------------
 
 
 def _packet(data: Sequence[Datum], share: Sequence[int], **header: Any) -> Packet:
-    """What scoring reads of the datums of a share."""
+    """The datums of a share, reduced to what scoring reads."""
     keys, tensors = [], []
     for datum in (data[i] for i in share):
         keys.append([key for key in _KEYS if key in datum.loss_fn_inputs])
@@ -334,12 +350,12 @@ def _seeded(request: SampleRequest) -> SampleRequest:
     return dataclasses.replace(request, params=dataclasses.replace(request.params, seed=seed))
 
 
-def _request(values: dict[str, Any]) -> SampleRequest:
+def _sample_request(values: dict[str, Any]) -> SampleRequest:
     return SampleRequest(**{**values, "params": SamplingParams(**values["params"])})
 
 
 def _response(values: dict[str, Any]) -> SampleResponse:
-    """JSON -> what `sample_batch` gives."""
+    """JSON -> what `sample_batch` returns."""
     sequences = [
         SampledSequence(
             each["stop_reason"],

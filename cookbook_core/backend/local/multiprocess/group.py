@@ -1,15 +1,15 @@
-"""The processes of one run, as torchrun starts them: process 0 asks, the others answer.
+"""The processes of one run, as torchrun starts them: rank 0 sends requests, the others answer.
 
-    process 0                     every other process
-    ask(message) ---------------> hear() -> message
-                                  works
+    rank 0                        every other rank
+    request(packets) -----------> receive_request() -> packet
+                                  computes
     answers() <------------------ exchange(answer)
-    go(more) -------------------> what exchange() gives
+    next_round(tensors) --------> what exchange() returns
     ... as many rounds as the work has ...
 
-Each answer is followed by a verdict, "go on" or "stop", so an error anywhere ends the request
-everywhere. Messages are JSON and plain bytes of tensors over gloo; nothing is unpickled. Tensors
-that all have, gradients and adapters, take the device's own way: nccl on CUDA.
+Each answer is followed by a verdict, continue or stop, so an error anywhere ends the request
+everywhere. Messages are JSON and plain bytes of tensors over gloo; nothing is unpickled.
+Collectives over gradients and adapters use the device's own backend: nccl on CUDA.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from cookbook_core import errors
 from cookbook_core.backend.worker import close_all
 from cookbook_core.errors import CookbookError, ProcessError, RequestError
 
-PATIENCE = timedelta(days=1)
-"""For a process that lives and says nothing; one that dies is noticed at once, as its connections
-close. Process 0 may take its time between two requests: a reward function, a debugger."""
-NCCL_PATIENCE = timedelta(minutes=5)
-"""Within a product of all processes, which they enter together."""
+TIMEOUT = timedelta(days=1)
+"""For a hung process; a dead one is detected at once, as its connections close. Rank 0 may pause
+for long between two requests: a reward function, a debugger."""
+NCCL_TIMEOUT = timedelta(minutes=5)
+"""Of a collective, which all processes enter together."""
 
 
 class Stopped(Exception):
-    """The verdict on an answer: the request has failed elsewhere."""
+    """The verdict on an answer: the request failed in another process."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Group:
     """This process's connection to the others.
 
     Attributes:
-        rank: of this process; 0 runs the script.
-        size: how many there are.
-        turn: held by process 0 while it asks; one request at a time, whichever thread it is from.
-        lost: the error that a process is gone, once it is.
+        rank: of this process; rank 0 runs the script.
+        size: number of processes.
+        lock: rank 0 holds it during a request: one at a time, whichever thread it is from.
+        lost: the error that a process died, after one did.
     """
 
     def __init__(self) -> None:
@@ -67,51 +67,51 @@ class Group:
             loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
             if loopback:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", timeout=TIMEOUT)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._nccl = None
         if torch.cuda.is_available():
             torch.cuda.set_device(
                 int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
             )
-            self._nccl = dist.new_group(backend="nccl", timeout=NCCL_PATIENCE)
-        self.turn = threading.Lock()
+            self._nccl = dist.new_group(backend="nccl", timeout=NCCL_TIMEOUT)
+        self.lock = threading.Lock()
         self.lost: ProcessError | None = None
 
     @property
     def others(self) -> range:
-        """Every process but 0."""
+        """Every rank but 0."""
         return range(1, self.size)
 
     def name(self, rank: int) -> str:
-        """What to call a process in a message."""
+        """How errors call a process."""
         return f"process {rank} of {self.size}"
 
     # ---- messages --------------------------------------------------------------------------------
 
     def send(self, to: int, packet: Packet) -> None:
-        """Hand a message to a process that waits for one.
+        """Send a packet to a process that waits for one.
 
         Raises:
-            ProcessError: it is gone.
+            ProcessError: it died.
         """
         tensors = [t.detach().cpu().contiguous() for t in packet.tensors]
         kinds = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
         text = json.dumps({**packet.header, "tensors": kinds}, default=_plain).encode()
         head = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         body = torch.cat([head, *(t.flatten().view(torch.uint8) for t in tensors)])
-        with self._noticing(self.name(to)):
+        with self._detecting_loss(self.name(to)):
             dist.send(torch.tensor([len(head), len(body)]), to)
             dist.send(body, to)
 
     def receive(self, source: int) -> Packet:
-        """Wait for a message.
+        """Wait for a packet.
 
         Raises:
-            ProcessError: the process is gone.
+            ProcessError: the process died.
         """
         sizes = torch.empty(2, dtype=torch.int64)
-        with self._noticing(self.name(source)):
+        with self._detecting_loss(self.name(source)):
             dist.recv(sizes, source)
             body = torch.empty(int(sizes[1]), dtype=torch.uint8)
             dist.recv(body, source)
@@ -125,47 +125,46 @@ class Group:
             at = end
         return Packet(header, tensors)
 
-    # ---- what all have ---------------------------------------------------------------------------
+    # ---- collectives -----------------------------------------------------------------------------
 
     def broadcast(self, flat: torch.Tensor) -> torch.Tensor:
-        """Process 0's `flat` in every process; all call this together."""
-        return self._together(flat, lambda x, group: dist.broadcast(x, 0, group=group))
+        """Rank 0's `flat` in every process; all call this together."""
+        return self._collective(flat, lambda x, group: dist.broadcast(x, 0, group=group))
 
     def sum_on_first(self, flat: torch.Tensor) -> torch.Tensor:
-        """The sum over processes, of use on process 0 only; all call this together."""
-        return self._together(flat, lambda x, group: dist.reduce(x, 0, group=group))
+        """The sum over processes, valid on rank 0 only; all call this together."""
+        return self._collective(flat, lambda x, group: dist.reduce(x, 0, group=group))
 
-    def _together(self, flat: torch.Tensor, run: Any) -> torch.Tensor:
+    def _collective(self, flat: torch.Tensor, run: Any) -> torch.Tensor:
         others = [self.name(r) for r in range(self.size) if r != self.rank]
         nccl = flat.device.type == "cuda"
         wire = flat if nccl else flat.cpu()
-        with self._noticing(others[0] if len(others) == 1 else "a process of the run"):
+        with self._detecting_loss(others[0] if len(others) == 1 else "a process of the run"):
             run(wire, self._nccl if nccl else None)
             if nccl:
                 torch.cuda.synchronize(flat.device)
         return wire.to(flat.device)
 
     @contextmanager
-    def _noticing(self, whom: str) -> Iterator[None]:
-        """Within: talk with `whom`; a connection that breaks is a process that is gone."""
+    def _detecting_loss(self, whom: str) -> Iterator[None]:
+        """Inside, a connection to `whom` that breaks means that the process died."""
         if self.lost is not None:
             raise self.lost
         try:
             yield
         except RuntimeError as error:
-            rule, got = "every process to live as long as the run", "a broken connection to it"
-            self.lost = ProcessError(whom, "is gone", expected=rule, got=got)
+            self.lost = ProcessError(whom, "died: the connection to it broke")
             raise self.lost from error
 
-    # ---- process 0 asks --------------------------------------------------------------------------
+    # ---- rank 0 ----------------------------------------------------------------------------------
 
     @contextmanager
-    def ask(self, packets: Sequence[Packet]) -> Iterator[Request]:
-        """A request to the other processes, `packets[r]` to r (that at 0 stays unused).
+    def request(self, packets: Sequence[Packet]) -> Iterator[Request]:
+        """Send a request to the other processes, `packets[r]` to rank r (that at 0 is unused).
 
-        Whatever is raised within ends the request in all of them.
+        An exception inside the block ends the request in all of them.
         """
-        with self.turn:
+        with self.lock:
             for rank in self.others:
                 self.send(rank, packets[rank])
             request = Request(self)
@@ -176,17 +175,17 @@ class Group:
                     request.stop()
                 raise
 
-    # ---- the others answer -----------------------------------------------------------------------
+    # ---- the other ranks -------------------------------------------------------------------------
 
-    def hear(self) -> Packet:
-        """The next request."""
+    def receive_request(self) -> Packet:
+        """Wait for the next request of rank 0."""
         return self.receive(0)
 
     def exchange(self, header: Mapping[str, Any], tensors: Sequence[torch.Tensor] = ()) -> Packet:
-        """Answer, and hear the verdict.
+        """Answer, and wait for the verdict.
 
         Raises:
-            Stopped: the request has failed elsewhere.
+            Stopped: the request failed in another process.
         """
         self.send(0, Packet(dict(header), list(tensors)))
         verdict = self.receive(0)
@@ -194,8 +193,8 @@ class Group:
             raise Stopped
         return verdict
 
-    def report(self, error: Exception) -> None:
-        """Answer that the work failed."""
+    def report_error(self, error: Exception) -> None:
+        """Answer that the request failed here."""
         try:
             kind = type(error).__name__
             slots = {"where": "", "what": f"{kind}: {error}"}
@@ -204,22 +203,22 @@ class Group:
             self.exchange({"error": {"kind": kind, **slots}})
         except Stopped:
             return
-        raise AssertionError("a failed request goes on")
+        raise AssertionError("rank 0 continued a failed request")
 
 
 class Request:
-    """What process 0 has asked: rounds of an answer from each process and a verdict for each."""
+    """A request of rank 0: rounds of an answer from each process and a verdict for each."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._answered = self._over = False
+        self._answered = self._finished = False
 
     def answers(self) -> list[Packet]:
-        """The answers of this round, of process 1 and up.
+        """The answers of this round, from rank 1 up.
 
         Raises:
-            ProcessError: a process is gone. Whatever a process says has failed there, as the class
-                it has among our errors, else RequestError.
+            ProcessError: a process died. An error that a process reports is raised as the class it
+                has among our errors, any other as RequestError.
         """
         group = self._group
         packets = [group.receive(rank) for rank in group.others]
@@ -234,21 +233,21 @@ class Request:
                 raise kind(where, **slots)
         return packets
 
-    def go(self, tensors: Sequence[list[torch.Tensor]]) -> None:
-        """Let the others go on to the next round, `tensors[r]` to process r."""
+    def next_round(self, tensors: Sequence[list[torch.Tensor]]) -> None:
+        """Let the others continue with the next round, `tensors[r]` on rank r."""
         for rank in self._group.others:
             self._group.send(rank, Packet({"stop": False}, tensors[rank]))
         self._answered = False
 
     def finish(self) -> None:
-        """Let the others finish: the last round was a good one."""
-        self.go([[]] * self._group.size)
-        self._over = True
+        """Let the others finish: the last round succeeded."""
+        self.next_round([[]] * self._group.size)
+        self._finished = True
 
     def stop(self) -> None:
-        """End a request that is not over in the other processes, once they have answered."""
+        """End an unfinished request in the other processes, after they have answered."""
         group = self._group
-        if self._over:
+        if self._finished:
             return
         for rank in group.others:
             if not self._answered:
@@ -257,7 +256,7 @@ class Request:
 
 
 def _plain(value: Any) -> Any:
-    """A numpy number or array as JSON holds it."""
+    """A numpy number or array as a JSON value."""
     return value.tolist()
 
 
@@ -267,12 +266,12 @@ _group: Group | None = None
 
 
 def joined() -> Group | None:
-    """The group this process has joined, None where it is alone."""
+    """The group this process joined; None in a run of one process."""
     return _group
 
 
 def join() -> Group:
-    """Meet the other processes; on process 0 they are let go when it ends."""
+    """Connect to the other processes; when rank 0 ends it releases them."""
     global _group
     _group = Group()
     if _group.rank == 0:
@@ -281,13 +280,13 @@ def join() -> Group:
 
 
 def leave() -> None:
-    """Process 0: finish what is queued, and let the others end."""
+    """On rank 0: serve what is queued, then end the other processes."""
     global _group
     group, _group = _group, None
     if group is None:
         return
     close_all()
-    if group.turn.acquire(timeout=5):  # else a request is stuck; the others hear of our end
+    if group.lock.acquire(timeout=5):  # else a request hangs; the others detect our end
         with contextlib.suppress(ProcessError):
             for rank in group.others:
                 group.send(rank, Packet({"op": "end"}))

@@ -1,4 +1,4 @@
-"""Who computes what: datums with a common prefix to one process, about as many tokens to each."""
+"""Divide sequences among processes: common prefixes together, about equal tokens for each."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 from cookbook_core.backend.local.scoring.packing import MIN_SHARED, common_prefix, tree_order
 
 TRIES = 8
-"""How many ways of keeping prefixes together are compared."""
+"""Number of prefix lengths tried as the threshold for keeping sequences together."""
 
 
 def share_out(sequences: Sequence[Sequence[int]], size: int, *, share: bool) -> list[list[int]]:
     """Indices of the sequences for each of `size` processes; a function of the tokens alone.
 
-    A prefix that sequences share is computed once where they lie in one process, and again in each
-    process more. So sequences that share at least t tokens stay together, for the t whose longest
-    share is the shortest: a group of its own prompt stays whole, one system prompt for all splits.
+    A shared prefix is computed once per process that has it. So sequences that share at least t
+    tokens stay together, with the t that makes the largest share smallest: a group with a prompt of
+    its own stays whole, a system prompt common to all does not keep everything in one process.
 
     Args:
         sequences: token ids.
@@ -45,7 +45,7 @@ def share_out(sequences: Sequence[Sequence[int]], size: int, *, share: bool) -> 
 
 
 def spread(costs: Sequence[float], size: int) -> list[list[int]]:
-    """Indices of the costs for each of `size` processes: the dearest first, to who has least."""
+    """Indices of the costs for each of `size` processes: largest first, to the least loaded."""
     shares: list[list[int]] = [[] for _ in range(size)]
     loads = [0.0] * size
     for n in sorted(range(len(costs)), key=lambda n: -costs[n]):

@@ -34,6 +34,10 @@ from cookbook_core.backend.sampling_requests import SampleRequest, check_request
 from cookbook_core.errors import ModelError
 from cookbook_core.types import SampledSequence, SampleResponse, SamplingParams, StopReason
 
+TOKEN_BUDGET = 65_536
+"""Most rows x columns of a KV cache: a constant, so that rows decoded together never depend on
+memory."""
+
 
 @dataclass
 class _Row:
@@ -92,7 +96,7 @@ def sample_batch(
     *,
     generator: torch.Generator | None = None,
     max_context: int | None = None,
-    token_budget: int = 65_536,
+    token_budget: int = TOKEN_BUDGET,
 ) -> list[SampleResponse]:
     """Decode all requests together.
 

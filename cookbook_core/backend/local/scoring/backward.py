@@ -1,91 +1,121 @@
-"""One pass for the micro-batches whose graphs fit in memory, two for the others: same gradient."""
+"""A batch that was scored, and its backward: one pass where graphs are kept, two where not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from functools import partial
+from typing import TypeAlias
 
 import torch
 
+from cookbook_core.backend.local.scoring.memory_limits import Limits, MemoryLimits
 from cookbook_core.backend.local.scoring.scorer import Batch, Scorer, in_order
 from cookbook_core.backend.local.scoring.vocab_logprobs import VocabLogprobs
-from cookbook_core.custom_loss import LossFn, LossResult, differentiate
+from cookbook_core.custom_loss import LossTypeInput
 from cookbook_core.types import Datum
 
-Tensors: TypeAlias = Sequence[torch.Tensor]
-Score: TypeAlias = Callable[[Batch], list[torch.Tensor]]
-Scored: TypeAlias = tuple[list[torch.Tensor], LossResult]
-"""Logprobs for the caller, and the loss with its gradient."""
-LossOf: TypeAlias = Callable[[Tensors], Scored]
-Pass: TypeAlias = tuple[list[torch.Tensor], LossResult, list[torch.Tensor]]
+View: TypeAlias = Callable[[torch.Tensor], VocabLogprobs]
 
 
-def on_targets(loss_fn: LossFn, data: Sequence[Datum], scored: Tensors) -> Scored:
-    """The loss sees logprobs of target_tokens, on the CPU."""
-    logprobs = [lp.detach().cpu() for lp in scored]
-    return logprobs, differentiate(loss_fn, data, logprobs)
+class ScoredBatch:
+    """The scores of a batch, and what is needed to push their gradient back to the parameters.
 
+    Micro-batches are independent: each is scored, and each pulled back by itself, in order. The
+    gradients are summed in that order too, so it makes no difference to the bit which of the
+    graphs were kept.
 
-def on_vocabulary(
-    loss_fn: LossFn, data: Sequence[Datum], scorer: Scorer, params: list[Any], hidden: Tensors
-) -> Scored:
-    """The loss sees logprobs of the whole vocabulary, computed from hidden states on demand.
-
-    A trained unembedding takes part in the loss's own graph: hence `params`.
+    Args:
+        scorer: scores micro-batches.
+        memory: how many of their graphs are kept.
+        data: D checked datums.
+        params: d loss / d params is wanted of these.
+        form: "logprobs", or "vocab_logprobs".
+        places: the index of each datum in the caller's batch, for errors; None: its own.
+    Attributes:
+        logprobs: D detached tensors. For "logprobs" those of the target tokens, `(N,)` or `(N, K)`,
+            nats, on the CPU. For "vocab_logprobs" hidden states `(N, width)` on the device; `view`
+            makes logprobs `(N, V)` of them.
+        view: see `logprobs`; None for "logprobs".
+        loss_params: parameters that the loss depends on through `view`: a trained unembedding.
+        device: of the model.
+        passes: 1, or 2 where a micro-batch was scored twice.
     """
-    vocab_size = scorer.model.get_input_embeddings().weight.shape[0]
 
-    def view(states: torch.Tensor) -> VocabLogprobs:
-        return VocabLogprobs(states, lambda h: scorer.vocab_logprobs(h).cpu(), vocab_size)
+    def __init__(
+        self,
+        scorer: Scorer,
+        memory: MemoryLimits,
+        data: Sequence[Datum],
+        params: Sequence[torch.Tensor],
+        form: LossTypeInput = "logprobs",
+        places: Sequence[int] | None = None,
+    ) -> None:
+        self._scorer, self._memory, self.device = scorer, memory, scorer.device
+        self._data, self._params, self._places = data, params, places
+        self._batches: list[Batch] = []
+        self._micro_batch_tokens = 0
+        self._graphs: dict[int, list[torch.Tensor]] = {}
+        """By number of the micro-batch, scores with their graph."""
+        self._whole_vocabulary = form == "vocab_logprobs"
+        self.passes = 1
+        self.view: View | None = self._view if self._whole_vocabulary else None
+        self.loss_params = list(params) if self._whole_vocabulary else []
+        scores = memory.fit(data, self._score_all, places, keeps_graphs=True)
+        self.logprobs = scores if self._whole_vocabulary else [lp.cpu() for lp in scores]
 
-    leaves = [h.detach() for h in hidden]
-    return [], differentiate(loss_fn, data, leaves, view=view, params=params)
+    def pull_back(self, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """d loss / d params, given d loss / d logprobs of each datum; uses the graphs up."""
+        run = partial(self._pull_back_all, grads)
+        return self._memory.fit(self._data, run, self._places, keeps_graphs=True)
 
+    def _score_all(self, limits: Limits) -> list[torch.Tensor]:
+        """Detached scores in the order of the data; the graphs that fit are kept."""
+        self._graphs = {}
+        batches = self._micro_batches(limits)
+        kept = limits.count_kept(batches)
+        self.passes = 1 if kept == len(batches) else 2
+        scored = []
+        for number, batch in enumerate(batches):
+            with torch.set_grad_enabled(number < kept):
+                scores = self._score(batch, limits)
+            if number < kept:
+                self._graphs[number] = scores
+            scored.append((batch, [s.detach() for s in scores]))
+        return in_order(scored)
 
-def once(loss_of: LossOf) -> LossOf:
-    """A loss that runs the first time only and then gives what it gave: a user's loss runs exactly
-    once, also where the forward has to be done again with less at a time."""
-    found: list[Scored] = []
+    def _pull_back_all(self, grads: Sequence[torch.Tensor], limits: Limits) -> list[torch.Tensor]:
+        batches = self._micro_batches(limits)
+        graphs, self._graphs = self._graphs, {}  # gone if this attempt fails
+        total = [torch.zeros_like(p) for p in self._params]
+        for number, batch in enumerate(batches):
+            scores = graphs.pop(number, None)
+            if scores is None:
+                self.passes = 2
+                with torch.enable_grad():
+                    scores = self._score(batch, limits)
+            cotangents = [grads[i].to(s) for i, s in zip(batch.indices, scores, strict=True)]
+            own = torch.autograd.grad(scores, self._params, cotangents, allow_unused=True)
+            del scores
+            for whole, part in zip(total, own, strict=True):
+                if part is not None:
+                    whole += part
+        return total
 
-    def run(scored: Tensors) -> Scored:
-        if not found:
-            found.append(loss_of(scored))
-        return found[0]
+    def _micro_batches(self, limits: Limits) -> list[Batch]:
+        if limits.micro_batch_tokens != self._micro_batch_tokens:
+            self._batches = self._scorer.batches(self._data, limits.micro_batch_tokens)
+            self._micro_batch_tokens = limits.micro_batch_tokens
+            self._graphs = {}
+        return self._batches
 
-    return run
+    def _score(self, batch: Batch, limits: Limits) -> list[torch.Tensor]:
+        score = self._scorer.hidden_batch if self._whole_vocabulary else self._scorer.score_batch
+        with self._memory.recomputing(batch, limits):
+            return score(batch)
 
+    def _view(self, hidden: torch.Tensor) -> VocabLogprobs:
+        vocab_size = self._scorer.model.get_input_embeddings().weight.shape[0]
+        return VocabLogprobs(hidden, self._vocab_logprobs, vocab_size)
 
-def backward(
-    score: Score,
-    loss_of: LossOf,
-    params: list[Any],
-    kept: Sequence[Batch],
-    again: Sequence[Batch],
-) -> Pass:
-    """The loss of all batches and its gradient: graphs of `kept` are kept, `again` runs twice."""
-    with torch.enable_grad():
-        graphs = [(batch, score(batch)) for batch in kept]
-    with torch.no_grad():
-        bare = [(batch, score(batch)) for batch in again]
-    logprobs, result = loss_of(in_order([*graphs, *bare]))
-    total = [torch.zeros_like(p) for p in params]
-    if graphs:
-        scored = [lp for _, each in graphs for lp in each]
-        at = [i for batch in kept for i in batch.indices]
-        total = _pull_back(scored, params, [result.grads[i] for i in at])
-        del graphs, scored
-    for batch in again:
-        with torch.enable_grad():
-            scored = score(batch)
-        grads = _pull_back(scored, params, [result.grads[i] for i in batch.indices])
-        total = [t + g for t, g in zip(total, grads, strict=True)]
-    return logprobs, result, total
-
-
-def _pull_back(
-    logprobs: Sequence[torch.Tensor], params: Sequence[Any], grads: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """d loss / d params from d loss / d logprobs, through the graph of the logprobs."""
-    cotangents = [g.to(lp) for g, lp in zip(grads, logprobs, strict=True)]
-    found = torch.autograd.grad(logprobs, params, cotangents, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+    def _vocab_logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._scorer.vocab_logprobs(hidden).cpu()

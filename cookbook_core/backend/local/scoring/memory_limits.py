@@ -1,8 +1,10 @@
-"""How much of a batch is in memory at a time, and what gives when that is too much.
+"""Memory limits: which graphs are kept, which layers recomputed, what gives after running out.
 
-In this order: graphs that do not fit into free memory are not kept (`passes`); where a micro-batch
-alone does not fit, its layers are computed again in the backward (gradient checkpointing); where
-the accelerator runs out all the same, micro-batches are halved and the work is done again.
+Two measures leave every result as it is, to the bit: a micro-batch whose graph is not kept is
+scored a second time in the backward (`backward.ScoredBatch`), and one whose graph does not fit by
+itself has its layers recomputed there (gradient checkpointing). They follow free memory. The size
+of a micro-batch moves last bits, since matrix products of another shape round differently: it is a
+constant of the device, and halved, with a warning, only where nothing else helps.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,7 +23,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.backend.local.model.memory import one_pass_tokens
-from cookbook_core.backend.local.scoring.backward import Score
 from cookbook_core.backend.local.scoring.scorer import Batch, Scorer
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.types import Datum
@@ -39,84 +41,133 @@ def check_mode(mode: str) -> None:
         raise ConfigError("gradient_checkpointing", "unknown", expected=expected, got=repr(mode))
 
 
-class Room:
-    """The room one model has on its device.
+@dataclass(frozen=True)
+class Limits:
+    """How much of a batch is in memory at a time, in tokens.
+
+    graph_tokens: whose graphs are kept between forward and backward, all micro-batches together.
+    micro_batch_tokens: that go through the model together.
+    """
+
+    graph_tokens: int
+    micro_batch_tokens: int
+
+    def count_kept(self, batches: Sequence[Batch]) -> int:
+        """How many of the micro-batches, from the first on, have graphs that fit together."""
+        total = itertools.accumulate(batch.tokens for batch in batches)
+        return sum(1 for tokens in total if tokens <= self.graph_tokens)
+
+
+class MemoryLimits:
+    """The limits of one model on its device.
 
     Args:
         base: the model.
-        scorer: whose micro-batches are made to fit.
+        scorer: makes the micro-batches.
         mode: gradient checkpointing: "on", "off", or "auto", for micro-batches whose graph does
             not fit into free memory.
     """
 
     def __init__(self, base: BaseModel, scorer: Scorer, mode: str = "auto") -> None:
         self.base, self.scorer, self.mode = base, scorer, mode
-        self.one_pass_tokens: int | None = None
-        """Tokens whose graph is kept; None asks free memory at each call."""
-        self._limit = 0
+        self.graph_tokens: int | None = None
+        """See `Limits`; None takes what fits into free memory at each call."""
+        self._lowered: dict[int, Limits] = {}
+        """After running out of memory: limits by the length of the longest datum then."""
 
-    def split(self, batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-        """The first batches, whose graphs fit together, and the others."""
-        limit = self.one_pass_tokens
-        self._limit = one_pass_tokens(self.base) if limit is None else limit
-        total = itertools.accumulate(batch.tokens for batch in batches)
-        fitting = sum(1 for tokens in total if tokens <= self._limit)
-        return list(batches[:fitting]), list(batches[fitting:])
+    def limits(self, longest: int) -> Limits:
+        """What holds for data whose longest datum has this many tokens.
 
-    def recomputing(self, score: Score) -> Score:
-        """`score`, with gradient checkpointing for the batches that need it."""
+        Limits that were lowered for shorter data, or for data of this length, hold here too; those
+        lowered for longer data do not.
+        """
+        kept = one_pass_tokens(self.base) if self.graph_tokens is None else self.graph_tokens
+        lowered = [limits for length, limits in self._lowered.items() if length <= longest]
+        return Limits(
+            min([kept, *(limits.graph_tokens for limits in lowered)]),
+            min([self.scorer.micro_batch_tokens, *(x.micro_batch_tokens for x in lowered)]),
+        )
 
-        def run(batch: Batch) -> list[torch.Tensor]:
-            large = self.mode == "auto" and batch.tokens > self._limit
-            on = torch.is_grad_enabled() and (large or self.mode == "on")
-            with recomputed(self.base.model, on=on):
-                return score(batch)
-
-        return run
-
-    def fitted(
-        self, data: Sequence[Datum], run: Callable[[], T], places: Sequence[int] | None = None
+    def fit(
+        self,
+        data: Sequence[Datum],
+        run: Callable[[Limits], T],
+        places: Sequence[int] | None = None,
+        *,
+        keeps_graphs: bool = False,
     ) -> T:
-        """`run()`; where the accelerator's memory does not do, again with half as much at a time.
+        """`run(limits)`; where the device runs out of memory, again with lower limits.
 
         Args:
             data: what `run` computes.
             run: the work.
-            places: what errors call the datums; None: by their index.
+            places: the index of each datum in the caller's batch, for errors; None: its own.
+            keeps_graphs: whether `run` keeps graphs, so that keeping fewer may help.
         Raises:
             DatumError: the longest datum does not fit by itself.
         """
         lengths = [datum.model_input.length for datum in data]
+        longest = max(lengths)
+        limits = self.limits(longest)
+        before = limits
         while True:
             try:
-                return run()
+                result = run(limits)
+                break
             except torch.OutOfMemoryError:
-                tokens = self.scorer.micro_batch_tokens
+                pass  # the traceback, which references the graphs, ends with this block
             torch.cuda.empty_cache()  # does nothing where there is no CUDA
-            fit = one_pass_tokens(self.base)
-            if tokens // 2 >= max(lengths):
-                self.scorer.micro_batch_tokens = tokens // 2
-                if self._limit:
-                    self.one_pass_tokens = self._limit // 2
-                log.warning(
-                    "out of memory: going on with micro-batches of %d tokens instead of %d. "
-                    "Gradients are not affected.",
-                    tokens // 2,
-                    tokens,
-                )
-            elif self.mode == "auto":
-                self.mode = "on"
-                log.warning("out of memory: going on with gradient checkpointing.")
-            else:
-                longest = lengths.index(max(lengths))
-                where = f"data[{places[longest] if places else longest}].model_input"
-                rule = f"about {fit} tokens or fewer in the memory that is free now"
-                mend = "Shorten it, or take a smaller model or lora_rank."
-                if self.mode == "off":
-                    mend = 'Set gradient_checkpointing="auto", or shorten it.'
-                raise DatumError(
-                    where, "does not fit into memory", expected=rule, got=max(lengths), fix=mend
-                ) from None
+            lowered = self._lower(limits, lengths, keeps_graphs)
+            if lowered is None:
+                at = lengths.index(longest)
+                raise self._too_long(places[at] if places else at, longest)
+            limits = lowered
+        if limits != before:
+            self._lowered[longest] = limits
+        return result
+
+    def _lower(self, limits: Limits, lengths: list[int], keeps_graphs: bool) -> Limits | None:
+        """The next lower limits, after a warning; None where there are none."""
+        longest, kept = max(lengths), min(limits.graph_tokens, sum(lengths))
+        if keeps_graphs and kept > 0:
+            fewer = kept // 2 if kept // 2 >= longest else 0
+            log.warning(
+                "out of memory: keeping the graphs of at most %d tokens instead of %d; the rest "
+                "is scored twice. Results are the same to the bit.",
+                fewer,
+                kept,
+            )
+            return Limits(fewer, limits.micro_batch_tokens)
+        smaller = limits.micro_batch_tokens // 2
+        if smaller < longest:
+            return None
+        log.warning(
+            "out of memory: continuing with micro-batches of %d tokens instead of %d. Logprobs "
+            "and gradients may change in their last bits.",
+            smaller,
+            limits.micro_batch_tokens,
+        )
+        return Limits(limits.graph_tokens, smaller)
+
+    def _too_long(self, index: int, length: int) -> DatumError:
+        fix = "Shorten it, or use a smaller model or lora_rank."
+        if self.mode == "off":
+            fix = 'Set gradient_checkpointing="auto", or shorten it.'
+        return DatumError(
+            f"data[{index}].model_input",
+            "does not fit into memory",
+            expected=f"about {one_pass_tokens(self.base)} tokens or fewer in the memory now free",
+            got=length,
+            fix=fix,
+        )
+
+    @contextmanager
+    def recomputing(self, batch: Batch, limits: Limits) -> Iterator[None]:
+        """Inside, the layers of a micro-batch whose graph does not fit are checkpointed."""
+        large = self.mode == "auto" and batch.tokens > limits.graph_tokens
+        on = torch.is_grad_enabled() and (large or self.mode == "on")
+        with recomputed(self.base.model, on=on):
+            yield
 
 
 _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -124,11 +175,11 @@ _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 @contextmanager
 def recomputed(model: Any, *, on: bool) -> Iterator[None]:
-    """Within: layers keep their inputs alone for the backward, which computes the rest again.
+    """Inside, layers keep only their inputs for the backward, which recomputes the rest.
 
     About a third more time for a fraction of the graph. No effect on models whose layers are not
-    built for it. Only the layers' own `training` flags are raised; what is in them stays in eval
-    mode: no dropout.
+    built for it. Only the layers' own `training` flags are raised; the modules in them stay in
+    eval mode: no dropout.
     """
     layers: list[Any] = []
     if on:

@@ -63,25 +63,30 @@ class Scorer:
         self._switchable = _switchable(model)
         self.packs = self._packing_is_exact()
 
-    def score(self, data: Sequence[Datum]) -> list[torch.Tensor]:
+    def score(
+        self, data: Sequence[Datum], micro_batch_tokens: int | None = None
+    ) -> list[torch.Tensor]:
         """Logprobs of every datum's target_tokens, in order.
 
         Args:
             data: D checked datums with target_tokens `(N,)` or `(N, K)`. Where a datum has a
                 "score_mask", positions at which that is 0 are not computed and read 0.0.
+            micro_batch_tokens: most tokens of a forward; None takes the device's.
         Returns:
             D tensors on the device, nats, shape of target_tokens, float32 or better; they carry
             the graph when gradients are enabled.
         """
-        return in_order((batch, self.score_batch(batch)) for batch in self.batches(data))
+        batches = self.batches(data, micro_batch_tokens)
+        return in_order((batch, self.score_batch(batch)) for batch in batches)
 
-    def batches(self, data: Sequence[Datum]) -> list[Batch]:
-        """The micro-batches in which `data` goes through the model."""
+    def batches(self, data: Sequence[Datum], micro_batch_tokens: int | None = None) -> list[Batch]:
+        """The micro-batches in which `data` goes through the model: a function of the tokens."""
+        budget = micro_batch_tokens or self.micro_batch_tokens
         lists = [datum.model_input.to_ints() for datum in data]
         if self.packs:
-            groups = packing.micro_batches(lists, self.micro_batch_tokens)
+            groups = packing.micro_batches(lists, budget)
             return [self._packed(data, lists, group) for group in groups]
-        groups = _by_length(lists, self.micro_batch_tokens)
+        groups = _by_length(lists, budget)
         return [self._padded(data, lists, group) for group in groups]
 
     def score_batch(self, batch: Batch) -> list[torch.Tensor]:

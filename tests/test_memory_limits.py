@@ -1,8 +1,9 @@
-"""What gives when memory does not do: gradients are the same."""
+"""Memory limits: what follows free memory changes no bit; after running out, limits are lowered."""
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -26,29 +27,57 @@ def gradient(client: TrainingClient, data: list[Any]) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "llama", "gemma2", "gpt2", "mistral"])
-def test_gradient_checkpointing_changes_nothing(
-    arch: str, connect: Callable[..., TrainingClient], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["logprobs", "vocab_logprobs"])
+def test_what_follows_free_memory_changes_no_bit(
+    arch: str,
+    dtype: str,
+    form: Any,
+    connect: Callable[..., TrainingClient],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Packed rows with shared prefixes, whose attention is not the model's own."""
-    client, data = connect(arch), family_data()
+    """Graphs kept or not, layers recomputed or not: loss, logprobs and gradients are equal.
+
+    Packed rows with shared prefixes, whose attention is not the model's own; several micro-batches.
+    """
+    client, data = connect(arch, dtype), family_data()
     engine = engine_of(client)
-    engine.room.one_pass_tokens = 10**9
-    want = gradient(client, data)
     flags = [m.training for m in engine.base.model.modules()]
-    calls: list[int] = []
+    recomputed: list[int] = []
     checkpoint = memory_limits._checkpoint
 
     def counted(*args: Any) -> Any:
-        calls.append(1)
+        recomputed.append(1)
         return checkpoint(*args)
 
+    def loss(data: Any, scores: Any) -> Any:
+        if form == "logprobs":
+            return squared(data, scores)
+        picked = [score[t][t + 1] for score in scores for t in (0, 3)]
+        return sum(p**2 for p in picked), {}
+
+    def run() -> tuple[Any, ...]:
+        output = client.forward_backward_custom(data, loss, loss_type_input=form).result(SECONDS)
+        logprobs = [out["logprobs"] for out in output.loss_fn_outputs]
+        return output.metrics.pop("passes"), output.metrics, logprobs, take_gradient(client)
+
     monkeypatch.setattr(memory_limits, "_checkpoint", counted)
-    for mode, limit in (("on", 10**9), ("auto", 20), ("off", 20)):
-        monkeypatch.setattr(engine.room, "mode", mode)
-        monkeypatch.setattr(engine.room, "one_pass_tokens", limit)
-        before = len(calls)
-        assert_close(gradient(client, data), want, NORMS)
-        assert (len(calls) > before) == (mode != "off")
+    monkeypatch.setattr(engine.scorer, "micro_batch_tokens", 60)
+    batches = engine.scorer.batches(data)
+    assert len(batches) > 2
+    engine.limits.graph_tokens, engine.limits.mode = 10**9, "off"
+    passes, *want = run()
+    assert passes == 1
+    first = batches[0].tokens
+    for mode, limit in (("off", first), ("off", 0), ("on", 10**9), ("on", first), ("auto", 20)):
+        engine.limits.graph_tokens, engine.limits.mode = limit, mode
+        before = len(recomputed)
+        passes, metrics, logprobs, grads = run()
+        assert passes == (1 if limit == 10**9 else 2)
+        assert (len(recomputed) > before) == (mode != "off")
+        assert metrics == want[0]
+        assert logprobs == want[1]
+        assert all(torch.equal(grads[key], want[2][key]) for key in want[2])
     assert [m.training for m in engine.base.model.modules()] == flags
 
 
@@ -63,16 +92,14 @@ def test_recomputation_keeps_less(connect: Callable[..., TrainingClient]) -> Non
             sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
-        engine.room.mode = mode
-        score = engine.room.recomputing(engine.scorer.score_batch)
+        engine.limits.mode = mode
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
-        with engine.bank.active(adapter_of(client)), torch.enable_grad(), hooks:
-            held = [score(batch) for batch in engine.scorer.batches(data)]
-        del held
+        with hooks, engine.score_with_graph(adapter_of(client), data):
+            pass
         return sum(sizes.values())
 
     whole, less = kept("off"), kept("on")
-    engine.room.mode = "auto"
+    engine.limits.mode = "auto"
     assert less < 0.6 * whole
 
 
@@ -108,6 +135,34 @@ def client(
     return made.result(SECONDS)
 
 
+def test_out_of_memory_keeps_fewer_graphs_first(
+    client: TrainingClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The micro-batches stay as they are, and so does every bit."""
+    data, engine = family_data(), engine_of(client)
+    monkeypatch.setattr(engine.scorer, "micro_batch_tokens", 60)
+    want = gradient(client, data)
+    score_batch, graphs = engine.scorer.score_batch, []
+
+    def limited(batch: Any) -> Any:
+        """A device with room for the graphs of two micro-batches."""
+        if torch.is_grad_enabled():
+            graphs[:] = [g for g in graphs if g() is not None]
+            if len(graphs) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        scores = score_batch(batch)
+        if torch.is_grad_enabled():
+            graphs.append(weakref.ref(scores[0]))
+        return scores
+
+    monkeypatch.setattr(engine.scorer, "score_batch", limited)
+    with caplog.at_level(logging.WARNING):
+        found = gradient(client, data)
+    assert [r.getMessage()[:40] for r in caplog.records] != []
+    assert all("same to the bit" in r.getMessage() for r in caplog.records)
+    assert all(torch.equal(found[key], want[key]) for key in want)
+
+
 def test_out_of_memory_halves_the_micro_batch(
     client: TrainingClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -128,10 +183,26 @@ def test_out_of_memory_halves_the_micro_batch(
         client.forward(data, "cross_entropy").result(SECONDS)
     assert len(losses) == 2
     assert max(device.tried) > 70
-    assert engine_of(client).scorer.micro_batch_tokens == 62
-    said = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
-    assert [int(text.split()[8]) for text in said] == [500, 250, 125, 62]
+    messages = [r.getMessage() for r in caplog.records if "micro-batches" in r.getMessage()]
+    assert [int(text.split()[7]) for text in messages] == [500, 250, 125, 62]
     assert_close(take_gradient(client), {k: 3 * g for k, g in first.items()}, NORMS)
+
+
+def test_limits_lowered_for_a_long_datum_do_not_hold_for_shorter_ones(
+    client: TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: one long datum halved the limits of every later batch."""
+    data, engine = family_data(), engine_of(client)
+    longest = max(datum.model_input.length for datum in data)
+    short = [datum for datum in data if datum.model_input.length < longest]
+    assert short
+    with monkeypatch.context() as patch:
+        OutOfMemory(engine, 70, patch)
+        client.forward(data, "cross_entropy").result(SECONDS)
+    assert engine.limits.limits(longest).micro_batch_tokens == 62
+    device = OutOfMemory(engine, 1000, monkeypatch)
+    client.forward(short, "cross_entropy").result(SECONDS)
+    assert len(device.tried) == 1  # one micro-batch, as before
 
 
 def test_a_datum_too_large_says_how_many_tokens_fit(
