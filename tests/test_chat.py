@@ -139,13 +139,13 @@ def test_random_splits_keep_the_prompt_a_prefix() -> None:
 
 
 def test_split_refuses_to_change_the_text() -> None:
-    """A whitespace word tokenizer would put a blank between "mus" and "eum"."""
+    """A whitespace word tokenizer would put a space between "mus" and "eum"."""
     backend = Tokenizer(
         models.WordLevel({"[UNK]": 0, "mus": 1, "eum": 2, "museum": 3, "$": 4}, "[UNK]")
     )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="$")
-    with pytest.raises(DataError, match=r"reads as another text.*museum.*mus eum"):
+    with pytest.raises(DataError, match=r"the text changes.*museum.*mus eum"):
         chat.render_completion(tokenizer, "mus", "eum", boundary="split")
 
 
@@ -153,9 +153,9 @@ def test_plain_errors() -> None:
     tokenizer = make_tokenizer(template=None)
     with pytest.raises(DataError, match="no tokens"):
         chat.render_prompt(tokenizer, "")
-    with pytest.raises(DataError, match="completion: does not fit the prompt"):
+    with pytest.raises(DataError, match="completion: not in the form of the prompt"):
         chat.render_completion(tokenizer, "a", CHAT[2:3])
-    with pytest.raises(DataError, match="completion: does not fit the prompt"):
+    with pytest.raises(DataError, match="completion: empty"):
         chat.render_completion(tokenizer, "a", "")
     with pytest.raises(DataError, match=r"completion: an end token before.*position 2 of"):
         chat.render_completion(tokenizer, "a", " the museum<|im_end|> opens")
@@ -232,7 +232,7 @@ def test_chat_boundary_merge() -> None:
 
 def test_chat_completion_errors() -> None:
     tokenizer = make_tokenizer()
-    with pytest.raises(DataError, match=r"prompt\[2\]: ends the prompt"):
+    with pytest.raises(DataError, match=r"prompt\[2\]: an assistant message at the end"):
         chat.render_completion(tokenizer, CHAT[:3], CHAT[2:3])
     with pytest.raises(DataError, match=r"one assistant message, got .*'user'"):
         chat.render_completion(tokenizer, CHAT[:2], CHAT[1:2])
@@ -281,7 +281,7 @@ def test_message_weights() -> None:
     with pytest.raises(DataError, match="every trained message has weight 0"):
         chat.render_messages(tokenizer, [*CHAT[:2], first])
     for message in ({**CHAT[1], "weight": 1}, {**CHAT[1], "weight": "1"}):
-        with pytest.raises(DataError, match=r"messages\[1\] weight: .*got '?1'?"):
+        with pytest.raises(DataError, match=r"messages\[1\] weight: .*[Gg]ot '?1'?"):
             chat.render_messages(tokenizer, [CHAT[0], message, CHAT[2]])
 
 
@@ -311,7 +311,7 @@ def test_template_that_rewrites_earlier_turns() -> None:
     tokenizer = make_tokenizer(template=rewriting)
     tokens, weights = chat.render_messages(tokenizer, CHAT, "last")
     assert learnt(tokenizer, tokens, weights) == "22<|im_end|>"
-    with pytest.raises(DataError, match=r'messages\[2\], character \d+.*train_on="last"'):
+    with pytest.raises(DataError, match=r"messages\[2\], character \d+.*--train_on last"):
         chat.render_messages(tokenizer, CHAT, "all")
 
 

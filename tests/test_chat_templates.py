@@ -108,25 +108,25 @@ def test_answers_with_their_end_token_are_learnt(style: str) -> None:
     and sampling stops at that token."""
     tokenizer, end = tokenizer_of(style), STYLES[style][2]
     messages = CHAT if style != "gemma" else CHAT[1:]
-    blank = " " if style in ("mistral", "eos at the end only") else ""  # the template's own
+    space = " " if style in ("mistral", "eos at the end only") else ""  # added by the template
     last = "\n" if style == "eos at the end only" else ""
     tokens, weights = chat.render_messages(tokenizer, messages)
-    assert learnt(tokenizer, tokens, weights) == f"{blank}22{last}{end}"
+    assert learnt(tokenizer, tokens, weights) == f"{space}22{last}{end}"
     assert tokens[: weights.index(1.0)] == chat.render_prompt(tokenizer, messages[:-1])
     assert tokens.count(tokenizer.bos_token_id) <= 1
-    whole = f"{blank}it is 4{last or end}{blank}22{last}{end}"
+    whole = f"{space}it is 4{last or end}{space}22{last}{end}"
     assert learnt(tokenizer, *chat.render_messages(tokenizer, messages, "all")) == whole
     before, after = chat.render_completion(tokenizer, messages[:-1], messages[-1:])
-    assert tokenizer.decode(after) == f"{blank}22{last}{end}"
+    assert tokenizer.decode(after) == f"{space}22{last}{end}"
     assert tokens[: len(before + after)] == before + after
     assert tokenizer.convert_tokens_to_ids(end) in chat.stop_tokens(tokenizer)
     assert learnt(tokenizer, *chat.render_messages(tokenizer, messages[:-1])) in (
-        f"{blank}it is 4{last or end}"
+        f"{space}it is 4{last or end}"
     )
 
 
 @pytest.mark.parametrize("style", ["llama3", "gemma", "phi"])
-def test_blanks_around_an_answer_are_as_the_template_has_them(style: str) -> None:
+def test_whitespace_around_an_answer_is_rendered_by_the_template(style: str) -> None:
     """Some templates strip; the tokens learnt are those rendered, still a prefix of the whole."""
     tokenizer, end = tokenizer_of(style), STYLES[style][2]
     padded = [CHAT[1], {**CHAT[2], "content": " it is 4\n"}, *CHAT[3:]]
@@ -150,7 +150,7 @@ def test_thinking_of_earlier_turns_is_dropped() -> None:
     tokens, weights = chat.render_messages(tokenizer, messages)
     assert learnt(tokenizer, tokens, weights) == f"{THINK[1]}<|im_end|>"
     assert "add" not in tokenizer.decode(tokens)
-    with pytest.raises(DataError, match=r'messages\[1\], character \d+.*train_on="last"'):
+    with pytest.raises(DataError, match=r"messages\[1\], character \d+.*--train_on last"):
         chat.render_messages(tokenizer, messages, "all")
 
 
@@ -162,12 +162,12 @@ def test_thinking_of_earlier_turns_is_dropped() -> None:
         ("mistral", [*CHAT[:3], *CHAT[2:]], r"messages\[3\]: refused .*must alternate"),
     ],
 )
-def test_a_refusal_names_the_turn_and_the_mend(style: str, messages: list, says: str) -> None:
+def test_a_refusal_names_the_turn_and_the_fix(style: str, messages: list, says: str) -> None:
     with pytest.raises(DataError, match=says):
         chat.render_messages(tokenizer_of(style), messages)
 
 
-def test_a_template_that_tells_the_time() -> None:
+def test_a_template_that_renders_the_time() -> None:
     ticking = "{{ strftime_now('%S.%f') }}" + CHATML
     for render in (
         lambda t: chat.render_messages(t, CHAT[:3]),
@@ -177,9 +177,9 @@ def test_a_template_that_tells_the_time() -> None:
             render(make_tokenizer(ticking))
 
 
-def test_a_generation_prompt_that_ends_in_a_blank() -> None:
-    """The blank and the answer's first word meet in one token that is never sampled there."""
+def test_a_generation_prompt_that_ends_in_a_space() -> None:
+    """The space and the answer's first word meet in one token that is never sampled there."""
     template, _, _ = STYLES["eos at the end only"]
     tokenizer = make_tokenizer(template.replace("'assistant:'", "'assistant: '"), eos="</s>")
-    with pytest.raises(DataError, match=r"messages\[2\], token \d+.*blank at the end of its gen"):
+    with pytest.raises(DataError, match=r"messages\[2\], token \d+.*whitespace at the end of"):
         chat.render_messages(tokenizer, CHAT[:3])

@@ -10,7 +10,7 @@ import pytest
 
 from cookbook_core import chat
 from cookbook_core.data import asset_path, batch_indices, load_rows, train_test
-from cookbook_core.errors import ConfigError, DataError
+from cookbook_core.errors import ConfigError, DataError, ModelError
 
 PAIR = ("prompt", "completion")
 ROWS = [{"prompt": f"p{i} é\u2028x", "completion": f"c{i}", "extra": str(i)} for i in range(6)]
@@ -73,6 +73,25 @@ def write_saved_splits(path: Path) -> Path:
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, write) -> None:
     """Pitfall 38 too: text is UTF-8 whatever the locale, with or without a byte order mark."""
     assert load_rows(str(write(tmp_path / name)), PAIR) == WANTED
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["plain", "bom"])
+def test_a_csv_separated_by_semicolons_or_tabs(tmp_path: Path, separator: str, start: str) -> None:
+    """Spreadsheets of many countries write semicolons; the header says which separator it is."""
+    path = tmp_path / "rows.csv"
+    lines = ["prompt;completion;extra", '"a; b, c";d, e;7', '"f\n""g""";h;']
+    lines[1:] = [line.replace("; b", "\0").replace(";", separator) for line in lines[1:]]
+    lines[0] = lines[0].replace(";", separator)
+    path.write_bytes((start + "\r\n".join(lines)).replace("\0", "; b").encode("utf-8"))
+    rows = load_rows(str(path), PAIR)
+    assert rows == [
+        {"prompt": "a; b, c", "completion": "d, e"},
+        {"prompt": 'f\n"g"', "completion": "h"},
+    ]
+    path.write_text(f"prompt{separator}completion\na{separator}b{separator}c\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.csv:2: too many fields.*Expected 2 .*got 3"):
+        load_rows(str(path), PAIR)
 
 
 def test_folder_with_train_and_test_files(tmp_path: Path) -> None:
@@ -162,7 +181,7 @@ def test_rows_without_a_value_are_named(tmp_path: Path, value: object) -> None:
         ("a.csv", b'prompt\na\n"b\n', r"a\.csv:\d: broken CSV"),
         ("a.jsonl", b'{"prompt": ' + b"9" * 5000 + b"}", r"a\.jsonl:1: JSON that cannot be read"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: JSON that cannot be read"),
-        ("a.parquet", b"prompt", r"a\.parquet: broken"),
+        ("a.parquet", b"prompt", r"a\.parquet: not a readable parquet file"),
         ("a.jsonl", b"\n\n", r"a\.jsonl: split \"train\" is empty"),
         ("a.csv", b"prompt\n", r"a\.csv: split \"train\" is empty"),
         ("a.txt", b"prompt", r"a\.txt: not a dataset file.*Accepted: tiny/NAME"),
@@ -237,6 +256,12 @@ def test_batch_larger_than_the_rows_is_refused() -> None:
             batch_indices(5, batch_size, 0, seed=0)
 
 
+def test_batches_of_no_rows_name_the_flag() -> None:
+    """Not "Expected 1..0": every row was dropped, which --max_length decides."""
+    with pytest.raises(ConfigError, match=r"num_rows: no rows.*--max_length"):
+        batch_indices(0, 4, 0, seed=0)
+
+
 # ---- where a row stood, and columns of others ----------------------------------------------
 
 
@@ -285,16 +310,16 @@ def test_sft_names_the_row_and_the_column(tmp_path: Path, tiny_tokenizer, rows, 
     ("row", "says"),
     [
         ({"prompt": "q", "chosen": turns("assistant=a"), "rejected": turns("assistant=b")},
-         "column chosen: does not fit the prompt"),
+         "column chosen: not in the form of the prompt"),
         ({"prompt": "q", "chosen": "a", "rejected": turns("assistant=b")},
-         "column rejected: does not fit the prompt"),
+         "column rejected: not in the form of the prompt"),
         ({"chosen": "q a", "rejected": "q b"}, "column chosen: plain text without its prompt"),
         ({"chosen": turns("q", "a"), "rejected": turns("q", "b", "c", "d")},
-         "column rejected: not an answer.*1 shared turns, then assistant, user, assistant"),
+         "column rejected: not one answer.*1 shared turns, then assistant, user, assistant"),
         ({"chosen": turns("q", "a"), "rejected": turns("r", "b")},
          "column chosen: .*0 shared turns"),
         ({"prompt": "else", "chosen": turns("q", "a"), "rejected": turns("q", "b")},
-         "column prompt: not what was answered"),
+         "column prompt: does not match the turns shared"),
         ({"chosen": 5, "rejected": turns("q", "b")}, "column chosen: not a conversation"),
     ],
 )  # fmt: skip
@@ -327,6 +352,93 @@ def test_whole_conversations_are_the_same_pairs(tmp_path: Path, tiny_tokenizer) 
         found.append([d.model_input.to_ints() for d in data + judged])
     assert len(found[0]) == 4
     assert found[1:] == found[:1] * 3
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "got"),
+    [
+        ({"prompt": "q", "completion": 0}, "completion", "0 (int)"),
+        ({"prompt": "q", "completion": 1.5}, "completion", "1.5 (float)"),
+        ({"prompt": turns("q"), "completion": True}, "completion", "True (bool)"),
+        ({"prompt": 7, "completion": "a"}, "prompt", "7 (int)"),
+        ({"prompt": "q", "completion": turns("assistant=a")[0]}, "completion", "(dict)"),
+    ],
+)
+def test_values_that_are_neither_text_nor_messages(tiny_tokenizer, row, column, got) -> None:
+    """The error names the type; the fix of a number, applied, is a row that can be trained on."""
+    from recipes import sft
+
+    with pytest.raises(DataError) as error:
+        sft.build_data([row], tiny_tokenizer, 512, "last")
+    assert error.value.where == f"column {column}"
+    assert error.value.what == "wrong type"
+    assert error.value.got.endswith(got)
+    if not isinstance(row[column], dict) and isinstance(row["prompt"], (str, int)):
+        text = error.value.fix.removeprefix('Write it as text: "').removesuffix('".')
+        assert len(sft.build_data([{**row, column: text}], tiny_tokenizer, 512, "last")[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "fixed"),
+    [
+        ({"prompt": "copy: ", "completion": "red"}, {"prompt": "copy:", "completion": " red"}),
+        ({"prompt": "wha", "completion": "t now"}, {"prompt": "what", "completion": " now"}),
+    ],
+)
+def test_a_token_across_the_boundary_has_a_fix_for_the_row(
+    tmp_path: Path, tiny_tokenizer, row, fixed
+) -> None:
+    """Users of a recipe can change their rows, not the arguments of render_completion()."""
+    from recipes import sft
+
+    path = str(write_jsonl(tmp_path / "a.jsonl", [row]))
+    with pytest.raises(DataError, match=r"^a\.jsonl:1, column prompt, token \d+ of") as error:
+        sft.build_data(load_rows(path, PAIR), tiny_tokenizer, 512, "last")
+    assert "boundary=" not in str(error.value)
+    assert "space at the start of the completion" in error.value.fix
+    assert "as messages" in error.value.fix
+    chat_row = {
+        "prompt": turns(row["prompt"]),
+        "completion": turns(f"assistant={row['completion']}"),
+    }
+    for better in (fixed, chat_row):
+        assert len(sft.build_data([better], tiny_tokenizer, 512, "last")[0]) == 1
+
+
+def test_a_missing_chat_template_can_be_set_where_the_error_says(
+    tmp_path: Path, tiny_tokenizer
+) -> None:
+    """Each place the error names, filled, renders the messages."""
+    from transformers import AutoTokenizer
+
+    template = tiny_tokenizer.chat_template
+    tiny_tokenizer.chat_template = None
+    tiny_tokenizer.save_pretrained(tmp_path)
+    bare = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no chat template") as error:
+        chat.render_prompt(bare, turns("q"))
+    for place in ("chat_template.jinja", "tokenizer_config.json", "tokenizer.chat_template"):
+        assert place in error.value.fix
+    assert "plain text" in error.value.fix
+    config = tmp_path / "tokenizer_config.json"
+    without = config.read_text(encoding="utf-8")
+    config.write_text(json.dumps({**json.loads(without), "chat_template": template}), "utf-8")
+    wanted = chat.render_prompt(AutoTokenizer.from_pretrained(tmp_path), turns("q"))
+    config.write_text(without, encoding="utf-8")
+    (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    assert chat.render_prompt(AutoTokenizer.from_pretrained(tmp_path), turns("q")) == wanted
+    bare.chat_template = template
+    assert chat.render_prompt(bare, turns("q")) == wanted
+    assert chat.render_prompt(bare, "q")
+
+
+def test_errors_name_the_longest_column_that_fits() -> None:
+    """Columns whose names begin alike: whatever order a set of them has."""
+    row = {"prompt_text"[:i]: "a" for i in range(1, 12)}
+    for place, column in {"prompt_text[0]": "prompt_text", "prompt, token 1": "prompt"}.items():
+        with pytest.raises(DataError) as error, chat.naming(row):
+            raise DataError(place, "wrong")
+        assert error.value.where == f"column {column}{place[len(column) :]}"
 
 
 def test_held_out_conversations_end_at_their_last_answer() -> None:
