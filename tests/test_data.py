@@ -78,9 +78,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, write
 @pytest.mark.parametrize("separator", [";", "\t"])
 @pytest.mark.parametrize("start", ["", "\ufeff"], ids=["plain", "bom"])
 def test_a_csv_separated_by_semicolons_or_tabs(tmp_path: Path, separator: str, start: str) -> None:
-    """Spreadsheets of many countries write semicolons; the header says which separator it is."""
+    """Spreadsheets of many countries write semicolons; the header pattern which separator it is."""
     path = tmp_path / "rows.csv"
-    lines = ["prompt;completion;extra", '"a; b, c";d, e;7', '"f\n""g""";h;']
+    lines = ['prompt;"completion";"extra, more"', '"a; b, c";d, e;7', '"f\n""g""";h;']
     lines[1:] = [line.replace("; b", "\0").replace(";", separator) for line in lines[1:]]
     lines[0] = lines[0].replace(";", separator)
     path.write_bytes((start + "\r\n".join(lines)).replace("\0", "; b").encode("utf-8"))
@@ -114,13 +114,13 @@ def test_bundled_datasets_load() -> None:
 
 
 def test_hub_names_and_configs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub is asked for NAME and CONFIG; what it answers badly is told in one DataError."""
+    """NAME and CONFIG reach load_dataset(); its failure becomes one DataError."""
     import datasets
 
-    asked = []
+    requests = []
 
     def answer(name: str, config: str | None, streaming: bool):
-        asked.append((name, config, streaming))
+        requests.append((name, config, streaming))
         if name == "no/such":
             raise ConnectionError("offline")
         return {"train": datasets.Dataset.from_list(ROWS)}
@@ -128,7 +128,7 @@ def test_hub_names_and_configs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", answer)
     assert load_rows("owner/name:main", PAIR) == WANTED
     assert load_rows("owner/name", PAIR) == WANTED
-    assert asked == [("owner/name", "main", False), ("owner/name", None, False)]
+    assert requests == [("owner/name", "main", False), ("owner/name", None, False)]
     with pytest.raises(
         DataError, match=r"no/such: .*ConnectionError: offline.*Accepted: tiny/NAME"
     ):
@@ -142,15 +142,15 @@ def test_first_alternative_with_all_columns_is_used(tmp_path: Path) -> None:
     assert load_rows(path, [("prompt", "text"), ("extra",)])[2] == {"extra": "2"}
 
 
-def test_missing_columns_name_found_and_expected(tmp_path: Path) -> None:
+def test_missing_columns_name_those_present_and_expected(tmp_path: Path) -> None:
     path = str(write_jsonl(tmp_path / "a.jsonl", ROWS))
     with pytest.raises(DataError) as error:
         load_rows(path, [("prompt", "completions"), ("messages",)])
-    says = str(error.value)
-    assert says.startswith(path)
-    assert "Expected prompt + completions or messages" in says
-    assert "got completion, extra, prompt." in says
-    assert 'Did you mean "completion"?' in says
+    message = str(error.value)
+    assert message.startswith(path)
+    assert "Expected prompt + completions or messages" in message
+    assert "got completion, extra, prompt." in message
+    assert 'Did you mean "completion"?' in message
     with pytest.raises(ConfigError, match="columns: not a list"):
         load_rows(path, "prompt")
 
@@ -171,7 +171,7 @@ def test_rows_without_a_value_are_named(tmp_path: Path, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "pattern"),
     [
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"\n', r"a\.jsonl:2: broken JSON"),
         ("a.json", b'[{"prompt": "a"},\n\n{"prompt": }]', r"a\.json:3: broken JSON"),
@@ -187,9 +187,9 @@ def test_rows_without_a_value_are_named(tmp_path: Path, value: object) -> None:
         ("a.txt", b"prompt", r"a\.txt: not a dataset file.*Accepted: tiny/NAME"),
     ],
 )
-def test_broken_files(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+def test_broken_files(tmp_path: Path, name: str, content: bytes, pattern: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=pattern):
         load_rows(str(tmp_path / name), ["prompt"])
 
 
@@ -205,7 +205,7 @@ def test_missing_paths_say_what_is_accepted(tmp_path: Path) -> None:
 # ---- train and test ------------------------------------------------------------------------
 
 
-def test_own_test_split_is_used(tmp_path: Path) -> None:
+def test_the_test_split_is_used_if_there_is_one(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", ROWS[:3])
     write_jsonl(tmp_path / "test.jsonl", ROWS[3:])
     assert train_test(str(tmp_path), PAIR, 2, seed=0) == (WANTED[:3], WANTED[3:5])
@@ -229,28 +229,28 @@ def test_held_out_rows_are_disjoint_and_seeded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("num_rows", "batch_size"), [(10, 3), (10, 10), (7, 1), (12, 4)])
-def test_each_epoch_deals_every_row_once(num_rows: int, batch_size: int) -> None:
-    """Pitfall 33: whole epochs, each in its own order, whatever the batch size."""
+def test_each_epoch_has_every_row_exactly_one_time(num_rows: int, batch_size: int) -> None:
+    """Pitfall 33: each epoch is a permutation of all rows, for any batch size."""
     steps = 5 * num_rows  # batch_size * 5 epochs
-    dealt = [i for step in range(steps) for i in batch_indices(num_rows, batch_size, step, seed=4)]
-    epochs = [dealt[at : at + num_rows] for at in range(0, len(dealt), num_rows)]
+    drawn = [i for step in range(steps) for i in batch_indices(num_rows, batch_size, step, seed=4)]
+    epochs = [drawn[at : at + num_rows] for at in range(0, len(drawn), num_rows)]
     assert len(epochs) == 5 * batch_size
     assert all(Counter(epoch) == Counter(range(num_rows)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > len(epochs) * 0.9
 
 
-def test_a_step_needs_no_earlier_step() -> None:
+def test_a_step_does_not_depend_on_earlier_steps() -> None:
     in_order = [batch_indices(11, 4, step, seed=7) for step in range(30)]
     assert [batch_indices(11, 4, step, seed=7) for step in reversed(range(30))] == in_order[::-1]
     assert in_order != [batch_indices(11, 4, step, seed=8) for step in range(30)]
 
 
 def test_order_is_the_same_on_every_machine() -> None:
-    """A resumed run may continue under another Python: the order is pinned."""
+    """A run may resume under another version of Python: the order is pinned."""
     assert batch_indices(8, 8, 0, seed=0) == [0, 2, 1, 4, 6, 7, 3, 5]
 
 
-def test_batch_larger_than_the_rows_is_refused() -> None:
+def test_a_batch_larger_than_the_dataset_is_an_error() -> None:
     for batch_size in (0, 6):
         with pytest.raises(ConfigError, match=rf"batch_size: .*Expected 1..5, got {batch_size}"):
             batch_indices(5, batch_size, 0, seed=0)
@@ -262,7 +262,7 @@ def test_batches_of_no_rows_name_the_flag() -> None:
         batch_indices(0, 4, 0, seed=0)
 
 
-# ---- where a row stood, and columns of others ----------------------------------------------
+# ---- rows and columns in errors -------------------------------------------------------------
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def turns(*roles_and_texts: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("rows", "says"),
+    ("rows", "pattern"),
     [
         ([{"messages": turns("hi", "a")}, {"messages": turns("hi", "")}],
          r"2, column messages\[1\] content: empty"),
@@ -297,17 +297,17 @@ def turns(*roles_and_texts: str) -> list[dict]:
     ],
     ids=["empty answer", "role", "no answer", "not an answer", "empty completion"],
 )  # fmt: skip
-def test_sft_names_the_row_and_the_column(tmp_path: Path, tiny_tokenizer, rows, says) -> None:
+def test_sft_names_the_row_and_the_column(tmp_path: Path, tiny_tokenizer, rows, pattern) -> None:
     from recipes import sft
 
     path = str(write_jsonl(tmp_path / "a.jsonl", rows))
     loaded = load_rows(path, (PAIR, ("messages",)))
-    with pytest.raises(DataError, match=rf"^a\.jsonl:{says}"):
+    with pytest.raises(DataError, match=rf"^a\.jsonl:{pattern}"):
         sft.build_data(loaded, tiny_tokenizer, 512, "last")
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "pattern"),
     [
         ({"prompt": "q", "chosen": turns("assistant=a"), "rejected": turns("assistant=b")},
          "column chosen: not in the form of the prompt"),
@@ -323,11 +323,13 @@ def test_sft_names_the_row_and_the_column(tmp_path: Path, tiny_tokenizer, rows, 
         ({"chosen": 5, "rejected": turns("q", "b")}, "column chosen: not a conversation"),
     ],
 )  # fmt: skip
-def test_pairs_that_cannot_be_told_apart(tmp_path: Path, tiny_tokenizer, row, says) -> None:
+def test_malformed_pairs_name_the_row_and_the_column(
+    tmp_path: Path, tiny_tokenizer, row, pattern
+) -> None:
     from recipes import dpo
 
     loaded = load_rows(str(write_jsonl(tmp_path / "a.jsonl", [row])), chat.PAIRS)
-    with pytest.raises(DataError, match=rf"^a\.jsonl:1, {says}"):
+    with pytest.raises(DataError, match=rf"^a\.jsonl:1, {pattern}"):
         dpo.build_pairs(loaded, tiny_tokenizer, 512)
 
 
@@ -343,15 +345,15 @@ def test_whole_conversations_are_the_same_pairs(tmp_path: Path, tiny_tokenizer) 
         {"prompt": start, "chosen": start + good, "rejected": start + bad},
     ]
     judge = bradley_terry.Judge(tiny_tokenizer, "Good?", (" yes", " no"))
-    found = []
+    tokens = []
     for i, form in enumerate(forms):
         rows = load_rows(str(write_jsonl(tmp_path / f"{i}.jsonl", [form])), chat.PAIRS)
         data, kept = dpo.build_pairs(rows, tiny_tokenizer, 512)
         judged, _ = bradley_terry.build_pairs(rows, judge, 512)
         assert kept == [forms[0]]
-        found.append([d.model_input.to_ints() for d in data + judged])
-    assert len(found[0]) == 4
-    assert found[1:] == found[:1] * 3
+        tokens.append([d.model_input.to_ints() for d in data + judged])
+    assert len(tokens[0]) == 4
+    assert tokens[1:] == tokens[:1] * 3
 
 
 @pytest.mark.parametrize(
@@ -433,7 +435,7 @@ def test_a_missing_chat_template_can_be_set_where_the_error_says(
 
 
 def test_errors_name_the_longest_column_that_fits() -> None:
-    """Columns whose names begin alike: whatever order a set of them has."""
+    """Of columns with a common prefix, the longest match, whatever order a set of them has."""
     row = {"prompt_text"[:i]: "a" for i in range(1, 12)}
     for place, column in {"prompt_text[0]": "prompt_text", "prompt, token 1": "prompt"}.items():
         with pytest.raises(DataError) as error, chat.naming(row):
@@ -449,7 +451,7 @@ def test_held_out_conversations_end_at_their_last_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "wanted", "says"),
+    ("row", "wanted", "expected"),
     [
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
          (PAIR, ("messages",)), {"messages": turns("a", "b")}),
@@ -460,15 +462,17 @@ def test_held_out_conversations_end_at_their_last_answer() -> None:
         ({"text": "a\nb"}, (PAIR,), {"prompt": "a", "completion": "b"}),
     ],
 )  # fmt: skip
-def test_columns_of_others_come_with_a_line_that_renames_them(tmp_path, row, wanted, says) -> None:
-    """The line is run as it is printed."""
+def test_columns_of_other_formats_come_with_code_that_renames_them(
+    tmp_path, row, wanted, expected
+) -> None:
+    """The code is run as printed."""
     import datasets
 
     with pytest.raises(DataError, match=r"looks like .*With the dataset as ds: ds") as error:
         load_rows(str(write_jsonl(tmp_path / "a.jsonl", [row])), wanted)
     line = str(error.value).split("With the dataset as ds: ")[1].split(".to_json(")[0]
     renamed = eval(line, {"ds": datasets.Dataset.from_list([row])})[0]
-    assert {key: renamed[key] for key in says} == says
+    assert {key: renamed[key] for key in expected} == expected
 
 
 def test_too_few_rows_name_the_flag(tmp_path: Path) -> None:

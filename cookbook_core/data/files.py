@@ -129,7 +129,7 @@ def _parse_json(name: str, first_line: int, text: str) -> Any:
 
 
 def _parse_csv(name: str, file: TextIO) -> Iterator[tuple[str, Row]]:
-    header = file.readline()
+    header = re.sub(r'"[^"]*"', "", file.readline())
     file.seek(0)
     separator = next((mark for mark in ",;\t" if mark in header), ",")
     reader = csv.DictReader(file, delimiter=separator, strict=True)

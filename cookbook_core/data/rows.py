@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cookbook_core.data.files import Row
-from cookbook_core.data.sources import asset_path, open_splits
+from cookbook_core.data.sources import open_splits
 from cookbook_core.errors import (
     ConfigError,
     DataError,
@@ -23,8 +23,6 @@ from cookbook_core.errors import (
     nearest,
     raise_all,
 )
-
-__all__ = ["asset_path", "batch_indices", "load_rows", "train_test"]
 
 Columns = Sequence[str] | Sequence[Sequence[str]]
 
