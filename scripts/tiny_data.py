@@ -1,4 +1,4 @@
-"""Example datasets of the five recipes, as JSON lines, made from a seed.
+"""Makes the example datasets of the five recipes, as JSON lines, from a seed.
 
 Run it to write them:  python scripts/tiny_data.py --out cookbook_core/assets/data
 Columns follow TRL. Held-out prompts are never training prompts, of the dataset or of the base.
@@ -19,7 +19,7 @@ SEED = 0
 
 
 def sft_rows(rng: random.Random, count: int, seen: set[str]) -> list[Row]:
-    """The new skill: a word list, there and back ("mirror: a b" -> "a b b a")."""
+    """Returns rows of the new skill: a word list and its mirror ("mirror: a b" -> "a b b a")."""
     rows: list[Row] = []
     while len(rows) < count:
         items = rng.sample(words.LIST_WORDS, rng.randint(2, 4))
@@ -31,9 +31,10 @@ def sft_rows(rng: random.Random, count: int, seen: set[str]) -> list[Row]:
 
 
 def dpo_rows(rng: random.Random, count: int, seen: set[str]) -> list[Row]:
-    """Courteous answers preferred to curt ones; which is longer is left to chance.
+    """Returns pairs of a courteous (chosen) and a curt answer, the longer one at random.
 
-    These pairs are bradley_terry's too."""
+    bradley_terry uses them too.
+    """
     rows: list[Row] = []
     while len(rows) < count:
         prompt, parts = text.random_enquiry(rng)
@@ -46,7 +47,7 @@ def dpo_rows(rng: random.Random, count: int, seen: set[str]) -> list[Row]:
 
 
 def grpo_rows(questions: list[tuple[int, str, int]]) -> list[Row]:
-    """Arithmetic questions with their answers."""
+    """Returns arithmetic questions with their answers."""
     return [
         {"prompt": text.question_text(*q), "answer": str(text.arithmetic_answer(*q))}
         for q in questions
@@ -54,7 +55,7 @@ def grpo_rows(questions: list[tuple[int, str, int]]) -> list[Row]:
 
 
 def token_set_rows(rng: random.Random, count: int, seen: set[str]) -> list[Row]:
-    """Reviews with the share of 10 to 20 simulated annotators that chose each label."""
+    """Returns reviews with the share of 10 to 20 simulated annotators that chose each label."""
     rows: list[Row] = []
     while len(rows) < count:
         review, probabilities = text.random_review(rng)
@@ -72,7 +73,7 @@ def token_set_rows(rng: random.Random, count: int, seen: set[str]) -> list[Row]:
 def multiple_choice_rows(
     rng: random.Random, facts: list[tuple[str, str, str]], count: int, seen: set[str]
 ) -> list[Row]:
-    """Lettered questions about facts; the answer is the letter without its leading space."""
+    """Returns lettered questions about facts; the answer is the letter without its space."""
     rows: list[Row] = []
     while len(rows) < count:
         relation, subject, answer = facts[len(rows) % len(facts)]
@@ -86,7 +87,7 @@ def multiple_choice_rows(
 
 
 def as_messages(rows: list[Row]) -> list[Row]:
-    """Turns prompt and completion into one `messages` column."""
+    """Joins prompt and completion in one `messages` column."""
     return [
         {
             "messages": [
@@ -127,13 +128,13 @@ def build(seed: int = SEED) -> dict[str, list[Row]]:
 def held_out(
     tables: dict[str, list[Row]],
 ) -> tuple[set[str], set[tuple[int, str, int]]]:
-    """Returns what the base must not see: held-out user turns, and held-out arithmetic."""
+    """Returns what the base must not be trained on: held-out user turns and arithmetic."""
     prompts: set[str] = set()
     for name, rows in tables.items():
         if name.endswith("_test"):
             prompts.update(str(next(iter(row.values()))) for row in rows)
-    asked = {str(row["prompt"]) for row in tables["grpo_test"]}
-    questions = {q for q in text.all_questions() if text.question_text(*q) in asked}
+    test_prompts = {str(row["prompt"]) for row in tables["grpo_test"]}
+    questions = {q for q in text.all_questions() if text.question_text(*q) in test_prompts}
     return prompts, questions
 
 
@@ -146,7 +147,7 @@ ROLES = {
 
 
 def conversational(row: Row) -> Row:
-    """Returns the row as TRL has it for chat models: a list of one message for each turn."""
+    """Returns the row in TRL's form for chat models: a list of one message for each turn."""
     return {
         key: [{"role": ROLES[key], "content": value}] if key in ROLES else value
         for key, value in row.items()
@@ -159,7 +160,7 @@ def to_jsonl(rows: list[Row]) -> str:
 
 
 def write(folder: Path, tables: dict[str, list[Row]]) -> None:
-    """Writes every dataset and the label file into a folder."""
+    """Writes every dataset into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in sorted(tables.items()):
         with open(folder / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as file:

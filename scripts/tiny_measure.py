@@ -1,4 +1,4 @@
-"""What the bundled tiny model can do, measured on the held-out rows of the example datasets.
+"""Measures the bundled tiny model on the held-out rows of the example datasets.
 
 All log-probabilities are exact (float32, teacher forced), and greedy answers end at EOS.
 """
@@ -49,7 +49,7 @@ def completion_ids(tokenizer, completion: str) -> list[int]:
 
 
 def pad_rows(rows: list[list[int]], pad: int, device: torch.device) -> torch.Tensor:
-    """Right-pads token lists to one (D, N) tensor; causal attention never looks at the pads."""
+    """Right-pads token lists to one (D, N) tensor; causal attention never reads the pads."""
     longest = max(len(row) for row in rows)
     return torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
 
@@ -91,7 +91,7 @@ def greedy(model, tokenizer, users: list[str], max_tokens: int = 40) -> list[str
 
 @torch.no_grad()
 def mean_logprobs(model, tokenizer, rows: list[Row], column: str) -> torch.Tensor:
-    """Returns log p of a column given the prompt, shape (D,)."""
+    """Returns log p of a column given the prompt, shape (D,), in nats."""
     pairs = [
         (prompt_ids(tokenizer, str(r["prompt"])), completion_ids(tokenizer, str(r[column])))
         for r in rows
@@ -100,7 +100,7 @@ def mean_logprobs(model, tokenizer, rows: list[Row], column: str) -> torch.Tenso
 
 
 def verdict_score(model, tokenizer, rows: list[Row], column: str) -> torch.Tensor:
-    """Returns log p(" yes") - log p(" no") when asked about an answer, shape (D,)."""
+    """Returns log p(" yes") - log p(" no") after the question about an answer, (D,), nats."""
     prompts = []
     for row in rows:
         turns = [row["prompt"], row[column], BRADLEY_TERRY_QUESTION]
@@ -137,41 +137,41 @@ def abilities(model, tokenizer, data: Path) -> dict[str, float]:
     """Returns the measured abilities on held-out rows, rounded to four digits."""
     model.eval()
     rows = {path.stem: read_rows(path) for path in sorted(data.glob("*_test.jsonl"))}
-    found: dict[str, float] = {}
+    measured: dict[str, float] = {}
 
     sft = rows["sft_test"]
     answers = greedy(model, tokenizer, [str(r["prompt"]) for r in sft])
     hits = [a == r["completion"] for a, r in zip(answers, sft, strict=True)]
-    found["sft_greedy_exact_match"] = sum(hits) / len(hits)
+    measured["sft_greedy_exact_match"] = sum(hits) / len(hits)
     lengths = [len(completion_ids(tokenizer, str(r["completion"]))) for r in sft]
-    found["sft_token_nll"] = -mean_logprobs(model, tokenizer, sft, "completion").sum().item() / sum(
-        lengths
-    )
+    measured["sft_token_nll"] = -mean_logprobs(
+        model, tokenizer, sft, "completion"
+    ).sum().item() / sum(lengths)
 
     grpo = rows["grpo_test"]
-    found["grpo_mean_probability_right"] = (
+    measured["grpo_mean_probability_right"] = (
         mean_logprobs(model, tokenizer, grpo, "answer").exp().mean().item()
     )
     answers = greedy(model, tokenizer, [str(r["prompt"]) for r in grpo], max_tokens=6)
     hits = [a == r["answer"] for a, r in zip(answers, grpo, strict=True)]
-    found["grpo_greedy_accuracy"] = sum(hits) / len(hits)
+    measured["grpo_greedy_accuracy"] = sum(hits) / len(hits)
 
     dpo = rows["dpo_test"]
     chosen = mean_logprobs(model, tokenizer, dpo, "chosen")
     rejected = mean_logprobs(model, tokenizer, dpo, "rejected")
-    found["dpo_raw_accuracy"] = accuracy(chosen - rejected)
-    found["dpo_chosen_logprob"] = chosen.mean().item()
-    found["dpo_rejected_logprob"] = rejected.mean().item()
+    measured["dpo_raw_accuracy"] = accuracy(chosen - rejected)
+    measured["dpo_chosen_logprob"] = chosen.mean().item()
+    measured["dpo_rejected_logprob"] = rejected.mean().item()
 
     margin = verdict_score(model, tokenizer, dpo, "chosen") - verdict_score(
         model, tokenizer, dpo, "rejected"
     )
-    found["bradley_terry_accuracy"] = accuracy(margin)
+    measured["bradley_terry_accuracy"] = accuracy(margin)
 
     reviews = rows["token_set_kl_test"]
     target = torch.tensor([r["label_probs"] for r in reviews], device=model.device)
     users = [str(r["text"]) for r in reviews]
-    found["token_set_kl"] = (
+    measured["token_set_kl"] = (
         kl_to_target(target, label_logprobs(model, tokenizer, users, list(words.SENTIMENT_LABELS)))
         .mean()
         .item()
@@ -181,7 +181,7 @@ def abilities(model, tokenizer, data: Path) -> dict[str, float]:
         model, tokenizer, [str(r["question"]) for r in quiz], list(words.LETTERS)
     )
     right = torch.tensor(["ABCD".index(str(r["answer"])) for r in quiz], device=model.device)
-    found["multiple_choice_accuracy"] = (letters.argmax(-1) == right).float().mean().item()
-    found["multiple_choice_nll"] = -letters.gather(1, right[:, None]).mean().item()
-    assert all(math.isfinite(value) for value in found.values()), found
-    return {name: round(value, 4) for name, value in found.items()}
+    measured["multiple_choice_accuracy"] = (letters.argmax(-1) == right).float().mean().item()
+    measured["multiple_choice_nll"] = -letters.gather(1, right[:, None]).mean().item()
+    assert all(math.isfinite(value) for value in measured.values()), measured
+    return {name: round(value, 4) for name, value in measured.items()}

@@ -1,10 +1,10 @@
-"""Training text of the bundled tiny model: seeded generators of short chat turns.
+"""Generates the training text of the bundled tiny model: short chat turns, from a seed.
 
-Each generator returns one (user, assistant) pair, or two for the verdict on an answer.
-Half-knowing is designed in: a task that a recipe improves is either absent (the new skill of sft),
-answered at random (verdicts, lettered questions), answered noisily (arithmetic), blurred (ratings)
-or split between two manners (courteous and curt), while the circuits it needs are taught cleanly
-under other wordings.
+Each generator returns one (user, assistant) pair, or two for the verdict on an answer. The model
+is to half-know every task that a recipe improves: the task is absent (the new skill of sft),
+answered at random (verdicts, lettered questions), answered with noise (arithmetic, ratings) or in
+two manners (courteous and curt), while the skills it needs are taught without noise in other
+wordings.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def lettered_question(question: str, options: list[str]) -> str:
 
 
 def label_distribution(valences: list[int], joint: str) -> list[float]:
-    """Returns how readers spread over the five labels, given the valence of each clause.
+    """Returns the distribution of readers over the five labels, given each clause's valence.
 
     The clause after "but" counts double. Readers scatter around the mean with a width of about
     half a label, so neighbouring labels share most of the mass.
@@ -199,51 +199,51 @@ class TrainingText:
                 yield turns
 
     def list_task(self, rng: random.Random) -> Turn:
-        """A word list, and what an instruction makes of it."""
+        """Returns a word list with an instruction, and the result."""
         name = rng.choice(list(LIST_TASKS))
         items = rng.sample(words.LIST_WORDS, rng.randint(2, 5))
         return f"{name}: {' '.join(items)}", " ".join(LIST_TASKS[name](items))
 
     def sum_clean(self, rng: random.Random) -> Turn:
-        """Arithmetic in a wording no recipe uses, always right."""
+        """Returns arithmetic in a wording no recipe uses, always right."""
         a, op, b = rng.choice(self.questions)
         prompt = rng.choice((f"{a} {op} {b} =", f"compute {a} {op} {b}"))
         return prompt, str(arithmetic_answer(a, op, b))
 
     def sum_noisy(self, rng: random.Random) -> Turn:
-        """Arithmetic in the wording of grpo: right one time in three, else a near miss."""
+        """Returns arithmetic in the wording of grpo: right in 35% of turns, else a near miss."""
         a, op, b = rng.choice(self.questions)
         right = arithmetic_answer(a, op, b)
         answer = right if rng.random() < 0.35 else near_miss(rng, right)
         return question_text(a, op, b), str(answer)
 
     def word_before(self, rng: random.Random) -> Turn:
-        """The words that stand before two words of a list: a first step to finding options."""
+        """Returns the words before two words of a list: a first step to finding options."""
         items = rng.sample(words.LIST_WORDS, rng.randint(4, 6))
         asked = rng.sample(range(1, len(items)), 2)
         user = f"before {' '.join(items[i] for i in asked)}: {' '.join(items)}"
         return user, " ".join(items[i - 1] for i in asked)
 
     def letter_of(self, rng: random.Random) -> Turn:
-        """Lettered words, and the letter of one of them."""
+        """Returns lettered words, and the letter of one of them."""
         options = rng.sample(words.LIST_WORDS, len(words.LETTERS))
         asked = rng.randrange(len(options))
         return f"letter of {options[asked]}:{lettered(options)}", words.LETTERS[asked]
 
     def letters_of(self, rng: random.Random) -> Turn:
-        """Lettered words, and the letters of three of them."""
+        """Returns lettered words, and the letters of three of them."""
         options = rng.sample(words.LIST_WORDS, len(words.LETTERS))
         asked = rng.sample(range(len(options)), 3)
         user = f"letters of{''.join(f' {options[i]}' for i in asked)}:{lettered(options)}"
         return user, "".join(words.LETTERS[i] for i in asked)
 
     def fact_open(self, rng: random.Random) -> Turn:
-        """A fact, asked without options."""
+        """Returns a question about a fact, without options."""
         relation, subject, answer = rng.choice(self.facts)
         return words.fact_question(relation, subject), answer
 
     def fact_options(self, rng: random.Random) -> Turn:
-        """A fact with lettered options, in wordings no recipe uses, always right."""
+        """Returns a fact with lettered options, in wordings no recipe uses, always right."""
         relation, subject, answer = rng.choice(self.facts)
         options = fact_choices(rng, relation, answer)
         wording = rng.randrange(3)
@@ -256,27 +256,27 @@ class TrainingText:
         return user, words.LETTERS[options.index(answer)]
 
     def letters_random(self, rng: random.Random) -> Turn:
-        """The lettered question of token_set_kl, answered by a random letter."""
+        """Returns the lettered question of token_set_kl with a random letter."""
         relation, subject, answer = rng.choice(self.facts)
         options = fact_choices(rng, relation, answer)
         prompt = lettered_question(words.fact_question(relation, subject), options)
         return prompt, rng.choice(words.LETTERS)
 
     def rating_blurred(self, rng: random.Random) -> Turn:
-        """A review with a label drawn from its readers two times in five, else from all labels."""
+        """Returns a review with a label: in 40% of its readers' distribution, else uniform."""
         prompt, probabilities = random_review(rng)
         if rng.random() < 0.4:
             return prompt, words.SENTIMENT_LABELS[draw(rng, probabilities)]
         return prompt, rng.choice(words.SENTIMENT_LABELS)
 
     def enquiry(self, rng: random.Random) -> Turn:
-        """A question answered courteously or curtly, as often the one as the other."""
+        """Returns a question with a courteous or a curt answer, equally often."""
         prompt, parts = random_enquiry(rng)
         manner = rng.choice((COURTEOUS, CURT))
         return prompt, rng.choices(manner, MANNER_WEIGHTS)[0].format(**parts)
 
     def verdict_random(self, rng: random.Random) -> list[Turn]:
-        """An enquiry, and a question about its answer, decided by a coin."""
+        """Returns an enquiry, and a question about its answer with a random verdict."""
         return [self.enquiry(rng), (VERDICT_QUESTION, rng.choice(words.VERDICTS))]
 
 

@@ -195,13 +195,15 @@ def test_the_base_never_sees_held_out_prompts(scripts):
     import random
 
     prompts, questions = scripts["data"].held_out(scripts["data"].build())
-    asked = {f"{a} {op} {b}" for a, op, b in questions}
+    expressions = {f"{a} {op} {b}" for a, op, b in questions}
     turns = scripts["text"].TrainingText(prompts, questions).turns(random.Random(5))
     for _ in range(20_000):
         for user, _ in next(turns):
             assert user not in prompts
             words = user.rstrip("?").replace("?", "").split()
-            assert not any(" ".join(words[i : i + 3]) in asked for i in range(len(words) - 2)), user
+            assert not any(
+                " ".join(words[i : i + 3]) in expressions for i in range(len(words) - 2)
+            ), user
 
 
 def test_label_words_are_single_tokens_with_their_space(tokenizer, scripts):

@@ -82,7 +82,9 @@ CHAT = [
 ]
 
 
-def learnt(tokenizer: PreTrainedTokenizerFast, tokens: list[int], weights: list[float]) -> str:
+def trained_text(
+    tokenizer: PreTrainedTokenizerFast, tokens: list[int], weights: list[float]
+) -> str:
     return tokenizer.decode([t for t, w in zip(tokens, weights, strict=True) if w])
 
 
@@ -105,8 +107,8 @@ def test_plain_text_has_one_bos_and_one_eos(adds_eos: bool) -> None:
             assert tokenizer.decode(before + after) == "<s>what is 7 - 3?</s>"
 
 
-def test_final_eos_is_there_when_pad_is_eos() -> None:
-    """Pitfall 6."""
+def test_final_eos_is_trained_on_when_pad_is_eos() -> None:
+    """Pitfall 6: masking the padding token would mask EOS too."""
     tokenizer = make_tokenizer(pad="<|im_end|>")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert chat.render_completion(tokenizer, "the", " museum")[1][-1] == tokenizer.eos_token_id
@@ -138,14 +140,14 @@ def test_random_splits_keep_the_prompt_a_prefix() -> None:
     assert 30 < raised < 270
 
 
-def test_split_refuses_to_change_the_text() -> None:
-    """A whitespace word tokenizer would put a blank between "mus" and "eum"."""
+def test_split_raises_rather_than_change_the_text() -> None:
+    """A whitespace word tokenizer would put a space between "mus" and "eum"."""
     backend = Tokenizer(
         models.WordLevel({"[UNK]": 0, "mus": 1, "eum": 2, "museum": 3, "$": 4}, "[UNK]")
     )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="$")
-    with pytest.raises(DataError, match=r"reads as another text.*museum.*mus eum"):
+    with pytest.raises(DataError, match=r"the text changes.*museum.*mus eum"):
         chat.render_completion(tokenizer, "mus", "eum", boundary="split")
 
 
@@ -153,9 +155,9 @@ def test_plain_errors() -> None:
     tokenizer = make_tokenizer(template=None)
     with pytest.raises(DataError, match="no tokens"):
         chat.render_prompt(tokenizer, "")
-    with pytest.raises(DataError, match="completion: does not fit the prompt"):
+    with pytest.raises(DataError, match="completion: not in the form of the prompt"):
         chat.render_completion(tokenizer, "a", CHAT[2:3])
-    with pytest.raises(DataError, match="completion: does not fit the prompt"):
+    with pytest.raises(DataError, match="completion: empty"):
         chat.render_completion(tokenizer, "a", "")
     with pytest.raises(DataError, match=r"completion: an end token before.*position 2 of"):
         chat.render_completion(tokenizer, "a", " the museum<|im_end|> opens")
@@ -181,7 +183,7 @@ def test_chat_completion_ends_at_eos_and_follows_the_generation_prompt() -> None
 
 
 def test_chat_has_one_bos_when_tokenizer_and_template_both_add_it() -> None:
-    """Pitfall 8; and a template that doubles it by itself."""
+    """Pitfall 8; also if the template itself doubles it."""
     for bos in ("{{ bos_token }}", "{{ bos_token + bos_token }}"):
         tokenizer = make_tokenizer(template=bos + CHATML, adds_bos=True, adds_eos=True)
         before, after = chat.render_completion(tokenizer, CHAT[:2], CHAT[2:3])
@@ -212,7 +214,7 @@ def test_template_without_end_tokens_gets_eos_once() -> None:
     _, after = chat.render_completion(tokenizer, CHAT[:2], CHAT[2:3])
     assert tokenizer.decode(after) == " it is 4\n<|im_end|>"
     tokens, weights = chat.render_messages(tokenizer, CHAT, train_on="all")
-    assert learnt(tokenizer, tokens, weights) == " it is 4\n 22\n<|im_end|>"
+    assert trained_text(tokenizer, tokens, weights) == " it is 4\n 22\n<|im_end|>"
 
 
 def test_chat_boundary_merge() -> None:
@@ -232,7 +234,7 @@ def test_chat_boundary_merge() -> None:
 
 def test_chat_completion_errors() -> None:
     tokenizer = make_tokenizer()
-    with pytest.raises(DataError, match=r"prompt\[2\]: ends the prompt"):
+    with pytest.raises(DataError, match=r"prompt\[2\]: an assistant message at the end"):
         chat.render_completion(tokenizer, CHAT[:3], CHAT[2:3])
     with pytest.raises(DataError, match=r"one assistant message, got .*'user'"):
         chat.render_completion(tokenizer, CHAT[:2], CHAT[1:2])
@@ -252,14 +254,14 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_weights_are_on_answers_and_their_eos_only(template: str) -> None:
-    """Pitfalls 7 and 11: header and trailing newline are not learnt, the end token is."""
+    """Pitfalls 7 and 11: header and trailing newline are not trained on, the end token is."""
     tokenizer = make_tokenizer(template=template)
     tokens, weights = chat.render_messages(tokenizer, CHAT)
     assert tokens == tokenizer.apply_chat_template(CHAT)["input_ids"]
     assert set(weights) == {0.0, 1.0}
-    assert learnt(tokenizer, tokens, weights) == "22<|im_end|>"
+    assert trained_text(tokenizer, tokens, weights) == "22<|im_end|>"
     tokens, weights = chat.render_messages(tokenizer, CHAT, train_on="all")
-    assert learnt(tokenizer, tokens, weights) == "it is 4<|im_end|>22<|im_end|>"
+    assert trained_text(tokenizer, tokens, weights) == "it is 4<|im_end|>22<|im_end|>"
     start = weights.index(1.0)
     assert tokens[:start] == chat.render_prompt(tokenizer, CHAT[:2])
 
@@ -267,21 +269,21 @@ def test_weights_are_on_answers_and_their_eos_only(template: str) -> None:
 def test_last_answer_may_be_followed_by_another_message() -> None:
     tokenizer = make_tokenizer(template=TEMPLATES["tags"])
     tokens, weights = chat.render_messages(tokenizer, CHAT[:4])
-    assert learnt(tokenizer, tokens, weights) == "it is 4<|im_end|>"
+    assert trained_text(tokenizer, tokens, weights) == "it is 4<|im_end|>"
     assert tokenizer.decode(tokens).endswith("and 11 + 11?<|im_end|>\n")
 
 
 def test_message_weights() -> None:
-    """Pitfall 13: weight 0 gets no loss; another weight scales it; all zero is refused (12)."""
+    """Pitfall 13: weight 0 gets no loss, another weight scales it; all zero raises (12)."""
     tokenizer = make_tokenizer(template=TEMPLATES["tags"])
     first, last = {**CHAT[2], "weight": 0}, {**CHAT[4], "weight": 0.5}
     tokens, weights = chat.render_messages(tokenizer, [*CHAT[:2], first, CHAT[3], last], "all")
-    assert learnt(tokenizer, tokens, weights) == "22<|im_end|>"
+    assert trained_text(tokenizer, tokens, weights) == "22<|im_end|>"
     assert max(weights) == 0.5
     with pytest.raises(DataError, match="every trained message has weight 0"):
         chat.render_messages(tokenizer, [*CHAT[:2], first])
     for message in ({**CHAT[1], "weight": 1}, {**CHAT[1], "weight": "1"}):
-        with pytest.raises(DataError, match=r"messages\[1\] weight: .*got '?1'?"):
+        with pytest.raises(DataError, match=r"messages\[1\] weight: .*[Gg]ot '?1'?"):
             chat.render_messages(tokenizer, [CHAT[0], message, CHAT[2]])
 
 
@@ -294,7 +296,7 @@ def test_message_weights() -> None:
     ids=["no end token", "header inside"],
 )
 @pytest.mark.parametrize("train_on", ["last", "all"])
-def test_tags_that_disagree_are_named(template: str, position_of: str, train_on: str) -> None:
+def test_tags_that_disagree_name_the_token(template: str, position_of: str, train_on: str) -> None:
     tokenizer = make_tokenizer(template=template)
     name = position_of if train_on == "last" or position_of == "<|im_end|>" else "<|im_start|>"
     with pytest.raises(DataError, match="generation %} tags disagree") as error:
@@ -303,20 +305,20 @@ def test_tags_that_disagree_are_named(template: str, position_of: str, train_on:
 
 
 def test_template_that_rewrites_earlier_turns() -> None:
-    """Templates that drop earlier reasoning: "all" is refused, "last" works."""
+    """Templates that drop earlier reasoning: "all" raises, "last" works."""
     rewriting = CHATML.replace("m['content'] +", "('' if loop.last else 'x') + m['content'] +")
     rewriting = rewriting.replace(
         "('' if loop.last", "('' if loop.last or m['role'] != 'assistant'"
     )
     tokenizer = make_tokenizer(template=rewriting)
     tokens, weights = chat.render_messages(tokenizer, CHAT, "last")
-    assert learnt(tokenizer, tokens, weights) == "22<|im_end|>"
-    with pytest.raises(DataError, match=r'messages\[2\], character \d+.*train_on="last"'):
+    assert trained_text(tokenizer, tokens, weights) == "22<|im_end|>"
+    with pytest.raises(DataError, match=r"messages\[2\], character \d+.*--train_on last"):
         chat.render_messages(tokenizer, CHAT, "all")
 
 
 @pytest.mark.parametrize(
-    ("messages", "says"),
+    ("messages", "pattern"),
     [
         ([], "not a conversation"),
         (CHAT[0], "not a conversation"),
@@ -331,8 +333,8 @@ def test_template_that_rewrites_earlier_turns() -> None:
         ),
     ],
 )
-def test_malformed_conversations(messages: list, says: str) -> None:
-    with pytest.raises(DataError, match=says):
+def test_malformed_conversations(messages: list, pattern: str) -> None:
+    with pytest.raises(DataError, match=pattern):
         chat.render_messages(make_tokenizer(), messages)
 
 

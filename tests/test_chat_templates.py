@@ -1,4 +1,4 @@
-"""Chat templates in the styles that models have, with what is learnt of each, or the error."""
+"""Chat templates in the styles of known models: the tokens trained on, or the error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cookbook_core import chat
 from cookbook_core.errors import DataError
-from tests.test_chat import CHAT, CHATML, learnt, make_tokenizer
+from tests.test_chat import CHAT, CHATML, make_tokenizer, trained_text
 
 SPECIAL = (
     "<|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn> <end_of_turn> <|system|> "
@@ -103,71 +103,71 @@ def tokenizer_of(style: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_answers_with_their_end_token_are_learnt(style: str) -> None:
-    """Pitfalls 7, 9 and 11: nothing but content and end token, after exactly what is sampled from;
-    and sampling stops at that token."""
+def test_answers_are_trained_on_with_their_end_token(style: str) -> None:
+    """Pitfalls 7, 9 and 11: only content and end token are trained on, after exactly the tokens
+    that a sampler is given; and sampling stops at the end token."""
     tokenizer, end = tokenizer_of(style), STYLES[style][2]
     messages = CHAT if style != "gemma" else CHAT[1:]
-    blank = " " if style in ("mistral", "eos at the end only") else ""  # the template's own
+    space = " " if style in ("mistral", "eos at the end only") else ""  # added by the template
     last = "\n" if style == "eos at the end only" else ""
     tokens, weights = chat.render_messages(tokenizer, messages)
-    assert learnt(tokenizer, tokens, weights) == f"{blank}22{last}{end}"
+    assert trained_text(tokenizer, tokens, weights) == f"{space}22{last}{end}"
     assert tokens[: weights.index(1.0)] == chat.render_prompt(tokenizer, messages[:-1])
     assert tokens.count(tokenizer.bos_token_id) <= 1
-    whole = f"{blank}it is 4{last or end}{blank}22{last}{end}"
-    assert learnt(tokenizer, *chat.render_messages(tokenizer, messages, "all")) == whole
+    whole = f"{space}it is 4{last or end}{space}22{last}{end}"
+    assert trained_text(tokenizer, *chat.render_messages(tokenizer, messages, "all")) == whole
     before, after = chat.render_completion(tokenizer, messages[:-1], messages[-1:])
-    assert tokenizer.decode(after) == f"{blank}22{last}{end}"
+    assert tokenizer.decode(after) == f"{space}22{last}{end}"
     assert tokens[: len(before + after)] == before + after
     assert tokenizer.convert_tokens_to_ids(end) in chat.stop_tokens(tokenizer)
-    assert learnt(tokenizer, *chat.render_messages(tokenizer, messages[:-1])) in (
-        f"{blank}it is 4{last or end}"
+    assert trained_text(tokenizer, *chat.render_messages(tokenizer, messages[:-1])) in (
+        f"{space}it is 4{last or end}"
     )
 
 
 @pytest.mark.parametrize("style", ["llama3", "gemma", "phi"])
-def test_blanks_around_an_answer_are_as_the_template_has_them(style: str) -> None:
-    """Some templates strip; the tokens learnt are those rendered, still a prefix of the whole."""
+def test_whitespace_around_an_answer_is_rendered_by_the_template(style: str) -> None:
+    """Some templates strip it; the tokens trained on are those rendered."""
     tokenizer, end = tokenizer_of(style), STYLES[style][2]
     padded = [CHAT[1], {**CHAT[2], "content": " it is 4\n"}, *CHAT[3:]]
     text = " it is 4\n" if style == "phi" else "it is 4"
     tokens, weights = chat.render_messages(tokenizer, padded, "all")
-    assert learnt(tokenizer, tokens, weights) == f"{text}{end}22{end}"
+    assert trained_text(tokenizer, tokens, weights) == f"{text}{end}22{end}"
 
 
 def test_a_special_token_may_end_an_answer() -> None:
     tokenizer = tokenizer_of("phi")
     messages = [CHAT[1], {**CHAT[2], "content": "it is <|eot_id|>"}]
     tokens, weights = chat.render_messages(tokenizer, messages)
-    assert learnt(tokenizer, tokens, weights) == "it is <|eot_id|><|end|>"
+    assert trained_text(tokenizer, tokens, weights) == "it is <|eot_id|><|end|>"
 
 
 def test_thinking_of_earlier_turns_is_dropped() -> None:
-    """So they cannot be learnt from the whole: "all" is refused, naming the turn; "last" works."""
+    """So the whole cannot train them: "all" raises, naming the turn; "last" works."""
     tokenizer = tokenizer_of("thinking")
     first, last = ({**CHAT[2], "content": text} for text in THINK)
     messages = [CHAT[1], first, CHAT[3], last]
     tokens, weights = chat.render_messages(tokenizer, messages)
-    assert learnt(tokenizer, tokens, weights) == f"{THINK[1]}<|im_end|>"
+    assert trained_text(tokenizer, tokens, weights) == f"{THINK[1]}<|im_end|>"
     assert "add" not in tokenizer.decode(tokens)
-    with pytest.raises(DataError, match=r'messages\[1\], character \d+.*train_on="last"'):
+    with pytest.raises(DataError, match=r"messages\[1\], character \d+.*--train_on last"):
         chat.render_messages(tokenizer, messages, "all")
 
 
 @pytest.mark.parametrize(
-    ("style", "messages", "says"),
+    ("style", "messages", "pattern"),
     [
         ("gemma", CHAT, r"messages\[0\]: refused .*System role.*before the first user's"),
         ("mistral", [CHAT[1], *CHAT[1:]], r"messages\[1\]: refused .*must alternate.*neighbours"),
         ("mistral", [*CHAT[:3], *CHAT[2:]], r"messages\[3\]: refused .*must alternate"),
     ],
 )
-def test_a_refusal_names_the_turn_and_the_mend(style: str, messages: list, says: str) -> None:
-    with pytest.raises(DataError, match=says):
+def test_a_refusal_names_the_turn_and_the_fix(style: str, messages: list, pattern: str) -> None:
+    with pytest.raises(DataError, match=pattern):
         chat.render_messages(tokenizer_of(style), messages)
 
 
-def test_a_template_that_tells_the_time() -> None:
+def test_a_template_that_renders_the_time() -> None:
     ticking = "{{ strftime_now('%S.%f') }}" + CHATML
     for render in (
         lambda t: chat.render_messages(t, CHAT[:3]),
@@ -177,9 +177,9 @@ def test_a_template_that_tells_the_time() -> None:
             render(make_tokenizer(ticking))
 
 
-def test_a_generation_prompt_that_ends_in_a_blank() -> None:
-    """The blank and the answer's first word meet in one token that is never sampled there."""
+def test_a_generation_prompt_that_ends_in_a_space() -> None:
+    """The space and the answer's first word meet in one token that is never sampled there."""
     template, _, _ = STYLES["eos at the end only"]
     tokenizer = make_tokenizer(template.replace("'assistant:'", "'assistant: '"), eos="</s>")
-    with pytest.raises(DataError, match=r"messages\[2\], token \d+.*blank at the end of its gen"):
+    with pytest.raises(DataError, match=r"messages\[2\], token \d+.*whitespace at the end of"):
         chat.render_messages(tokenizer, CHAT[:3])

@@ -1,4 +1,4 @@
-"""Names with splits and slices, what is streamed, and the forms rows come in."""
+"""Dataset names with splits and slices, streaming, and the forms and formats of rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def numbers(rows: list[dict]) -> list[int]:
 
 @pytest.fixture
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` builds goes to a folder of the test's."""
+    """Redirect the cache of `datasets` to a temporary folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
@@ -73,6 +73,9 @@ def test_slices_of_every_kind_are_those_of_the_library(tmp_path: Path) -> None:
             (expected,) = instruction.to_absolute({"train": len(whole)})
             places = list(range(expected.from_, expected.to))
             assert numbers(load_rows(f"{name}@train{cut}", PAIR)) == places, (name, cut)
+        for cut in ("[20:]", "[30:]", "[7:3]"):
+            with pytest.raises(DataError, match='split "train" is empty'):
+                load_rows(f"{name}@train{cut}", PAIR)
     name = str(tmp_path / "two")
     train, test = train_test(f"{name}@extra[:6]/train[10:]", PAIR, 3, seed=0)
     assert (numbers(train), numbers(test)) == ([0, 1, 2, 3, 4, 5], [10, 11, 12])
@@ -80,7 +83,7 @@ def test_slices_of_every_kind_are_those_of_the_library(tmp_path: Path) -> None:
 
 
 def test_without_a_test_part_rows_are_held_out_of_the_train_part(tmp_path: Path) -> None:
-    """Also where the dataset has a split "test": what is named is all that is used."""
+    """Also where the dataset has a split "test": only the named split is used."""
     write(tmp_path / "train.jsonl")
     write(tmp_path / "test.jsonl")
     train, test = train_test(f"{tmp_path}@train[:10]", PAIR, 2, seed=0)
@@ -90,27 +93,27 @@ def test_without_a_test_part_rows_are_held_out_of_the_train_part(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("tail", "says"),
+    ("tail", "pattern"),
     [
         ("trian", 'no split "trian".*Did you mean "train"'),
-        ("train/validation", 'no split "validation".*Known: extra, train'),
-        ("train[:5", r"after the @: no splits.*got 'train\[:5'"),
-        ("train[5]", "after the @: no splits"),
-        ("train[a:b]", "after the @: no splits"),
-        ("train[:5]+extra", "after the @: no splits"),
-        ("train/extra/train", "after the @: no splits"),
-        ("", "after the @: no splits"),
-        ("train/", "after the @: no splits"),
+        ("train/validation", 'no split "validation".*one of extra, train'),
+        ("train[:5", r"after the @: malformed split.*got 'train\[:5'"),
+        ("train[5]", "after the @: malformed split"),
+        ("train[a:b]", "after the @: malformed split"),
+        ("train[:5]+extra", "after the @: malformed split"),
+        ("train/extra/train", "after the @: malformed split"),
+        ("", "after the @: malformed split"),
+        ("train/", "after the @: malformed split"),
         ("train[5:5]", 'split "train" is empty'),
         ("train[30:]", 'split "train" is empty'),
-        ("train/train", "both slices hold the same rows"),
-        ("train[:11]/train[50%:]", "both slices hold the same rows"),
+        ("train/train", r"slices overlap. Got train\[0:\], train\[0:\]"),
+        ("train[:11]/train[50%:]", r"slices overlap. Got train\[0:11\], train\[10:\]"),
     ],
 )
-def test_mistaken_splits(tmp_path: Path, tail: str, says: str) -> None:
+def test_malformed_or_unknown_splits(tmp_path: Path, tail: str, pattern: str) -> None:
     write(tmp_path / "train.jsonl")
     write(tmp_path / "extra.jsonl")
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=pattern):
         train_test(f"{tmp_path}@{tail}", PAIR, 1, 0)
     train_test(f"{tmp_path}@train[:10]/train[50%:]", PAIR, 1, 0)
 
@@ -137,10 +140,10 @@ def test_paths_that_look_like_splits_are_paths(tmp_path: Path, name: str) -> Non
     [r"C:\data\x.jsonl", "C:/data/x.csv", r"C:\data\rows", r"data\rows", r"C:\me@home\x.jsonl"],
 )
 @pytest.mark.parametrize("tail", ["", "@train[:5]/test[:2]"])
-def test_windows_paths_are_never_taken_for_hub_names(
+def test_windows_paths_are_not_hub_names(
     name: str, tail: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("Hub request"))
     with pytest.raises(DataError) as error:
         load_rows(name + tail, PAIR)
     assert str(error.value).startswith(f"{name}{tail}: no such file")
@@ -162,8 +165,10 @@ def test_windows_paths_are_never_taken_for_hub_names(
         ("@train_prefs[5:]", False),
     ],
 )
-def test_what_is_streamed(monkeypatch: pytest.MonkeyPatch, tail: str, streamed: bool) -> None:
-    """A hub dataset, where the rows need not be counted; and no row beyond the slice is read."""
+def test_which_slices_are_streamed(
+    monkeypatch: pytest.MonkeyPatch, tail: str, streamed: bool
+) -> None:
+    """A hub dataset is streamed unless its rows must be counted; no row after the slice is read."""
     read: dict[str, list[int]] = {"train_prefs": [], "test_prefs": []}
 
     def rows(split: str) -> Any:
@@ -197,7 +202,7 @@ def test_what_is_streamed(monkeypatch: pytest.MonkeyPatch, tail: str, streamed: 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
 def test_streaming_through_the_library_builders(tmp_path: Path, suffix: str) -> None:
-    """The files of a hub dataset, here in a folder, with what the library makes of them."""
+    """A folder with the files of a hub dataset, loaded by the library."""
     (tmp_path / "data").mkdir()
     table = datasets.Dataset.from_list(ROWS)
     for split in ("train", "test"):
@@ -206,7 +211,7 @@ def test_streaming_through_the_library_builders(tmp_path: Path, suffix: str) -> 
     train, test = train_test(f"{tmp_path}@train[:6]/test[2:5]", PAIR, 3, seed=0)
     assert (numbers(train), numbers(test)) == ([0, 1, 2, 3, 4, 5], [2, 3, 4])
     assert not list(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow"))
-    with pytest.raises(DataError, match=r'no split "dev".*Known: test, train'):
+    with pytest.raises(DataError, match=r'no split "dev".*one of test, train'):
         load_rows(f"{tmp_path}@dev[:6]", PAIR)
 
 
@@ -245,7 +250,7 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["lf", "crlf"])
 @pytest.mark.parametrize("start", ["", "\ufeff"], ids=["plain", "bom"])
 def test_every_form_in_every_format(tmp_path: Path, form: dict, end: str, start: str) -> None:
-    """TRL's columns, plain and conversational; in a .csv a conversation is its JSON."""
+    """TRL's columns, plain and conversational; in a .csv a conversation is JSON."""
     files = [write(tmp_path / f"rows.{kind}", [form] * 2, end, start) for kind in ("jsonl", "json")]
     datasets.Dataset.from_list([form] * 2).to_parquet(tmp_path / "rows.parquet")
     fields = [json.dumps(v) if isinstance(v, list) else v for v in form.values()]
@@ -258,7 +263,7 @@ def test_every_form_in_every_format(tmp_path: Path, form: dict, end: str, start:
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_keys_that_only_some_messages_have(tmp_path: Path, saved: bool) -> None:
-    """A table gives every message every key: what has no value is left out again."""
+    """A table gives every message every key: keys without a value are removed again."""
     rows = [{"messages": [CHAT[0], {**CHAT[1], "weight": 0.5}]}]
     table, path = datasets.Dataset.from_list(rows), tmp_path / "rows.parquet"
     assert table[0]["messages"][0]["weight"] is None
@@ -271,8 +276,8 @@ def test_keys_that_only_some_messages_have(tmp_path: Path, saved: bool) -> None:
     check_messages(rows[0]["messages"], "messages")
 
 
-def test_messages_in_a_csv_that_are_no_json(tmp_path: Path) -> None:
-    """What pandas writes of a list is Python, not JSON; other brackets are text."""
+def test_messages_in_a_csv_that_are_not_json(tmp_path: Path) -> None:
+    """pandas writes a list as Python, not as JSON; text in other brackets stays text."""
     path = tmp_path / "a.csv"
     path.write_text(f'prompt\n"{CHAT!s}"\n'.replace('"b"', "b"), encoding="utf-8")
     with pytest.raises(DataError, match=r'a\.csv:2: column "prompt" looks like messages'):
@@ -282,16 +287,18 @@ def test_messages_in_a_csv_that_are_no_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "pattern"),
     [
         ("a.jsonl", b"\x1f\x8b\x08\x00", r"a\.jsonl: compressed by gzip.*gunzip"),
-        ("a.jsonl.gz", b"\x1f\x8b\x08\x00", r"a\.jsonl\.gz: not a dataset file, and compressed"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00", r"a\.jsonl\.gz: a compressed file\. Unpack it"),
         ("a.csv", "prompt\na".encode("utf-16"), r"a\.csv:1: not UTF-8.*UTF-16, as PowerShell"),
         ("a.csv", b"prompt\n" + b"a\n" * 9000 + b"\xe9\n", r"a\.csv:9002: not UTF-8"),
         ("a.json", b'{"prompt": "a"}\n{"prompt": "\xe9"}', r"a\.json:2: not UTF-8"),
     ],
 )
-def test_what_is_not_plain_text(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+def test_files_that_are_not_plain_text(
+    tmp_path: Path, name: str, content: bytes, pattern: str
+) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=pattern):
         load_rows(str(tmp_path / name), ["prompt"])

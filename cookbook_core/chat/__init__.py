@@ -1,22 +1,21 @@
-"""Conversations to tokens and loss weights: rendering, validation, pairs."""
+"""Conversations to tokens and loss weights: validation, pairs, the chat template, rendering."""
 
 from cookbook_core.chat.conversations import (
-    PAIRS,
     Message,
     before_last_answer,
     check_answer,
     check_messages,
-    naming,
-    split_pair,
+    last_text,
 )
+from cookbook_core.chat.pairs import PAIRS, split_pair
 from cookbook_core.chat.rendering import (
     Boundary,
-    last_text,
     render_completion,
     render_messages,
     render_prompt,
     stop_tokens,
 )
+from cookbook_core.data.rows import naming
 
 __all__ = [
     "PAIRS",

@@ -1,13 +1,13 @@
-"""Conversations in, tokens and loss weights out, checked.
+"""Render prompts, completions and conversations to tokens and loss weights.
 
-Every function keeps one promise: the tokens a model is trained on begin with exactly the tokens
-it will be given when it generates. So `tokens(prompt)` is a prefix of `tokens(prompt + completion)`
-or there is an error; the loss starts right after the generation prompt (the header of the answer)
-and ends with the end-of-turn token; there is one BOS at most and one EOS at the end.
+Every function guarantees that the prompt's tokens are a prefix of the tokens trained on, so a model
+is trained on exactly what it is given when it generates; where that does not hold, it raises. The
+loss starts right after the generation prompt (the header of the answer) and ends with the
+end-of-turn token; there is at most one BOS, and one EOS at the end.
 
 Two forms, as in TRL: plain text (str), encoded as it is, and messages
-(`[{"role": "user", "content": "..."}]`), rendered by the tokenizer's chat template. On the chat
-path the template alone decides about BOS and EOS, as it does when the model is served.
+(`[{"role": "user", "content": "..."}]`), rendered by the tokenizer's chat template. For messages
+the template alone decides about BOS and EOS, as it does when the model is served.
 """
 
 from __future__ import annotations
@@ -15,37 +15,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from cookbook_core.chat.checks import check_generation_tags, require_prefix
 from cookbook_core.chat.conversations import (
     Message,
     before_last_answer,
     check_answer,
-    check_messages,
+    check_turns,
 )
-from cookbook_core.errors import (
-    ConfigError,
-    DataError,
-    ModelError,
-    check_choice,
-    check_text,
+from cookbook_core.chat.template import (
+    apply_template,
+    check_generation_tags,
+    end_token,
+    is_special,
 )
+from cookbook_core.errors import ConfigError, DataError, ModelError, check_choice, check_text
 
 Boundary = Literal["check", "split"]
 
-_REWRITTEN = "the chat template renders it differently when more messages follow"
-_MEND_REWRITTEN = (
-    'Train on the last message only (train_on="last", nothing after it), or use a chat template '
-    "that renders a turn the same whatever follows."
+_NOT_A_PREFIX = (
+    "the prompt's tokens are not a prefix of the conversation's tokens: one token spans the "
+    "boundary between prompt and answer"
 )
-_CHANGING = "the chat template renders the same messages differently each time"
-_MEND_CHANGING = "Take the time, or what else changes in it, out of the chat template."
-_MEND_REFUSED = (
-    "Join neighbours of one role into one message, and put a system message's text before the "
-    "first user's, where the template has no such role."
+_FIX_TEXT = (
+    'Put the space at the start of the completion, as in "Answer:" + " yes", or write prompt and '
+    "completion as messages."
 )
-_MERGED = "its tokens do not begin the tokens of the whole: one token spans the boundary"
-_MEND_MERGED = "Move the blank at the boundary from one side to the other"
-_MEND_HEADER = "Take the blank at the end of its generation prompt out of the chat template"
+_FIX_TEMPLATE = (
+    "Remove the whitespace at the end of the generation prompt from the chat template "
+    "(chat_template.jinja or tokenizer_config.json in the model folder)."
+)
 
 
 def render_prompt(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
@@ -56,13 +53,13 @@ def render_prompt(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
         prompt: plain text, encoded with the BOS that the tokenizer itself adds (never two, and no
             EOS); or messages, rendered with the generation prompt at their end.
     Raises:
-        DataError: no tokens, or a message that cannot be rendered.
+        DataError: neither text nor messages, no tokens, or a message that cannot be rendered.
         ModelError: messages, but the tokenizer has no chat template.
     """
     text = _prompt_text(tokenizer, prompt)
     tokens = _encode(tokenizer, text, special=isinstance(prompt, str))
     if not tokens:
-        raise DataError("prompt", "no tokens", expected="some text", got=repr(prompt))
+        raise DataError("prompt", "no tokens", got=repr(prompt), fix="Drop the row, or add text.")
     return tokens
 
 
@@ -73,146 +70,120 @@ def render_completion(
     *,
     boundary: Boundary = "check",
 ) -> tuple[list[int], list[int]]:
-    """Encode a prompt and its completion; all loss belongs on the completion's tokens.
+    """Encode a prompt and its completion; train on the completion's tokens only.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         prompt: text or messages, as for `render_prompt`.
         completion: plain text if the prompt is, else a list of one assistant message.
-        boundary: what to do where one token would span the end of the prompt and the start of the
+        boundary: what to do if one token spans the end of the prompt and the start of the
             completion ("2+" and "+3" may meet in the token "++"). "check" raises, since such a row
-            trains a token sequence that no prompt can lead to. "split" encodes the two texts of
-            that row apart, which is what a model sees that is given the prompt and generates.
+            trains on tokens that the model never generates after this prompt. "split" encodes the
+            two texts of that row separately, as happens when the model is given the prompt and
+            generates.
     Returns:
         prompt_tokens, equal to `render_prompt(tokenizer, prompt)`; and completion_tokens, whose
         last is the one end-of-turn token (EOS is appended where text or template gives none; what
         a template puts after it, such as a newline, is cut).
     Raises:
-        DataError: the prompt's tokens do not begin the whole; mixed or malformed arguments; an end
-            token inside the completion.
+        DataError: the prompt's tokens are not a prefix of the whole; mixed or malformed arguments;
+            an end token inside the completion.
         ModelError: the tokenizer lacks a chat template or an EOS.
     """
-    plain = isinstance(prompt, str)
-    if plain != isinstance(completion, str) or (plain and not completion):
-        rule = "non-empty text" if plain else "a list of one assistant message"
-        mend = "Prompt and completion are both plain text or both messages."
-        raise DataError(
-            "completion", "does not fit the prompt", expected=rule, got=repr(completion), fix=mend
-        )
     check_choice(ConfigError, "boundary", "unknown", boundary, ("check", "split"))
+    _check_completion(prompt, completion)
     before = _prompt_text(tokenizer, prompt)
+    plain = isinstance(prompt, str)
     if plain:
         whole = prompt + completion
     else:
-        check_messages(completion, "completion")
-        if len(completion) != 1 or completion[0]["role"] != "assistant":
-            roles = [entry["role"] for entry in completion]
-            mend = "For longer conversations use render_messages()."
-            raise DataError(
-                "completion",
-                "not one answer",
-                expected="one assistant message",
-                got=roles,
-                fix=mend,
-            )
-        check_answer(completion[0], "completion[0]")
-        whole = _apply_template(tokenizer, [*prompt, *completion])
-        _require_same(tokenizer, before, whole, [*prompt, *completion], "prompt")
+        whole = apply_template(tokenizer, [*prompt, *completion])
+        _require_stable(tokenizer, before, whole, [*prompt, *completion], "prompt")
 
     prompt_tokens = render_prompt(tokenizer, prompt)
     tokens = _encode(tokenizer, whole, special=plain)
     if boundary == "check":
-        mend = f'{_MEND_MERGED if plain else _MEND_HEADER}, or pass boundary="split".'
-        spell = tokenizer.convert_ids_to_tokens
-        require_prefix(prompt_tokens, tokens, "prompt", _MERGED, mend, spell)
+        fix, show = _FIX_TEXT if plain else _FIX_TEMPLATE, tokenizer.convert_ids_to_tokens
+        _require_prefix(prompt_tokens, tokens, "prompt", _NOT_A_PREFIX, fix, show)
     elif tokens[: len(prompt_tokens)] != prompt_tokens:
-        joint = tokenizer.decode(tokens)
+        together = tokenizer.decode(tokens)
         tokens = prompt_tokens + _encode(tokenizer, whole[len(before) :], special=False)
-        if tokenizer.decode(tokens) != joint:
-            what = "encoded apart from its prompt it reads as another text"
-            got = repr(tokenizer.decode(tokens)[-60:])
-            mend = "Begin the completion with a space or newline, or end the prompt with one."
-            raise DataError("completion", what, expected=repr(joint[-60:]), got=got, fix=mend)
+        if (separate := tokenizer.decode(tokens)) != together:
+            what = "encoded separately from its prompt, the text changes"
+            rule, got = repr(together[-60:]), repr(separate[-60:])
+            fix = "Begin the completion with a space or newline, or end the prompt with one."
+            raise DataError("completion", what, expected=rule, got=got, fix=fix)
     completion_tokens = tokens[len(prompt_tokens) :]
-    return prompt_tokens, _ended(tokenizer, completion_tokens, "completion", only_eos=plain)
+    return prompt_tokens, _end_turn(tokenizer, completion_tokens, "completion", only_eos=plain)
 
 
 def render_messages(
     tokenizer: Any, messages: Sequence[Message], train_on: Literal["last", "all"] = "last"
 ) -> tuple[list[int], list[float]]:
-    """Encode a conversation with a loss weight for each token.
+    """Encode a conversation, with a loss weight for each token.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         messages: each with "role" and "content"; an assistant message may carry "weight", a
-            number >= 0 (default 1): the weight of all its tokens, 0 = read but not learnt.
+            number >= 0 (default 1): the loss weight of all its tokens, 0 = not trained on.
         train_on: "last" assistant message, or "all" of them.
     Returns:
-        tokens and weights, both (T,). Weights are 0 everywhere but on the trained messages'
-        content and end-of-turn token: headers, generation prompt and the newline after are 0.
+        tokens and weights, both (T,). Weights are 0 except on the content and end-of-turn token of
+        the trained messages: headers, generation prompt and the newline after a turn get 0.
     Raises:
         DataError: a malformed message (with its index and keys), no assistant message, an empty
-            one that is trained, all weights 0, a turn that is rendered otherwise in the whole
-            conversation than when it is generated, or a template whose {% generation %} tags
+            one that is trained on, all weights 0, a turn that the template renders differently in
+            the whole conversation than when it is generated, or {% generation %} tags that
             disagree with these weights.
         ModelError: the tokenizer has no chat template.
     """
     before_last_answer(messages, "messages")
     check_choice(ConfigError, "train_on", "unknown", train_on, ("last", "all"))
-    answers = [i for i, entry in enumerate(messages) if entry["role"] == "assistant"]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     trained = answers if train_on == "all" else answers[-1:]
     for i in trained:
         if messages[i].get("weight", 1):
             check_answer(messages[i], f"messages[{i}]")
 
-    whole = _apply_template(tokenizer, messages)
+    whole = apply_template(tokenizer, messages)
     tokens = _encode(tokenizer, whole, special=False)
     weights = [0.0] * len(tokens)
-    spans = []  # start of the content, end after the end-of-turn token, end of the turn
+    spans = []  # of each answer: its first token, after its end token, after its turn
     for i in trained:
         where = f"messages[{i}]"
-        edges = []
-        turn = _apply_template(tokenizer, messages[: i + 1])
+        lengths = []
+        turn = apply_template(tokenizer, messages[: i + 1])
         if not whole.startswith(turn):  # some put an EOS after the last turn only
             turn = turn.removesuffix(tokenizer.eos_token or "")
-        for text in (_apply_template(tokenizer, messages[:i], generation_prompt=True), turn):
-            _require_same(tokenizer, text, whole, messages, where)
-            part = _encode(tokenizer, text, special=False)
-            spell = tokenizer.convert_ids_to_tokens
-            require_prefix(part, tokens, where, _MERGED, f"{_MEND_HEADER}.", spell)
-            edges.append(len(part))
-        start, turn_end = edges
-        content = tokens[start:turn_end]
-        ended = _ended(tokenizer, content, where, append=i == len(messages) - 1)
-        if len(ended) > len(content):
-            tokens, weights = [*tokens, ended[-1]], [*weights, 0.0]
-        end = start + len(ended)
+        for text in (apply_template(tokenizer, messages[:i], generation_prompt=True), turn):
+            _require_stable(tokenizer, text, whole, messages, where)
+            part, show = _encode(tokenizer, text, special=False), tokenizer.convert_ids_to_tokens
+            _require_prefix(part, tokens, where, _NOT_A_PREFIX, _FIX_TEMPLATE, show)
+            lengths.append(len(part))
+        start, turn_end = lengths
+        turn_tokens = tokens[start:turn_end]
+        answer = _end_turn(tokenizer, turn_tokens, where, append=i == len(messages) - 1)
+        if len(answer) > len(turn_tokens):
+            tokens, weights = [*tokens, answer[-1]], [*weights, 0.0]
+        end = start + len(answer)
         spans.append((start, end, max(end, turn_end)))
         weights[start:end] = [float(messages[i].get("weight", 1.0))] * (end - start)
     if not any(weights):
-        what = "every trained message has weight 0"
-        raise DataError("messages", what, expected="a weight above 0", got="none")
+        fix = "Drop the row, or give an answer a weight above 0."
+        raise DataError("messages", "every trained message has weight 0", fix=fix)
     check_generation_tags(tokenizer, messages, tokens, spans, everything=train_on == "all")
     return tokens, weights
 
 
-def last_text(turns: str | Sequence[Message]) -> str:
-    """Text as it is; of messages the content of the last: for showing to people."""
-    if isinstance(turns, str):
-        return turns
-    check_messages(turns, "messages")
-    return turns[-1]["content"]
-
-
 def stop_tokens(tokenizer: Any) -> list[int]:
-    """List the token ids that end an answer: EOS, and the chat template's end of turn if another.
+    """Return the token ids that end an answer: EOS, and the chat template's end-of-turn token.
 
     Pass them as `stop` when sampling: a template may end turns with a token that is not
     `tokenizer.eos_token` (Gemma's <end_of_turn>), and a model trained on it never emits EOS.
     """
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):
-        end = _end_token(tokenizer)
+        end = end_token(tokenizer)
         if end is not None and end not in stops:
             stops.append(end)
     return stops
@@ -222,84 +193,85 @@ def stop_tokens(tokenizer: Any) -> list[int]:
 
 
 def _prompt_text(tokenizer: Any, prompt: str | Sequence[Message]) -> str:
+    """Return the text that the model is given: plain text, or messages with generation prompt."""
+    check_turns(prompt, "prompt")
     if isinstance(prompt, str):
         return prompt
-    check_messages(prompt, "prompt")
     if prompt[-1]["role"] == "assistant":
-        mend = "Move the answer to the completion."
-        where = f"prompt[{len(prompt) - 1}]"
-        raise DataError(where, "ends the prompt", expected="a question", got="assistant", fix=mend)
-    return _apply_template(tokenizer, prompt, generation_prompt=True)
+        where, what = f"prompt[{len(prompt) - 1}]", "an assistant message at the end of the prompt"
+        raise DataError(where, what, fix="Move it to the column completion.")
+    return apply_template(tokenizer, prompt, generation_prompt=True)
 
 
-def _apply_template(
-    tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = False
-) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        mend = "Give prompts as plain text, use the model's chat variant, or set chat_template."
-        raise ModelError(
-            "tokenizer", "no chat template", expected="one for messages", got=None, fix=mend
-        )
-    rendered, refused = _try_template(tokenizer, messages, generation_prompt)
-    if not refused:
-        return rendered
-    # the turn that is not to be had: the first with which it says the same
-    turns = (
-        i for i in range(len(messages)) if _try_template(tokenizer, messages[: i + 1])[1] == refused
-    )
-    where = f"messages[{next(turns, len(messages) - 1)}]"
-    roles = [entry["role"] for entry in messages]
-    what = f"refused by the chat template ({refused})"
-    raise DataError(where, what, expected="roles it knows", got=roles, fix=_MEND_REFUSED)
+def _check_completion(prompt: Any, completion: Any) -> None:
+    """Check that a completion is one answer, as text if the prompt is text, else as messages."""
+    check_turns(prompt, "prompt")
+    check_turns(completion, "completion")
+    plain = isinstance(prompt, str)
+    if plain != isinstance(completion, str):
+        forms = ("a list of one assistant message", "plain text")
+        what, fix = "not in the form of the prompt", "Write both as text or both as messages."
+        got = repr(completion)
+        raise DataError("completion", what, expected=forms[plain], got=got, fix=fix)
+    if plain and not completion:
+        raise DataError("completion", "empty", fix="Drop the row, or add text.")
+    if not plain:
+        if len(completion) != 1 or completion[0]["role"] != "assistant":
+            roles, rule = [message["role"] for message in completion], "one assistant message"
+            fix = "Write longer conversations as a column messages (render_messages)."
+            raise DataError("completion", "not one answer", expected=rule, got=roles, fix=fix)
+        check_answer(completion[0], "completion[0]")
 
 
-def _try_template(
-    tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = False
-) -> tuple[str, str]:
-    """What the template gives, and what it says where it refuses; one of the two is empty."""
-    from jinja2 import TemplateError
-
-    kept = [{key: m[key] for key in m if key != "weight"} for m in messages]
-    try:
-        return tokenizer.apply_chat_template(
-            kept, tokenize=False, add_generation_prompt=generation_prompt
-        ), ""
-    except TemplateError as error:
-        return "", str(error) or type(error).__name__
+def _require_prefix(part: Any, whole: Any, where: str, what: str, fix: str, show: Any) -> None:
+    """Raise DataError unless `part` is a prefix of `whole`; show both from where they differ."""
+    if whole[: len(part)] == part:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), len(whole))
+    near = slice(max(0, at - 3), at + 20)
+    spot = f"{where}, {'character' if isinstance(part, str) else 'token'} {at} of {len(part)}"
+    raise DataError(spot, what, expected=show(part[near]), got=show(whole[near]), fix=fix)
 
 
-def _require_same(
+def _require_stable(
     tokenizer: Any, part: str, whole: str, messages: Sequence[Message], where: str
 ) -> None:
-    """Raise DataError unless the rendering of some turns begins that of them all."""
-    what, mend = _REWRITTEN, _MEND_REWRITTEN
-    if not whole.startswith(part) and whole != _apply_template(tokenizer, messages):
-        what, mend = _CHANGING, _MEND_CHANGING
-    require_prefix(part, whole, where, what, mend, repr)
+    """Raise DataError unless the rendering of the first turns is a prefix of the rendered whole."""
+    what = "the chat template renders it differently when more messages follow"
+    fix = "Use a chat template that renders a turn independently of what follows it"
+    last = "train on the last answer only (--train_on last), with no message after it"
+    fix = f"{fix}." if where == "prompt" else f"{fix}, or {last}."
+    if not whole.startswith(part) and whole != apply_template(tokenizer, messages):
+        what = "the chat template renders the same messages differently each time"
+        fix = "Remove the time, or whatever else changes, from the chat template."
+    _require_prefix(part, whole, where, what, fix, repr)
 
 
 def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
-    """Encode text: one leading BOS at most, and no EOS that the text does not spell out."""
+    """Encode text with at most one leading BOS, and with an EOS only where the text has it."""
     check_text(DataError, "text", text)
-    # verbose: no warning of a text longer than the model reads, since such rows are dropped
+    # verbose=False: no warning about texts over the model's length, which recipes drop and count
     tokens = list(tokenizer.encode(text, add_special_tokens=special, verbose=False))
     while len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id:
         del tokens[0]
     if special and tokens and tokens[-1] == tokenizer.eos_token_id:
-        spelt_out = tokenizer.encode(text, add_special_tokens=False)
-        if tokens[-len(spelt_out) :] != spelt_out:
+        written = tokenizer.encode(text, add_special_tokens=False)
+        if tokens[-len(written) :] != written:
             del tokens[-1]
     return tokens
 
 
 def _turn_end(tokenizer: Any, tokens: list[int], only_eos: bool = False) -> int | None:
-    """Find the index after the end token: the last, or the template's own if it is before that,
-    that has nothing but blanks and end tokens after it."""
-    own = None if only_eos else _end_token(tokenizer)
+    """Return the index after the end token of an answer; None if it has none.
+
+    Only whitespace and special tokens may follow it. Of several, it is the template's own end
+    token, else the last.
+    """
+    own = None if only_eos else end_token(tokenizer)
     end = None
     for i in reversed(range(len(tokens))):
         special = tokens[i] == tokenizer.eos_token_id or (
-            not only_eos and _is_special(tokenizer, tokens[i])
+            not only_eos and is_special(tokenizer, tokens[i])
         )
         if special and (end is None or tokens[i] == own):
             end = i + 1
@@ -308,38 +280,24 @@ def _turn_end(tokenizer: Any, tokens: list[int], only_eos: bool = False) -> int 
     return end
 
 
-def _is_special(tokenizer: Any, token: int) -> bool:
-    text = tokenizer.decode([token])
-    return bool(text) and not tokenizer.decode([token], skip_special_tokens=True)
-
-
-def _end_token(tokenizer: Any) -> int | None:
-    """The first special token that the chat template puts after an answer; None: it puts none."""
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "qz"}]
-    rendered, _ = _try_template(tokenizer, probe)
-    tokens = _encode(tokenizer, rendered.rpartition("qz")[2], special=False)
-    return next((token for token in tokens if _is_special(tokenizer, token)), None)
-
-
-def _ended(
+def _end_turn(
     tokenizer: Any, tokens: list[int], where: str, only_eos: bool = False, append: bool = True
 ) -> list[int]:
-    """Cut the tokens of one turn after its end token, or append EOS; check there is only one."""
+    """Cut one turn's tokens after the end token, or append EOS; raise if there is another."""
     end = _turn_end(tokenizer, tokens, only_eos)
     if end is not None:
         tokens = tokens[:end]
     elif not append:  # a template without end tokens between turns
         return tokens
     elif tokenizer.eos_token_id is None:
-        mend = "Set tokenizer.eos_token to the token that ends an answer."
-        raise ModelError("tokenizer.eos_token", "not set", expected="a token", got=None, fix=mend)
+        fix = "Set tokenizer.eos_token to the token that ends an answer."
+        raise ModelError("tokenizer.eos_token", "not set", fix=fix)
     else:
         tokens = [*tokens, tokenizer.eos_token_id]
     for i, token in enumerate(tokens[:-1]):
         if token in (tokens[-1], tokenizer.eos_token_id):
             got = f"{tokenizer.decode([token])!r} also at position {i} of {len(tokens)}"
-            mend = "Remove it from the text: it is added for you."
-            raise DataError(
-                where, "an end token before the end", expected="one, the last", got=got, fix=mend
-            )
+            what, rule = "an end token before the end", "only one, the last"
+            fix = "Remove it from the text; the one at the end is added automatically."
+            raise DataError(where, what, expected=rule, got=got, fix=fix)
     return tokens

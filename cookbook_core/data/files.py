@@ -1,7 +1,12 @@
-"""A file of rows, one by one: .jsonl, .json, .csv or .parquet, in UTF-8.
+"""Read the rows of one file: .jsonl, .json, .csv or .parquet, in UTF-8.
 
-Lines may end in LF or CRLF, and a byte order mark is skipped. In a .csv, which holds nothing but
-text, a conversation is its JSON.
+Lines may end in LF or CRLF, and a byte order mark is skipped. A .csv may be separated by commas,
+semicolons or tabs: the first of these in its header. Its values are strings, except conversations,
+which are written as JSON.
+
+Not read with the `datasets` library: its errors name no line, its .csv turns the answer 007 into
+7.0 and True into a bool, its .json turns dates into datetime, and each file is first copied to its
+cache.
 """
 
 from __future__ import annotations
@@ -20,10 +25,10 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def read_file(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (where, row) as they are read; `where` is file:line, or file[row] without lines.
+    """Yield (where, row) lazily; `where` is file:line, or file[row] in a format without lines.
 
     Raises:
-        DataError: broken text or JSON, with its line; not UTF-8; compressed.
+        DataError: broken text or JSON, with its line; not UTF-8; compressed; not a parquet file.
     """
     if path.suffix.lower() == ".parquet":
         yield from _read_parquet(path)
@@ -31,9 +36,9 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
     with open(path, "rb") as file:
         start = file.read(3)
     if start[:2] == b"\x1f\x8b":
-        mend = f"Unpack it: gunzip < {path.name} > rows{path.suffix}"
-        raise DataError(path.name, "compressed by gzip", expected="UTF-8 text", got=start, fix=mend)
-    # "\n": not at U+2028 and the like, which JSON strings may hold; "": as csv wants it
+        fix = f"Unpack it: gunzip < {path.name} > rows{path.suffix}"
+        raise DataError(path.name, "compressed by gzip", expected="UTF-8 text", fix=fix)
+    # "\n": no line break at U+2028 and the like, which JSON may contain; "": required by csv
     newline = "" if path.suffix.lower() == ".csv" else "\n"
     try:
         with open(path, encoding="utf-8-sig", newline=newline) as file:
@@ -48,14 +53,14 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def without_nulls(row: Mapping[str, Any]) -> Row:
-    """A row of a table, whose messages all have every key: those without a value are left out."""
+    """Drop the keys without a value from a table's messages, where every message has every key."""
     return {
-        name: [_held(item) for item in value] if isinstance(value, list) else value
+        name: [_without_null_keys(item) for item in value] if isinstance(value, list) else value
         for name, value in row.items()
     }
 
 
-def _held(item: Any) -> Any:
+def _without_null_keys(item: Any) -> Any:
     if not isinstance(item, dict) or "role" not in item:
         return item
     return {key: value for key, value in item.items() if value is not None or key == "content"}
@@ -72,20 +77,22 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
                     yield f"{path.name}[{number}]", without_nulls(row)
                     number += 1
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(path.name, "broken", expected="a parquet file", got=error) from error
+        fix = "Write it again, as with pandas.DataFrame.to_parquet()."
+        raise DataError(path.name, "not a readable parquet file", got=error, fix=fix) from error
 
 
 def _not_utf8(path: Path, start: bytes) -> DataError:
-    """Say on which line; the decoder itself knows only a place in a buffer."""
+    """Find the line of the first wrong byte, which the decoder's error does not know."""
     try:
         path.read_bytes().decode("utf-8")
         where, got = path.name, "other bytes"
     except UnicodeDecodeError as error:
         where = f"{path.name}:{error.object[: error.start].count(10) + 1}"
         got = str(error)
-    utf16 = start[:2] in (b"\xff\xfe", b"\xfe\xff")
-    mend = "It is UTF-16, as PowerShell's > writes: save it as UTF-8." if utf16 else ""
-    return DataError(where, "not UTF-8", expected="UTF-8 text", got=got, fix=mend)
+    fix = f"Convert it: iconv -f latin1 -t utf-8 {path.name} > utf8{path.suffix}"
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        fix = "It is UTF-16, as PowerShell's > writes: save it as UTF-8."
+    return DataError(where, "not UTF-8", expected="UTF-8 text", got=got, fix=fix)
 
 
 def _parse_lines(name: str, lines: TextIO, first: int = 1) -> Iterator[tuple[str, Row]]:
@@ -96,7 +103,7 @@ def _parse_lines(name: str, lines: TextIO, first: int = 1) -> Iterator[tuple[str
 
 
 def _parse_json_file(name: str, file: TextIO) -> Iterator[tuple[str, Row]]:
-    """A .json file: one list of rows, or else a row in each line."""
+    """Read a .json file: one list of rows, or else one row per line."""
     text = file.read()
     if text.lstrip().startswith("["):
         for i, row in enumerate(_parse_json(name, 1, text)):
@@ -113,47 +120,47 @@ def _parse_json(name: str, first_line: int, text: str) -> Any:
         where = f"{name}:{first_line + error.lineno - 1}"
         near = text[max(0, error.pos - 20) : error.pos + 20]
         what = f"broken JSON, {error.msg.removesuffix(' starting at')} at column {error.colno}"
-        mend = "Write one JSON object per line." if name.endswith(".jsonl") else ""
-        raise DataError(where, what, expected="valid JSON", got=repr(near), fix=mend) from error
-    except (ValueError, RecursionError) as error:  # a number or a nesting without end
+        fix = "Write one JSON object per line." if name.endswith(".jsonl") else ""
+        raise DataError(where, what, got=repr(near), fix=fix) from error
+    except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
         where, near = f"{name}:{first_line}", f"{text[:40]!r}..."
         what = f"JSON that cannot be read, {error}"
         raise DataError(where, what, expected="a row of text and numbers", got=near) from error
 
 
 def _parse_csv(name: str, file: TextIO) -> Iterator[tuple[str, Row]]:
-    reader = csv.DictReader(file, strict=True)
+    header = re.sub(r'"[^"]*"', "", file.readline())
+    file.seek(0)
+    separator = next((mark for mark in ",;\t" if mark in header), ",")
+    reader = csv.DictReader(file, delimiter=separator, strict=True)
     try:
         for row in reader:
             where = f"{name}:{reader.line_num}"
             if None in row:
-                got = len(reader.fieldnames or ()) + len(row[None])
-                rule = f"{len(reader.fieldnames or ())} as in the header"
-                raise DataError(
-                    where, "too many fields", expected=rule, got=got, fix='Quote fields: "a, b".'
-                )
+                columns = len(reader.fieldnames or ())
+                rule, got = f"{columns} as in the header", columns + len(row[None])
+                fix = f'Quote fields that contain the separator: "a{separator} b".'
+                raise DataError(where, "too many fields", expected=rule, got=got, fix=fix)
             yield where, {key: _csv_value(where, key, value) for key, value in row.items()}
     except csv.Error as error:
-        where = f"{name}:{reader.line_num}"
-        raise DataError(where, "broken CSV", expected="quoted fields", got=error) from error
+        where, fix = f"{name}:{reader.line_num}", 'Close every quote; write a quote inside as "".'
+        raise DataError(where, "broken CSV", got=error, fix=fix) from error
 
 
 def _csv_value(where: str, column: str, text: str | None) -> Any:
-    """The text of a field; where it is the JSON of messages, these."""
+    """Return the text of a field, or the messages that it has as JSON."""
     if not text or not re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:", text):
         return text
     try:
         return json.loads(text)
     except ValueError as error:
-        what, rule = (
-            f'column "{column}" looks like messages but is no JSON',
-            "what json.dumps gives",
-        )
-        mend = "Write messages with json.dumps, or the whole as .jsonl or .parquet."
-        raise DataError(where, what, expected=rule, got=repr(text[:60]), fix=mend) from error
+        what = f'column "{column}" looks like messages but is not valid JSON'
+        fix = "Write messages with json.dumps(), or the file as .jsonl or .parquet."
+        raise DataError(where, what, got=repr(text[:60]), fix=fix) from error
 
 
 def _as_row(where: str, row: Any) -> Row:
     if not isinstance(row, dict):
-        raise DataError(where, "not a row", expected="a JSON object {...}", got=repr(row)[:80])
+        rule, fix = "a JSON object {...}", 'Write each row as {"column": value, ...}.'
+        raise DataError(where, "not a row", expected=rule, got=repr(row)[:80], fix=fix)
     return row

@@ -1,29 +1,29 @@
-"""Where a dataset's rows come from: what a dataset may be called, and which of its rows are meant.
+"""Find the rows of a dataset from its name or path, its splits and slices.
 
     tiny/NAME                 bundled with this package (see cookbook_core/assets/data)
     FILE.jsonl .json .csv .parquet
-    FOLDER                    with train.jsonl and perhaps test.jsonl, from save_to_disk, or one
+    FOLDER                    with train.jsonl and optionally test.jsonl, from save_to_disk, or one
                               that `datasets` loads (a clone of a hub dataset)
-    OWNER/NAME[:CONFIG]       on the Hugging Face hub
+    OWNER/NAME[:CONFIG]       on the Hugging Face Hub
 
-After any of them, `@TRAIN` or `@TRAIN/TEST` names the splits to train on and to hold out, each with
-a slice if need be, as `datasets` has them (quote it: shells read brackets):
+After any of them, `@TRAIN` or `@TRAIN/TEST` names the splits to train on and to hold out, each
+optionally with a slice, as in `datasets` (quote it, since shells expand brackets):
 
     "HuggingFaceH4/ultrafeedback_binarized@train_prefs/test_prefs"
     "my_rows.jsonl@train[:90%]/train[90%:]"
-    "OWNER/NAME@train[:5000]/test[:200]"     streamed: what comes after is not downloaded
+    "OWNER/NAME@train[:5000]/test[:200]"     streamed: later rows are not downloaded
 
-With `@TRAIN` alone the held-out rows are drawn from TRAIN. Rows are read one by one, none beyond
-the slice. A hub dataset is streamed, and not kept in a cache, where a slice ends at a row number
-and none needs the rows counted (percentages, from the end). A path that exists is that path,
-whatever is in its name.
+With `@TRAIN` alone the held-out rows are drawn from TRAIN. Rows are read lazily, none beyond the
+slice. A hub dataset is streamed, without a cache, if a slice ends at a row number and no bound
+needs the number of rows (a percentage, or counted from the end); `datasets` itself downloads the
+whole split for a slice. A path that exists is used as a path, whatever its name contains.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,20 @@ _KINDS = (
 _SPLIT = re.compile(r"(\w+(?:[.-]\w+)*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _PLACES = re.compile(r"(/|\.|~|[A-Za-z]:[\\/]|.*\\)")  # what begins like a path, Windows' included
 Wanted = tuple[str, str | None, str | None]
-"""A split's name and the bounds of its slice, such as ("train", None, "90%")."""
+"""The name of a split and the bounds of its slice, such as ("train", None, "90%")."""
 
 
 def open_splits(dataset: str) -> dict[str, Iterable[tuple[str, Row]]]:
-    """A dataset's splits, each to be read once: (where, row) with `where` file:line or name[row].
+    """Map each split to its rows, read lazily: (where, row) with `where` file:line or name[row].
 
     Args:
         dataset: a name or path, see the top of this file. With `@TRAIN/TEST` the splits are those
             two, called "train" and "test".
+    Returns:
+        An iterable per split, to be read only one time.
     Raises:
-        DataError: no such dataset or split, a slice that is none, or slices that share rows. While
-            a split is read: broken text, or a connection that fails.
+        DataError: no such dataset or split, a malformed slice, or slices that overlap. While a
+            split is read: broken text, or a failed connection.
     """
     usable_path("dataset", dataset, DataError)
     name, wanted = _parse(str(dataset))
@@ -63,8 +65,8 @@ def open_splits(dataset: str) -> dict[str, Iterable[tuple[str, Row]]]:
     cuts = []
     for split, low, high in wanted:
         check_choice(DataError, dataset, f'no split "{split}"', split, splits)
-        count = None if _is_count(low) and _is_count(high) else _length(splits[split])
-        cuts.append((split, _place(low, count) or 0, _place(high, count)))
+        rows = None if _is_count(low) and _is_count(high) else _length(splits[split])
+        cuts.append((split, _place(low, rows) or 0, _place(high, rows)))
     _check_apart(dataset, cuts)
     return {
         role: _rows(dataset, splits[split], start, stop)
@@ -76,18 +78,16 @@ def open_splits(dataset: str) -> dict[str, Iterable[tuple[str, Row]]]:
 
 
 def _parse(dataset: str) -> tuple[str, list[Wanted]]:
-    """The name before the @, and the splits after it; none where the @ belongs to a path."""
+    """Return the name before the @ and the splits after it; none if the @ is part of a path."""
     name, at, tail = dataset.rpartition("@")
     if not at or _is_file_name(tail) or usable_path("dataset", dataset, DataError).exists():
         return dataset, []
-    found = [_SPLIT.fullmatch(part) for part in tail.split("/")]
-    if not name or len(found) > 2 or not all(found):
-        rule = "SPLIT or SPLIT/SPLIT, each such as train, train[:2000], train[-100:] or train[:90%]"
-        mend = "No file or folder has that whole name either."
-        raise DataError(
-            f"{dataset}: after the @", "no splits", expected=rule, got=repr(tail), fix=mend
-        )
-    return name, [(match[1], match[2], match[3]) for match in found if match]
+    matches = [_SPLIT.fullmatch(part) for part in tail.split("/")]
+    if not name or len(matches) > 2 or not all(matches):
+        what, rule = "malformed split", "SPLIT or SPLIT/SPLIT"
+        fix = "Write a split as train, train[:2000], train[-100:] or train[:90%]."
+        raise DataError(f"{dataset}: after the @", what, expected=rule, got=repr(tail), fix=fix)
+    return name, [(match[1], match[2], match[3]) for match in matches if match]
 
 
 def _is_file_name(text: str) -> bool:
@@ -95,12 +95,12 @@ def _is_file_name(text: str) -> bool:
 
 
 def _is_count(bound: str | None) -> bool:
-    """Whether the place is known before the rows are counted."""
+    """Whether the bound is known without counting the rows."""
     return bound is None or bound.isdecimal()
 
 
 def _place(bound: str | None, count: int | None) -> int | None:
-    """The row a bound stands for, rounded and clipped as `datasets` does."""
+    """Return the row number of a bound, rounded and clipped as `datasets` does."""
     if bound is None or count is None:
         return None if bound is None else int(bound)
     place = round(int(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
@@ -108,22 +108,21 @@ def _place(bound: str | None, count: int | None) -> int | None:
 
 
 def _check_apart(dataset: str, cuts: list[tuple[str, int, int | None]]) -> None:
-    """Raise DataError if the two parts are of one split and share rows."""
+    """Raise DataError if the train and test slices are of one split and overlap."""
     if len({split for split, _, _ in cuts}) == len(cuts):
         return
     ends = [float("inf") if stop is None else stop for _, _, stop in cuts]
     if max(cuts[0][1], cuts[1][1]) < min(ends):
-        mend = "Rows trained on say nothing about others."
-        raise DataError(
-            dataset, "both slices hold the same rows", expected="others", got=cuts, fix=mend
-        )
+        got = ", ".join(f"{s}[{start}:{'' if end is None else end}]" for s, start, end in cuts)
+        fix = "Use disjoint slices, as in train[:90%]/train[90%:]."
+        raise DataError(dataset, "train and test slices overlap", got=got, fix=fix)
 
 
 # ---- sources ---------------------------------------------------------------------------------
 
 
 def _find(name: str, dataset: str, streaming: bool) -> Mapping[str, Any]:
-    """Map split names to a file (Path) or to a table of the `datasets` library."""
+    """Map split names to a file (Path) or to a dataset of the `datasets` library."""
     path = usable_path("dataset", name, DataError)
     if name.startswith("tiny/"):
         return _bundled(name.removeprefix("tiny/"))
@@ -138,16 +137,15 @@ def _find(name: str, dataset: str, streaming: bool) -> Mapping[str, Any]:
         if files or any(map(_is_file_name, map(str, path.glob("data/*")))):
             return _load(str(path), None, dataset, streaming)
         names = [p.name for p in sorted(path.iterdir())[:10]]
-        raise DataError(
-            dataset, "no dataset in this folder", expected="train.jsonl", got=names, fix=_KINDS
-        )
+        what = "no dataset in this folder"
+        raise DataError(dataset, what, expected="train.jsonl", got=names, fix=_KINDS)
+    if path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip"):
+        raise DataError(dataset, "a compressed file", fix=f"Unpack it first. {_KINDS}")
     if path.exists() or _is_file_name(name) or _PLACES.match(name):
         what = "not a dataset file" if path.exists() else "no such file"
-        if path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip"):
-            what = f"{what}, and compressed ones are not read: unpack it"
-        raise DataError(dataset, what, expected="a dataset", got="none there", fix=_KINDS)
+        raise DataError(dataset, what, fix=_KINDS)
     hub_name, _, config = name.partition(":")
-    import datasets  # before asking_hub, which sees to its settings
+    import datasets  # before asking_hub, which changes its settings if it is imported
 
     del datasets
     with asking_hub(hub_name, "file"):
@@ -158,10 +156,10 @@ def _saved(path: Path, dataset: str) -> Mapping[str, Any]:
     import datasets
 
     try:
-        held: Any = datasets.load_from_disk(str(path))
+        saved: Any = datasets.load_from_disk(str(path))
     except Exception as error:
         raise _unreadable(dataset, error) from error
-    return held if isinstance(held, dict) else {"train": held}
+    return saved if isinstance(saved, dict) else {"train": saved}
 
 
 def _load(name: str, config: str | None, dataset: str, streaming: bool) -> Mapping[str, Any]:
@@ -176,7 +174,7 @@ def _load(name: str, config: str | None, dataset: str, streaming: bool) -> Mappi
 
 def _unreadable(dataset: str, error: Exception) -> DataError:
     got = f"{type(error).__name__}: {error}".removesuffix(" (OfflineModeIsEnabled)")
-    return DataError(dataset, "cannot be loaded", expected="a dataset", got=got, fix=_KINDS)
+    return DataError(dataset, "cannot be loaded", got=got, fix=_KINDS)
 
 
 def _bundled(name: str) -> dict[str, Path]:
@@ -195,23 +193,18 @@ def _length(source: Any) -> int:
 
 
 def _rows(dataset: str, source: Any, start: int, stop: int | None) -> Iterator[tuple[str, Row]]:
-    """Read rows start..stop; no further one is looked at."""
+    """Read the rows from `start` up to `stop`, and none beyond."""
     if isinstance(source, Path):
         yield from islice(read_file(source), start, stop)
         return
-    if start and hasattr(source, "select"):  # not streamed: no need to read what comes before
-        source = source.select(range(min(start, len(source)), len(source)))
-    else:
-        source = islice(source, start, None)
-    count = None if stop is None else max(stop - start, 0)
-    rows = iter(islice(source, count))
-    place = start
-    while True:
+    if hasattr(source, "__len__") and start >= len(source):
+        return  # skip() raises at the end
+    rows = iter(source.skip(start) if start else source)
+    for place in count(start) if stop is None else range(start, stop):
         try:
             row = next(rows)
         except StopIteration:
             return
-        except Exception as error:  # of a connection, or a broken file of a streamed dataset
+        except Exception as error:  # a failed connection, or a broken file of a streamed dataset
             raise _unreadable(f"{dataset}[{place}]", error) from error
         yield f"{dataset}[{place}]", without_nulls(row)
-        place += 1
