@@ -39,7 +39,7 @@ def test_losses_fall_and_the_sampled_answer_is_right(printed):
     loss, sampled, token_set, vocabulary, in_peft = printed
     for lines in (loss, token_set, vocabulary):
         losses = [float(line.split()[0]) for line in lines]
-        assert losses[-1] < 0.8 * losses[0]
+        assert losses[-1] < 0.9 * losses[0]
     stated = re.search(r"falls from (.+) to (.+), and the .+ from (.+) to (.+)\. Sample", README)
     assert stated
     first, last = (lines.split() for lines in (loss[0], loss[-1]))
