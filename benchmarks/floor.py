@@ -1,13 +1,13 @@
-"""How near a training step comes to the machine's own matrix products, and what a token costs.
+"""Share of the machine's matmul rate that a training step reaches, and the cost of a token.
 
     python -m benchmarks.floor                # share of the matmul rate, small and medium model
     python -m benchmarks.floor --sweep        # seconds per token from 1k to 64k tokens a batch
 
-The rate is that of a square float32 product, the best of many. A step's floating-point operations
-are counted, not measured: with P weights in the linear layers, p in their LoRA branches and T
-tokens, 2PT forward and 2PT for the gradients of activations, 6pT for LoRA, attention over n tokens
-2 n^2 d forward and 5 n^2 d backward (d = heads x head_dim, causal, so half of all pairs), and 4RVD
-for R rows of the unembedding. What elementwise work costs is what keeps the share below 1.
+The rate is the best of many square float32 products. A step's floating-point operations are
+counted, not measured: with P weights in the linear layers, p in their LoRA branches and T tokens,
+2PT forward and 2PT for the gradients of activations, 6pT for LoRA, attention over n tokens 2 n^2 d
+forward and 5 n^2 d backward (d = heads x head_dim, causal, so half of all pairs), and 4RVD for R
+rows of the unembedding. Elementwise work is not counted, so it lowers the share.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cookbook_core import clients, datum_from_prompt_completion, tinker
 
 
 def matmul_rate(size: int = 1024, repeats: int = 30) -> float:
-    """Operations per second of a float32 product, best of `repeats`."""
+    """Floating-point operations per second of a float32 product, best of `repeats`."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     best = float("inf")
     for _ in range(repeats):
@@ -96,7 +96,7 @@ def sweep(repeats: int) -> None:
         for size in sizes
     }
     costs: dict[int, list[float]] = {size: [] for size in sizes}
-    for batch in batches.values():  # the first time memory is taken from the system
+    for batch in batches.values():  # warm up: the first step allocates memory from the system
         step(client, batch)
     for _ in range(repeats):
         for size, batch in batches.items():

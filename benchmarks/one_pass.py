@@ -1,10 +1,10 @@
-"""What a custom loss costs: one pass against the built-in loss, and two passes against one.
+"""Cost of a custom loss: one pass against the built-in loss, and two passes against one.
 
     python -m benchmarks.one_pass
 
 Interleaved in one process, on the random `small` model, over the same datums: `forward_backward`
 with "cross_entropy", `forward_backward_custom` with each loss, and the two-pass form that hosted
-services use (`forward_backward_two_pass`). Printed: medians of the ratios within a round, with the
+services use (`forward_backward_two_pass`). Prints the median of the ratios within a round, with the
 smallest and largest.
 """
 
@@ -31,7 +31,7 @@ from recipes.dpo import dpo_loss
 
 
 def data() -> list[tinker.Datum]:
-    """Eight pairs, with what the losses ask for."""
+    """Build eight pairs with every input that the losses read."""
     made = []
     for pair in W.pairs("small", 1)[0]:
         for s in pair:

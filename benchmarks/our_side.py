@@ -31,7 +31,7 @@ ADAM = tinker.AdamParams(W.LEARNING_RATE, 0.9, 0.999, 1e-8, grad_clip_norm=W.CLI
 
 
 def cpu_service() -> tinker.ServiceClient:
-    """Where all of this runs: the CPU, in float32."""
+    """Service for all benchmarks: the CPU, in float32."""
     return tinker.ServiceClient(device="cpu", dtype="float32")
 
 
@@ -74,7 +74,7 @@ class Side:
         return datum_from_token_set(s.prompt + s.completion, [8, 9])
 
     def step(self, k: int) -> dict[str, float]:
-        """One optimizer step; returns its loss, and the seconds spent generating."""
+        """Run one optimizer step; return its loss and, for GRPO, the seconds of sampling."""
         if self.workload.startswith("sft"):
             tokens = sum(float(d.loss_fn_inputs["weights"].to_numpy().sum()) for d in self.data[k])
             mean = [
@@ -94,8 +94,8 @@ class Side:
         data = self.rollout(k)
         generated = time.perf_counter() - began
         data = clients.add_ref_logprobs(self.base, data)
-        found = self.finish(self.client.forward_backward_custom(data, grpo_loss))
-        return {**found, "generate_s": generated}
+        metrics = self.finish(self.client.forward_backward_custom(data, grpo_loss))
+        return {**metrics, "generate_s": generated}
 
     def finish(self, backward: Any) -> dict[str, float]:
         stepped = self.client.optim_step(ADAM)
@@ -135,15 +135,15 @@ def main() -> None:
     options = parser.parse_args()
     steps = options.steps + options.warmup
     side = Side(options.workload, options.model, steps, options.threads)
-    seconds, found = [], []
+    seconds, metrics = [], []
     for k in range(steps):
         began = time.perf_counter()
-        found.append(side.step(k))
+        metrics.append(side.step(k))
         seconds.append(time.perf_counter() - began)
     report = {
         "seconds": seconds[options.warmup :],
-        "generate_s": [f.get("generate_s", 0.0) for f in found[options.warmup :]],
-        "losses": [f["loss"] for f in found],
+        "generate_s": [each.get("generate_s", 0.0) for each in metrics[options.warmup :]],
+        "losses": [each["loss"] for each in metrics],
         "peak_mb": W.peak_mb(),
     }
     print(json.dumps(report))

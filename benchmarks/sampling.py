@@ -1,12 +1,12 @@
-"""Sampling speed: a SamplingClient against `transformers.generate`, same model, one run.
+"""Sampling speed: a SamplingClient against `transformers.generate`, same model, one process.
 
     python -m benchmarks.sampling --repeats 7
 
 The model is a random Qwen3 with a LoRA adapter (nothing is downloaded). All sides produce
 prompts x samples completions of exactly `--new-tokens` tokens with the logprob of each;
-`transformers.generate` runs on the peft model as it is and, as a second opponent, with the adapter
-merged beforehand. The repeats are interleaved; printed are the median time, the tokens per second,
-and the median, smallest and largest ratio of times within one repeat.
+`transformers.generate` runs on the peft model and, as a second baseline, on the model with the
+adapter merged in advance. The repeats are interleaved. Prints the median time, the tokens per
+second, and the median, smallest and largest ratio of times within one repeat.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def generate(model: Any, prompts: list[list[int]], samples: int, new_tokens: int
 
 
 def make_sampler(model: Any, folder: str) -> tinker.SamplingClient:
-    """A client of the same base model and adapter, by way of their folders."""
+    """Save the base model and the adapter to folders, and open a client on them."""
     base = copy.deepcopy(model).unload()
     base.save_pretrained(f"{folder}/base")
     model.save_pretrained(f"{folder}/adapter")
@@ -96,7 +96,7 @@ def sample(
     new_tokens: int,
     one_each: bool = False,
 ) -> None:
-    """One request per prompt, or (`one_each`) one request per sample; waits for all."""
+    """Send one request per prompt, or per sample with `one_each`; wait for all."""
     params = tinker.SamplingParams(max_tokens=new_tokens, stop=[])
     count, copies = (1, samples) if one_each else (samples, 1)
     inputs = [tinker.ModelInput.from_ints(p) for p in prompts for _ in range(copies)]
@@ -106,7 +106,7 @@ def sample(
 
 
 def measure(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds per call of each side, interleaved, the order reversed every other time."""
+    """Measure seconds per call of each side, interleaved, in reversed order every other repeat."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for side in sides.values():
         side()

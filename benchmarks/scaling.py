@@ -1,12 +1,12 @@
-"""What a second process gives: the time of a step of two processes against that of one.
+"""Speedup from a second process: time of a step with two processes against one.
 
     python -m benchmarks.scaling
 
-Three programs take turns, one step each, over the same batches of the random `small` model on the
-CPU: two processes of one thread; one process of one thread; one process of two threads. Printed:
-medians over the rounds of the ratios within a round, with the smallest and largest. seconds: on the
-clock. cpu_s: processor seconds of process 0, all its threads; for 1 x 1 / 2 x 1 this is the scaling
-that two free cores would allow, and holds on a busy machine too. generate_s: GRPO's sampling.
+Three programs run interleaved, one step each, over the same batches of the random `small` model on
+the CPU: two processes of one thread; one process of one thread; one process of two threads. Prints
+the median over the rounds of the ratios within a round, with the smallest and largest. seconds:
+wall-clock. cpu_s: processor seconds of rank 0, all threads; for 1 x 1 / 2 x 1 this is the scaling
+that two idle cores would allow, also when measured on a busy machine. generate_s: GRPO's sampling.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROGRAMS = {"1 x 1": (1, 1), "1 x 2": (1, 2), "2 x 1": (2, 1)}  # processes x th
 
 
 def serve(workloads: list[str], threads: int, steps: int) -> None:
-    """One program: a line "workload step" in, its seconds and loss out."""
+    """Run one program: read "workload step" lines, print each step's seconds and loss."""
     from cookbook_core.runs import join_processes
 
     join_processes()
@@ -38,13 +38,13 @@ def serve(workloads: list[str], threads: int, steps: int) -> None:
     for line in sys.stdin:
         workload, step = line.split()
         began, cpu = time.perf_counter(), time.process_time()
-        found = sides[workload].step(int(step))
-        found |= {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
-        print(json.dumps(found), flush=True)
+        metrics = sides[workload].step(int(step))
+        metrics |= {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
+        print(json.dumps(metrics), flush=True)
 
 
 class Program:
-    """The processes of one program; the first takes and gives the lines."""
+    """The processes of one program; rank 0 reads and prints the lines."""
 
     def __init__(self, name: str, workloads: list[str], steps: int) -> None:
         size, threads = PROGRAMS[name]
@@ -67,7 +67,7 @@ class Program:
             for rank in range(size)
         ]
 
-    def hear(self) -> dict[str, float]:
+    def read_line(self) -> dict[str, float]:
         assert self.processes[0].stdout is not None
         return json.loads(self.processes[0].stdout.readline())
 
@@ -76,7 +76,7 @@ class Program:
         assert pipe is not None
         pipe.write(f"{workload} {step}\n")
         pipe.flush()
-        return self.hear()
+        return self.read_line()
 
     def end(self) -> None:
         assert self.processes[0].stdin is not None
@@ -90,7 +90,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument(
-        "--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="2 x 1 and others"
+        "--programs",
+        nargs="+",
+        choices=PROGRAMS,
+        default=list(PROGRAMS),
+        help="processes x threads; must include 2 x 1",
     )
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
@@ -106,7 +110,7 @@ def main() -> None:
         name: Program(name, options.workloads, warmup + rounds) for name in options.programs
     }
     for program in programs.values():
-        program.hear()
+        program.read_line()
     print("ready", flush=True)
     try:
         for workload in options.workloads:
@@ -117,17 +121,17 @@ def main() -> None:
 
 
 def measure(programs: dict[str, Program], workload: str, warmup: int, rounds: int) -> None:
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
     for step in range(warmup + rounds):
         for name, program in programs.items():
-            found[name].append(program.step(workload, step))
-    losses = [[f["loss"] for f in each] for each in found.values()]
+            steps[name].append(program.step(workload, step))
+    losses = [[metrics["loss"] for metrics in each] for each in steps.values()]
     worst = max(max(each) - min(each) for each in zip(*losses, strict=True))
     print(f"{workload}: losses differ by {worst:.1e} at most")
     for key in ("seconds", "cpu_s", "generate_s"):
-        if key not in found["2 x 1"][0]:
+        if key not in steps["2 x 1"][0]:
             continue
-        times = {name: [f[key] for f in each[warmup:]] for name, each in found.items()}
+        times = {name: [metrics[key] for metrics in each[warmup:]] for name, each in steps.items()}
         medians = "  ".join(f"{name} {statistics.median(t):.3f} s" for name, t in times.items())
         print(f"  {key:10s} {medians}")
         for other in programs.keys() - {"2 x 1"}:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.trl_side --workload dpo --model small [--compact]
 
-A step is what lies between two calls of `on_step_end`: collating, generation (GRPO), forward,
-backward, clipping, AdamW. --compact lets TRL leave unsupervised positions out of the unembedding on
-the CPU as it does on CUDA; stock TRL projects them all there.
+A step is the time between two calls of `on_step_end`: collating, generation (GRPO), forward,
+backward, clipping, AdamW. With --compact TRL skips unsupervised positions in the unembedding on the
+CPU, as it does on CUDA; stock TRL projects all of them there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks import workloads as W
 
 
 def arguments(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """Of the trainers' configs: float32, no checkpointing, no schedule, our order of the data."""
+    """Trainer arguments: float32, no checkpointing, no schedule, data in our order."""
     return {
         "output_dir": "runs/benchmarks/trl",
         "max_steps": options.steps + options.warmup,
@@ -95,7 +95,7 @@ def make_trainer(options: argparse.Namespace) -> Any:
             )
             config = trl.RewardConfig(**arguments(options, **more))
             return trl.RewardTrainer(args=config, train_dataset=data, **common)
-        data = Dataset.from_dict(  # has no form for token ids; these words become exactly ours
+        data = Dataset.from_dict(  # DPO takes no token ids; these words encode to exactly ours
             {
                 "prompt": [W.text_of(c.prompt) for c, _ in rows],
                 "chosen": [" " + W.text_of(c.completion) for c, _ in rows],
@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.compact:
         import trl.trainer.utils as trainer_utils
 
-        trainer_utils._use_triton = lambda device: True  # decides there whether rows are left out
+        trainer_utils._use_triton = lambda device: True  # TRL skips rows if this is true
     trainer = make_trainer(options)
     trainer.remove_callback(PrinterCallback)
     ends, losses, generated = [], [], []

@@ -5,10 +5,10 @@
     python -m benchmarks.versus_trl --workload dpo --model bigvocab
 
 Float32 on the CPU, LoRA rank 16 on all attention and MLP layers, AdamW, one step per batch. Each
-side runs in a process of its own, in turn (ours, TRL, TRL compact, ours, ...), so that a machine
-that others use slows all of them alike. Printed: the median seconds of a step, the median of
-TRL's over ours with the smallest and largest of the rounds, and the largest resident memory.
-Losses are compared where both sides reduce alike (SFT, DPO): the first three to 1e-3.
+side runs in its own process, interleaved (ours, TRL, TRL compact, ours, ...), so that other jobs on
+the machine slow all sides alike. Prints the median seconds of a step, the median of TRL's over ours
+with the smallest and largest of the rounds, and the peak resident memory. Where both sides use the
+same reduction (SFT, DPO), the first three losses must agree to 1e-3.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def compare(workload: str, model: str, options: argparse.Namespace) -> None:
             assert gap < 1e-3, f"losses differ: ours {ours}, {side} {theirs}"
     print(f"{workload}, {model}")
     steps: dict[str, list[float]] = {}
-    for side, found in reports.items():
-        steps[side] = [statistics.median(r["seconds"]) for r in found]
-        memory = max(r["peak_mb"] for r in found)
+    for side, rounds in reports.items():
+        steps[side] = [statistics.median(r["seconds"]) for r in rounds]
+        memory = max(r["peak_mb"] for r in rounds)
         print(f"  {side:28s} {statistics.median(steps[side]):6.3f} s a step, peak {memory:5.0f} MB")
     for side in ("TRL", "TRL compact"):
         print(ratio(f"{side} / ours", steps[side], steps["ours"]))
@@ -83,9 +83,9 @@ def main() -> None:
     parser.add_argument("--workload", choices=W.WORKLOADS, nargs="*", default=W.WORKLOADS)
     models = ("small", "bigvocab")
     parser.add_argument("--model", choices=sorted(W.MODELS), nargs="*", default=models)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a round")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps in a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     options = parser.parse_args()
     for name in options.model:
         W.build_model(name)

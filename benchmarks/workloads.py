@@ -1,7 +1,7 @@
-"""What both sides of `benchmarks.versus_trl` train on: random models, and token ids from a seed.
+"""Random models and seeded token ids that both sides of `benchmarks.versus_trl` train on.
 
-Batch k is optimizer step k. Lengths are drawn once per workload, so every step has one shape and
-the median over steps is a median over repeats. Nothing is downloaded.
+Batch k is optimizer step k. Lengths are drawn once per workload, so all steps have the same shapes
+and the median over steps is a median over repeats. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Sequence:
 
 
 def build_model(name: str) -> str:
-    """The folder of a random float32 Qwen3 with a tokenizer of one word per id; made if missing."""
+    """Return the folder of a random float32 Qwen3, built if missing; one word per token id."""
     folder = Path("runs/benchmarks/models") / name
     if (folder / "tokenizer.json").exists():
         return str(folder)
@@ -71,7 +71,7 @@ def word_of(i: int) -> str:
 
 
 def text_of(ids: list[int]) -> str:
-    """What the tokenizer turns into exactly these ids."""
+    """Text that the tokenizer encodes to exactly these ids."""
     return " ".join(map(word_of, ids))
 
 
@@ -107,7 +107,7 @@ def pairs(model: str, steps: int) -> list[list[tuple[Sequence, Sequence]]]:
 
 
 def prompts(model: str, steps: int, workload: str) -> list[list[list[int]]]:
-    """The prompts of each step, of the GRPO workloads."""
+    """Prompts of each step for the GRPO workloads."""
     rng, vocab = random.Random(5), MODELS[model]["vocab_size"]
     count, _, length = GRPO[workload]
     return [[draw(rng, length, vocab) for _ in range(count)] for _ in range(steps)]

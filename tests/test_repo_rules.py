@@ -205,16 +205,24 @@ def test_notebooks(path):
             assert before is None or before["cell_type"] == "code"
 
 
-def test_readme_commands_and_links_exist():
+def test_commands_and_links_in_documents_exist():
     make = (ROOT / "Makefile").read_text(encoding="utf-8")
-    folders = (ROOT, ROOT / "recipes", ROOT / "tutorials")
-    for document in [path for folder in folders for path in folder.glob("*.md")]:
+    folders = ("", "recipes", "tutorials", "docs", "benchmarks")
+    for document in [path for folder in folders for path in (ROOT / folder).glob("*.md")]:
         text = document.read_text(encoding="utf-8")
         for target in re.findall(r"^\s*make (\w+)", text, flags=re.MULTILINE):
             assert re.search(rf"^{target}:", make, flags=re.MULTILINE), target
-        for module in re.findall(r"python -m (recipes\.\w+)", text):
+        for module in re.findall(r"python -m ((?:recipes|benchmarks|scripts|tests)\.\w+)", text):
             assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (document.parent / link).exists(), f"{document.name}: {link}"
+        sources = r"[( `]((?:cookbook_core|recipes|tests|scripts)/\w[\w/]*\.py)"
+        for file in re.findall(sources, text):
+            examples = file.endswith("my_recipe.py") or document.stem == "CHANGELOG"
+            assert examples or (ROOT / file).exists(), f"{document.name}: {file}"
+        for file, quoted, word in re.findall(r'pytest (\S+\.py) -k (?:"([^"]+)"|(\w+))', text):
+            code = (ROOT / file).read_text(encoding="utf-8")
+            for part in (quoted or word).split(" or "):
+                assert part in code, f"{document.name}: {file} -k {part}"
     run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "make test" in run
