@@ -14,7 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
-from cookbook_core.backend.local.sampling.draw import Knobs, draw_tokens, eos_ids, truncate
+from cookbook_core.backend.local.sampling.draw import (
+    SamplingTensors,
+    draw_tokens,
+    eos_ids,
+    truncate,
+)
 from cookbook_core.backend.local.sampling.sampler import sample_batch
 from cookbook_core.backend.sampling_requests import SampleRequest, check_request
 from cookbook_core.errors import ConfigError, DatumError, ModelError
@@ -165,8 +170,8 @@ def test_truncate_by_hand():
 def test_truncation_moves_tokens_but_not_logprobs():
     """Logprobs are those before top_k: of the whole softmax."""
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]], dtype=torch.float64)
-    knobs = Knobs.of([SamplingParams(top_k=1)], logits.device)
-    token, logprob = draw_tokens(logits, torch.tensor([0.999], dtype=torch.float64), knobs)
+    tensors = SamplingTensors.of([SamplingParams(top_k=1)], logits.device)
+    token, logprob = draw_tokens(logits, torch.tensor([0.999], dtype=torch.float64), tensors)
     assert token.tolist() == [1]
     assert logprob.item() == pytest.approx(torch.log_softmax(logits, 1)[0, 1].item(), abs=1e-12)
 

@@ -1,9 +1,9 @@
-"""OpenMP's helper threads, one team at a time.
+"""OpenMP's helper threads: one team at a time; and which thread serves requests.
 
-Each Python thread that computes gets helper threads of its own, and they outlive the work. With
-two such teams libgomp counts more threads than processors, and from then on puts its helpers to
-sleep after every operation: waking them costs more than a small product does. On two cores a step
-of decoding took 1.6 times as long once the main thread, too, had computed anything with torch.
+Each Python thread that computes gets helper threads of its own, which outlive the work. With two
+such teams there are more threads than processors, and libgomp then puts its helpers to sleep after
+every operation: waking them costs more than a small product. On two cores a decoding step took 1.6
+times as long after the main thread, too, had computed anything with torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 @cache
 def _gomp() -> Any:
-    """The libgomp that torch loaded; None where torch computes with another library."""
+    """The libgomp that torch loaded; None where torch uses another library."""
     try:
         gomp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
         return gomp if hasattr(gomp, "omp_pause_resource_all") else None
@@ -26,7 +26,7 @@ def _gomp() -> Any:
 
 
 def release_helpers() -> None:
-    """Let go of the calling thread's idle helper threads; its next operation makes new ones.
+    """End the calling thread's idle helper threads; its next operation starts new ones.
 
     The number of threads it computes with stays as it was set.
     """
@@ -42,7 +42,7 @@ _worker = threading.local()
 
 
 def mark_worker_thread() -> None:
-    """Called once by a thread that serves requests: waiting in it can only deadlock."""
+    """Mark the calling thread as one that serves requests: waiting in it would deadlock."""
     _worker.active = True
 
 

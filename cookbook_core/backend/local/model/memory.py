@@ -1,4 +1,4 @@
-"""How many tokens' worth of graph fit into free memory."""
+"""Memory of the device: free, total, and how many tokens of graph fit."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from cookbook_core.backend.local.model.loading import BaseModel
 
 SHARE = 0.5
-"""The part of free memory a kept graph may take; the rest is for the backward and for others."""
+"""The share of free memory for kept graphs; the rest is for the backward and other processes."""
 
 
 def one_pass_tokens(base: BaseModel) -> int:
-    """Tokens whose graph may be kept at once; batches above it take two passes."""
+    """Number of tokens whose graphs fit into free memory."""
     return int(SHARE * free_bytes(base.device) / graph_bytes_per_token(base))
 
 
 def graph_bytes_per_token(base: BaseModel) -> int:
-    """A generous estimate of what autograd keeps per token: inputs of the linear layers and their
+    """A generous estimate of the bytes that autograd keeps per token: inputs of linear layers and
     LoRA branches, norms, rotary and attention inputs, and the activations of the MLP."""
     config = base.model.config.get_text_config()
     hidden = config.hidden_size
@@ -31,8 +31,7 @@ def graph_bytes_per_token(base: BaseModel) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory free on the device (seconds-fresh, other processes included); the CPU's is split
-    among the processes of a run."""
+    """Free memory of the device at this moment; the CPU's is divided among the run's processes."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -40,30 +39,28 @@ def free_bytes(device: torch.device) -> int:
 
 
 def total_bytes(device: torch.device) -> int:
-    """Memory of the device in all, whatever is free of it; the CPU's is split among the processes
-    of a run."""
+    """Total memory of the device; the CPU's is divided among the run's processes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return _meminfo("MemTotal")
 
 
 def _meminfo(name: str) -> int:
-    """A value of /proc/meminfo in bytes, this process's part of it; 8 GiB where there is none."""
+    """A value of /proc/meminfo in bytes per process of the run; 8 GiB without the file."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         line = next(row for row in text.splitlines() if row.startswith(f"{name}:"))
         return int(line.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     except (OSError, StopIteration):
-        return 8 << 30  # macOS and Windows do not say without another package
+        return 8 << 30  # macOS and Windows need another package to tell
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next step rather than hand it back and fault it in again.
+    """Let glibc keep freed memory for the next step rather than return it to the system.
 
-    A step frees and takes hundreds of megabytes, and the kernel zeroes every page of them anew:
-    some 5 to 8% of a small model's step on the CPU, a quarter of one of 64k tokens. The process
-    keeps the most it ever took. One arena, so that all threads share what is kept. Linux with
-    glibc only; elsewhere nothing happens.
+    A step allocates and frees hundreds of megabytes, and the kernel zeroes every returned page:
+    5 to 8% of a small model's step on the CPU, a quarter of one of 64k tokens. The process keeps
+    its peak. One arena, so that all threads share it. Linux with glibc only; elsewhere no effect.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,6 +1,6 @@
-"""The arithmetic of sampling: from logits to token ids, their logprobs, and when to stop.
+"""Draw tokens from logits, with their logprobs, and decide when to stop.
 
-Nothing here knows a model. Logprobs are those of softmax(logits / temperature) over the whole
+No model is involved. Logprobs are those of softmax(logits / temperature) over the whole
 vocabulary, before top_k and top_p, in float32 (float64 when the logits are float64).
 """
 
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from cookbook_core.types import SamplingParams
 
-_BLOCK = 128  # entries of the vocabulary summed together by `draw_tokens`
-_DRAWS = 64  # uniforms made at a time per row
+_BLOCK = 128  # vocabulary entries that `draw_tokens` sums together
+_DRAWS = 64  # uniforms drawn at a time per row
 
 
 # ---- one step: logits to tokens -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Knobs:
+class SamplingTensors:
     """The sampling parameters of R rows as tensors; None where no row needs the feature.
 
     scale: `(R, 1)`, 1 / temperature; 1 for greedy rows.
@@ -37,7 +37,7 @@ class Knobs:
     top_p: Tensor | None
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], device: torch.device) -> Knobs:
+    def of(cls, params: Sequence[SamplingParams], device: torch.device) -> SamplingTensors:
         """Collect the parameters of one row each."""
 
         def column(values: list[Any], neutral: Any) -> Tensor | None:
@@ -55,7 +55,9 @@ class Knobs:
         )
 
 
-def draw_tokens(logits: Tensor, uniforms: Tensor, knobs: Knobs) -> tuple[Tensor, Tensor]:
+def draw_tokens(
+    logits: Tensor, uniforms: Tensor, tensors: SamplingTensors
+) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution at a uniform number.
 
     The cumulative sum runs over blocks of the vocabulary first and inside one block after, both
@@ -64,24 +66,24 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, knobs: Knobs) -> tuple[Tensor,
     Args:
         logits: `(R, V)`, any float dtype.
         uniforms: `(R,)` float64 in [0, 1).
-        knobs: the parameters of the R rows.
+        tensors: the parameters of the R rows.
 
     Returns:
         tokens: `(R,)` int64.
         logprobs: `(R,)`, nats; at each row's temperature (1 for greedy rows), before top_k/top_p.
     """
     logits = at_least_float32(logits)
-    if knobs.scale is not None:
-        logits = logits * knobs.scale.to(logits.dtype)
+    if tensors.scale is not None:
+        logits = logits * tensors.scale.to(logits.dtype)
     peak, best = logits.max(dim=1, keepdim=True)
     mass = (logits - peak).exp_()
     total = mass.sum(dim=1, dtype=torch.float64)
     kept = mass
-    if knobs.top_k is not None or knobs.top_p is not None:
-        kept = truncate(mass, knobs.top_k, knobs.top_p)
+    if tensors.top_k is not None or tensors.top_p is not None:
+        kept = truncate(mass, tensors.top_k, tensors.top_p)
     tokens = _invert(kept, uniforms)
-    if knobs.greedy is not None:
-        tokens = torch.where(knobs.greedy, best[:, 0], tokens)
+    if tensors.greedy is not None:
+        tokens = torch.where(tensors.greedy, best[:, 0], tokens)
     chosen = logits.gather(1, tokens[:, None]) - peak
     return tokens, chosen[:, 0] - total.log().to(logits.dtype)
 
@@ -93,25 +95,25 @@ def _invert(mass: Tensor, uniforms: Tensor) -> Tensor:
         mass = torch.nn.functional.pad(mass, (0, _BLOCK - vocab % _BLOCK))
     blocks = mass.view(rows, -1, _BLOCK)
     sums = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
-    # Strictly below the total, so that the block found holds some mass even after rounding.
+    # strictly below the total, so that the block has some mass even after rounding
     target = uniforms.clamp(max=1 - 1e-15)[:, None] * sums[:, -1:]
-    # (The clamp matters for NaN alone; the caller refuses the logprob it leads to.)
+    # (the clamp matters for NaN alone; the caller refuses the logprob that results)
     block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[1] - 1)
     before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[:, :, None].expand(rows, 1, _BLOCK))[:, 0].double()
     index = torch.searchsorted(inside.cumsum(dim=1), target - before, right=True)
-    # Rounding may carry the search past the block's last entry with any mass: step back to it.
+    # rounding may carry the search past the last entry with any mass: step back to it
     last = (torch.arange(_BLOCK, device=mass.device) * (inside > 0)).amax(dim=1, keepdim=True)
     return (block * _BLOCK + torch.minimum(index, last))[:, 0]
 
 
 def truncate(mass: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
-    """Set to zero what top_k and then top_p leave out.
+    """Set to zero what top_k, then top_p, excludes.
 
     Args:
         mass: `(R, V)` unnormalised probabilities.
         top_k: `(R,)` int64, 0 for all.
-        top_p: `(R,)`; of the mass that top_k kept, the smallest set that reaches this share.
+        top_p: `(R,)`; keep the smallest set that reaches this share of the mass left by top_k.
 
     Returns:
         `(R, V)`: `mass` with zeros outside the kept set.
@@ -129,7 +131,7 @@ def truncate(mass: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """float64 stays; anything narrower than float32 becomes float32."""
+    """Convert to float32, except for float64."""
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
@@ -150,7 +152,7 @@ def score(logits: Tensor, targets: Tensor, top_k: int) -> tuple[Tensor, Tensor, 
 
 
 class Uniforms:
-    """The random numbers of one sample: a function of (seed, sample index) and nothing else."""
+    """The random numbers of one sample: a function of (seed, sample index) alone."""
 
     def __init__(self, seed: int, sample: int) -> None:
         self._generator = np.random.default_rng([seed % 2**64, sample])
@@ -189,7 +191,7 @@ def eos_ids(tokenizer: Any, config: Any) -> frozenset[int]:
     """What `stop=None` stops at: the tokenizer's end-of-sequence id.
 
     When the model config lists several end ids and the tokenizer's is one of them, all of that
-    list. A config that disagrees with the tokenizer is left aside: many are library defaults.
+    list. A config that disagrees with the tokenizer is ignored: many are library defaults.
     """
     eos = getattr(tokenizer, "eos_token_id", None)
     listed = getattr(config, "eos_token_id", None)
@@ -200,7 +202,7 @@ def eos_ids(tokenizer: Any, config: Any) -> frozenset[int]:
 
 @dataclass
 class TextWatch:
-    """Finds a stop string in a growing completion while decoding only its last tokens.
+    """Finds a stop string in a growing completion, decoding only its last tokens.
 
     The window opens at token `start` and moves only when the text after it stays longer than any
     stop string, so a string that spans tokens, or follows tokens that decode to nothing, is seen.
@@ -218,7 +220,7 @@ class TextWatch:
         """Whether the text of `tokens` (the completion so far) contains a stop string."""
         text = self._decode(tokens[self.start :])
         if any(string in text for string in self.strings):
-            # The window's first characters may be decoded differently on their own: ask again.
+            # a window's first characters may decode differently on their own: check the whole text
             whole = self._decode(tokens)
             return any(string in whole for string in self.strings)
         if len(text) > 4 * self.margin:

@@ -1,8 +1,8 @@
-"""The model as a stepper: read prompts once, then one token for every row at a time.
+"""The KV cache, and the model that decodes with it: prefill prompts, then one token per step.
 
 Two caches. Models whose layers are all plain or sliding-window attention use `RowCache`, allocated
-ahead and compacted in place. Anything else transformers can cache (state-space, convolution and
-hybrid layers) uses transformers' own DynamicCache, prompts of one length at a time, unpadded.
+in advance and compacted in place. Other models that transformers can cache (state-space,
+convolution and hybrid layers) use its DynamicCache, with prompts of one length at a time, unpadded.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from transformers.cache_utils import (
 from cookbook_core.backend.local.sampling.draw import score
 from cookbook_core.errors import ModelError
 
-OPEN_ENDED = 1024  # tokens that max_tokens=None is taken to need when requests are batched
-_PREFILL_TOKENS = 8192  # most prompt tokens in one forward pass
+OPEN_ENDED = 1024  # tokens assumed for max_tokens=None when rows are batched
+_PREFILL_TOKENS = 8192  # most prompt tokens in one forward
 _SCORE_ELEMENTS = 2**25  # most logits alive while prompts are scored
 
 
 @dataclass
 class Prompt:
-    """A distinct prompt: its ids and, once read, what was asked about it."""
+    """A distinct prompt: its ids and, after prefill, its logprobs if they were requested."""
 
     tokens: list[int]
     scored: bool = False
@@ -42,9 +42,9 @@ class Prompt:
 
 
 class RowLayer(CacheLayerMixin):
-    """Keys and values of one layer, `(rows, heads, capacity, head_dim)`, allocated ahead.
+    """Keys and values of one layer, `(rows, heads, capacity, head_dim)`, allocated in advance.
 
-    Sliding-window layers keep all columns too: transformers' mask hides the old ones.
+    Sliding-window layers keep all columns too; transformers' mask hides the old ones.
     """
 
     keys: Any
@@ -55,7 +55,7 @@ class RowLayer(CacheLayerMixin):
         self.capacity, self.length, self.rows = capacity, length, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for the rows of these states. Zeros: padding is masked but must be finite."""
+        """Allocate for the rows of these states. Filled with 0: masked padding must be finite."""
         self.rows = key_states.shape[0]
         self.keys, self.values = (
             states.new_zeros(*states.shape[:2], self.capacity, states.shape[3])
@@ -66,7 +66,7 @@ class RowLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append columns; returns all columns of the live rows."""
+        """Append columns; return all columns of the live rows."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[2]
@@ -77,22 +77,22 @@ class RowLayer(CacheLayerMixin):
         return self.keys[: self.rows, :, : self.length], self.values[: self.rows, :, : self.length]
 
     def reserve(self, capacity: int) -> None:
-        """Move the live rows to a longer allocation."""
+        """Copy the live rows to a longer allocation."""
         more = (0, 0, 0, capacity - self.capacity)
         self.keys = torch.nn.functional.pad(self.keys[: self.rows], more)
         self.values = torch.nn.functional.pad(self.values[: self.rows], more)
         self.capacity = capacity
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns after the next update, and the first of them."""
+        """Number of columns after the next update, and the index of the first."""
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Columns filled."""
+        """Number of filled columns."""
         return self.length
 
     def get_max_length(self) -> int:
-        """No limit: it grows."""
+        """-1: no limit, the allocation grows."""
         return -1
 
 
@@ -104,15 +104,17 @@ class RowCache(Cache):
     def __init__(self, num_layers: int, capacity: int, length: int = 0) -> None:
         super().__init__(layers=[RowLayer(capacity, length) for _ in range(num_layers)])
 
-    def adopt(self, other: RowCache, row: int, into: list[int], total: int, start: int) -> None:
-        """Copy one prompt to rows of this cache.
+    def copy_prompt(
+        self, other: RowCache, row: int, into: list[int], total: int, start: int
+    ) -> None:
+        """Copy one prefilled prompt to rows of this cache.
 
         Args:
-            other: a cache filled by one prefill.
-            row: the row of it to copy.
-            into: the rows of this cache that continue this prompt.
-            total: rows of this cache in all.
-            start: its first column; the columns from there on are copied.
+            other: the cache of a prefill.
+            row: its row to copy.
+            into: the rows of this cache that continue the prompt.
+            total: number of rows of this cache.
+            start: the first column of this cache to fill.
         """
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             if not theirs.is_initialized:  # a layer that reads another layer's cache
@@ -126,7 +128,7 @@ class RowCache(Cache):
             mine.values[into, :, start : mine.length] = theirs.values[row, :, :columns]
 
     def keep(self, order: list[int]) -> None:
-        """Keep `len(order)` rows, row i being what row order[i] >= i was."""
+        """Keep `len(order)` rows: row i becomes the former row order[i] >= i."""
         moved = [i for i, source in enumerate(order) if source != i]
         for layer in self.layers:
             if layer.is_initialized:
@@ -137,11 +139,11 @@ class RowCache(Cache):
                     layer.values[moved, :, : layer.length] = layer.values[source, :, : layer.length]
 
 
-# ---- the stepper ---------------------------------------------------------------------------------
+# ---- decoding ------------------------------------------------------------------------------------
 
 
-class Stepper:
-    """The model, its cache and the layout of the rows in it.
+class Decoder:
+    """A model with its KV cache and the layout of the rows in it.
 
     pads: whether this model's layers allow prompts of different lengths in one cache.
     """
@@ -154,7 +156,7 @@ class Stepper:
         if "past_key_values" not in known:
             raise ModelError(
                 "sample",
-                f"{type(core).__name__} keeps its state in a way this sampler does not know",
+                f"{type(core).__name__} keeps its state in a way this sampler does not support",
                 expected="a model that takes past_key_values",
                 got=", ".join(known),
             )
@@ -164,15 +166,15 @@ class Stepper:
         self._num_layers = len(layers)
         self.pads = all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers)
 
-    def start(self, prompts: list[Prompt], limits: Sequence[int]) -> Tensor:
-        """Read each distinct prompt once; returns the `(R, V)` logits after them.
+    def prefill(self, prompts: list[Prompt], limits: Sequence[int]) -> Tensor:
+        """Read each distinct prompt once; return the `(R, V)` logits after them.
 
         Args:
             prompts: one per row, the same object for rows that share it.
-            limits: most tokens each row may get.
+            limits: the largest number of tokens each row may get.
 
-        All but the last token of each prompt is read by `_prefill`; the last tokens make the first
-        step of the loop, where every row is at the same column.
+        `_read` handles all but the last token of each prompt; the last ones are the first step of
+        the loop, in which every row is at the same column.
         """
         distinct = list({id(prompt): prompt for prompt in prompts}.values())
         self.width = max(len(prompt.tokens) for prompt in prompts) - 1
@@ -187,7 +189,7 @@ class Stepper:
             capacity = self.width + min(longest, OPEN_ENDED)
             self.cache = RowCache(self._num_layers, capacity, self.width)
         for group in self._groups(distinct):
-            cache = self._prefill(group)
+            cache = self._read(group)
             if not self.pads:
                 place = {id(prompt): i for i, prompt in enumerate(group)}
                 order = [place[id(prompt)] for prompt in prompts]
@@ -196,11 +198,13 @@ class Stepper:
                 continue
             for i, prompt in enumerate(group):
                 into = [row for row, other in enumerate(prompts) if other is prompt]
-                self.cache.adopt(cache, i, into, len(prompts), self.width + 1 - len(prompt.tokens))
+                self.cache.copy_prompt(
+                    cache, i, into, len(prompts), self.width + 1 - len(prompt.tokens)
+                )
         return self.step(torch.tensor([p.tokens[-1] for p in prompts], device=self.device))
 
     def _groups(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
-        """Prompts to read in one pass: like lengths, scored ones apart."""
+        """Prompts to read in one pass: similar lengths, those to score separately."""
         if not self.pads:
             yield prompts
             return
@@ -220,10 +224,10 @@ class Stepper:
         if group:
             yield group
 
-    def _prefill(self, group: list[Prompt]) -> Any:
-        """Read all but the last token of each prompt, scoring those that ask; returns the cache.
+    def _read(self, group: list[Prompt]) -> Any:
+        """Read all but the last token of each prompt and score where requested; return the cache.
 
-        Right-padded: with causal attention the padding after a prompt cannot reach it. With a
+        Right-padded: under causal attention a prompt does not see the padding after it. With a
         RowCache the columns are read in pieces, to bound memory.
         """
         width = max(len(prompt.tokens) for prompt in group) - 1
@@ -248,7 +252,7 @@ class Stepper:
         return cache
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Append one token to each row, `(R,)`; returns the next `(R, V)` logits."""
+        """Append one token to each row, `(R,)`; return the next `(R, V)` logits."""
         position = self.width - self.pad
         self.width += 1
         mask = None if self.mask is None else self.mask[:, : self.width]
@@ -268,14 +272,14 @@ class Stepper:
     def _forward(
         self, cache: Any, ids: Tensor, first: Tensor, mask: Tensor | None, whole: bool
     ) -> Tensor:
-        """One pass of the model.
+        """One forward of the model.
 
         Args:
-            cache: keys and values so far; grows by N columns.
+            cache: keys and values so far; it grows by N columns.
             ids: `(R, N)`.
             first: `(R,)`, position of column 0.
             mask: `(R, columns so far)` bool, False at padding; None without any.
-            whole: logits of all N positions, not of the last alone.
+            whole: return the logits of all N positions, not only of the last.
         """
         extra: dict[str, Any] = {}
         if self._takes_position_ids:
@@ -288,7 +292,7 @@ class Stepper:
 
 
 def _keep_scores(group: list[Prompt], logits: Tensor, targets: Tensor) -> None:
-    """Store the logprobs of `targets` `(P, N)` given `logits` `(P, N, V)` with their prompts."""
+    """Store the logprobs of `targets` `(P, N)`, from `logits` `(P, N, V)`, with their prompts."""
     top_k = max(prompt.top_k for prompt in group)
     logprobs, ids, values = score(logits, targets, top_k)
     for i, prompt in enumerate(group):

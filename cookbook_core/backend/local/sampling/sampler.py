@@ -1,11 +1,12 @@
 """Generation with logprobs: pure functions over a Hugging Face causal language model.
 
 `sample_batch` decodes any mix of requests in one loop. Rows are left-padded to the longest prompt,
-so that the newest token of every row is in the same column and a sliding window measured in
-columns is one measured in positions. Each distinct prompt is read once; its keys and values are
-copied to all of its samples. Rows that stop leave the batch.
+so the newest token of every row is in the same column, and a sliding window in columns equals one
+in positions. Each distinct prompt is prefilled once; its keys and values are copied to all of its
+samples. Rows that stop are removed from the batch.
 
-    prompts -> Stepper.start -> logits -> _decode: draw, append, step -> SampleResponse
+    prompts -> Decoder.prefill -> logits -> _decode: draw, append, step -> SampleResponse
+
 The model folder's generation_config is never read.
 """
 
@@ -22,14 +23,14 @@ import numpy as np
 import torch
 
 from cookbook_core.backend.local.sampling.draw import (
-    Knobs,
+    SamplingTensors,
     StopRule,
     TextWatch,
     Uniforms,
     draw_tokens,
     eos_ids,
 )
-from cookbook_core.backend.local.sampling.kv_cache import OPEN_ENDED, Prompt, Stepper
+from cookbook_core.backend.local.sampling.kv_cache import OPEN_ENDED, Decoder, Prompt
 from cookbook_core.backend.sampling_requests import SampleRequest, check_request
 from cookbook_core.errors import ModelError
 from cookbook_core.types import SampledSequence, SampleResponse, SamplingParams, StopReason
@@ -41,7 +42,7 @@ memory."""
 
 @dataclass
 class _Row:
-    """One sample in the making."""
+    """One sample being decoded."""
 
     prompt: Prompt
     params: SamplingParams
@@ -54,14 +55,14 @@ class _Row:
     stop_reason: StopReason | None = None
 
     def push(self, token: int, logprob: float) -> bool:
-        """Append a token; returns whether the row ends with it."""
+        """Append a token; return whether the row ends with it."""
         if not math.isfinite(logprob):
             raise ModelError(
                 "sample",
                 "the model's output is not finite",
                 expected="finite logits",
                 got=f"logprob {logprob} at completion token {len(self.tokens)}",
-                fix="Training has diverged, or the dtype overflows.",
+                fix="Lower learning_rate if training diverged; use float32 if bfloat16 does.",
             )
         self.tokens.append(token)
         self.logprobs.append(logprob)
@@ -81,11 +82,8 @@ class _Row:
         )
 
 
-# ---- public -------------------------------------------------------------------------------------
-
-
 def context_limit(model: Any) -> int | None:
-    """Most positions the model's config allows; None when it names no limit."""
+    """Largest number of positions that the model's config allows; None without a limit."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
@@ -100,17 +98,17 @@ def sample_batch(
 ) -> list[SampleResponse]:
     """Decode all requests together.
 
-    A request with a seed gives sample j the tokens that (seed, j) fixes, whatever else is in the
-    batch (up to float ties: batch shapes move logits in the last bits). Temperature 0 is greedy;
-    its logprobs are those at temperature 1.
+    Sample j of a request with a seed is a function of (seed, j), whatever else is in the batch, up
+    to last bits: batch shapes move those of the logits. Temperature 0 is greedy; its logprobs are
+    those at temperature 1.
 
     Args:
-        model: causal LM, or a PeftModel with the wanted LoRA active. Left as it was.
+        model: causal LM, or a PeftModel with the LoRA to use active. Unchanged afterwards.
         tokenizer: for `stop=None` (see `eos_ids`) and for stop strings.
-        requests: checked here, before any work.
+        requests: validated before any work.
         generator: one number is drawn from it per request without a seed; None: torch's global.
         max_context: tokens of prompt and completion together; None: the model config's limit.
-        token_budget: most rows x columns of one cache; more rows wait for the next loop. An
+        token_budget: most rows x columns of one KV cache; other rows wait for the next loop. An
             open-ended request (max_tokens None) counts as 1024 tokens.
 
     Returns:
@@ -131,10 +129,10 @@ def sample_batch(
         prompt.top_k = max(prompt.top_k, request.topk_prompt_logprobs)
         prompt.scored |= request.include_prompt_logprobs or prompt.top_k > 0
         rows.append(_rows_of(request, prompt, tokenizer, eos, generator, max_context))
-    with _undisturbed(core):
-        stepper = Stepper(core)
-        for wave in _waves([row for group in rows for row in group], stepper, token_budget):
-            _decode(stepper, wave)
+    with _inference(core):
+        decoder = Decoder(core)
+        for wave in _waves([row for group in rows for row in group], decoder, token_budget):
+            _decode(decoder, wave)
     return [
         _response(request, prompts[tuple(request.prompt)], group)
         for request, group in zip(requests, rows, strict=True)
@@ -179,8 +177,8 @@ def _response(request: SampleRequest, prompt: Prompt, rows: list[_Row]) -> Sampl
 
 
 @contextlib.contextmanager
-def _undisturbed(core: Any) -> Iterator[None]:
-    """No gradients and no dropout inside; every module's mode as before afterwards."""
+def _inference(core: Any) -> Iterator[None]:
+    """Inside, no gradients and no dropout; afterwards every module has its former mode."""
     training = [module for module in core.modules() if module.training]
     core.eval()
     try:
@@ -194,10 +192,10 @@ def _undisturbed(core: Any) -> Iterator[None]:
 # ---- the loop -----------------------------------------------------------------------------------
 
 
-def _waves(rows: list[_Row], stepper: Stepper, token_budget: int) -> Iterator[list[_Row]]:
+def _waves(rows: list[_Row], decoder: Decoder, token_budget: int) -> Iterator[list[_Row]]:
     """Split rows into loops whose caches fit the budget; samples of one prompt stay together.
 
-    Prompts are taken shortest first, so that rows of like length share a loop.
+    Prompts are sorted by length, so that rows of similar length share a loop.
     """
     rows = sorted(rows, key=lambda row: (len(row.prompt.tokens), row.prompt.tokens))
     wave: list[_Row] = []
@@ -207,7 +205,7 @@ def _waves(rows: list[_Row], stepper: Stepper, token_budget: int) -> Iterator[li
         needed = len(row.prompt.tokens) + completion
         uneven = wave and len(wave[0].prompt.tokens) != len(row.prompt.tokens)
         widest = max(widest, needed)
-        if wave and ((len(wave) + 1) * widest > token_budget or (uneven and not stepper.pads)):
+        if wave and ((len(wave) + 1) * widest > token_budget or (uneven and not decoder.pads)):
             yield wave
             wave, widest = [], needed
         wave.append(row)
@@ -215,15 +213,15 @@ def _waves(rows: list[_Row], stepper: Stepper, token_budget: int) -> Iterator[li
         yield wave
 
 
-def _decode(stepper: Stepper, rows: list[_Row]) -> None:
+def _decode(decoder: Decoder, rows: list[_Row]) -> None:
     """Read the prompts of `rows`, then sample until every row has stopped."""
-    logits = stepper.start([row.prompt for row in rows], [row.limit for row in rows])
+    logits = decoder.prefill([row.prompt for row in rows], [row.limit for row in rows])
     device = logits.device
-    knobs = Knobs.of([row.params for row in rows], device)
+    tensors = SamplingTensors.of([row.params for row in rows], device)
     while True:
         uniforms = torch.tensor([row.uniforms.next() for row in rows], dtype=torch.float64)
-        tokens, logprobs = draw_tokens(logits, uniforms.to(device), knobs)
-        # Ids are exact in float64: one transfer for both.
+        tokens, logprobs = draw_tokens(logits, uniforms.to(device), tensors)
+        # ids are exact in float64: one transfer for both
         drawn = torch.stack([tokens.double(), logprobs.double()]).tolist()
         ended = [
             row.push(int(token), logprob) for row, token, logprob in zip(rows, *drawn, strict=True)
@@ -233,14 +231,14 @@ def _decode(stepper: Stepper, rows: list[_Row]) -> None:
             if not order:
                 return
             rows = [rows[i] for i in order]
-            stepper.keep(order)
+            decoder.keep(order)
             tokens = tokens[order]
-            knobs = Knobs.of([row.params for row in rows], device)
-        logits = stepper.step(tokens)
+            tensors = SamplingTensors.of([row.params for row in rows], device)
+        logits = decoder.step(tokens)
 
 
 def _close_gaps(ended: list[bool]) -> list[int]:
-    """Which old row each remaining row is: those that stay in place do, the last fill the gaps."""
+    """The former index of each remaining row: rows keep their place, the last fill the gaps."""
     alive = [i for i, end in enumerate(ended) if not end]
     late = [i for i in alive if i >= len(alive)]
     return [late.pop() if ended[i] else i for i in range(len(alive))]

@@ -1,7 +1,7 @@
 """Attention over a row laid out by `packing`, registered with transformers; no model code changes.
 
 A row is computed in pieces, each one call of a fused kernel: every segment causally over itself,
-and all that stands below a segment over that segment. Results of a query's pieces are merged by
+and everything below a segment over that segment. The results of a query's pieces are merged by
 their log-sum-exp,
 
     out = sum_p exp(lse_p - lse) out_p,   lse = log sum_p exp(lse_p)
@@ -24,8 +24,8 @@ from transformers import AttentionInterface
 from cookbook_core.backend.local.scoring.packing import Layout, Piece
 
 NAME = "cookbook_packed"
-"""Under which transformers knows `packed_attention`. No mask function of that name is registered,
-and so transformers builds no mask."""
+"""The name of `packed_attention` in transformers. No mask function is registered under it, so
+transformers builds no mask."""
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -152,8 +152,8 @@ def _cut(x: torch.Tensor, at: slice, count: int) -> torch.Tensor:
 def _mask(
     layout: Layout, piece: Piece, window: int | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The piece's additive mask `(1, 1, Lq, Lk)`, and its queries that see anything, where a
-    sliding window cuts into it."""
+    """The additive mask of a piece `(1, 1, Lq, Lk)` and its queries that see any key, where a
+    sliding window cuts into the piece; else None."""
     found = None if window is None else layout.window_mask(piece, window)
     if found is None:
         return None, None
@@ -207,10 +207,10 @@ def _flex(
 
 
 def _block_mask(layout: Layout, window: int | None, device: torch.device) -> Any:
-    """Which blocks of the row meet; the same for all layers, so it is made once.
+    """Which blocks of the row attend to which; made once for all layers.
 
-    In depth-first order those who see a token are the tokens from it up to the end of what stands
-    below its segment.
+    In depth-first order a token is seen by the tokens from itself up to the end of its segment's
+    subtree.
     """
     key = ("flex", window, device)
     if key not in layout.memo:

@@ -1,15 +1,14 @@
-"""Datums -> micro-batches in one row without padding, prefixes that several datums share laid out
-once.
+"""Pack datums into one row without padding, with prefixes that several datums share laid out once.
 
-Sequences that begin alike form a tree: a segment of tokens that all of them share, below it what
-each goes on with. The tree is laid out depth first in one row, each segment at the positions it
+Sequences with a common prefix form a tree: a segment of the tokens they share, below it the
+continuation of each. The tree is laid out depth first in one row, each segment at the positions it
 has in its sequences,
 
     [prompt 0..P-1] [completion 1: P..] [completion 2: P..] ... [next prompt 0..] ...
 
-and a token attends to its own segment up to itself and to the whole of every segment above. That is
-what each sequence would see alone, so its hidden states are the same, and the gradient of a shared
-token is the sum over those who share it. Sharing is found from the token ids.
+and a token attends to its own segment up to itself and to the whole of every segment above it. That
+is what each sequence attends to by itself, so its hidden states are the same, and the gradient of a
+shared token is the sum over the sequences that share it. Prefixes are found from the token ids.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 
 MIN_SHARED = 16
-"""Shortest run of tokens worth a segment of its own: below it attention in pieces costs more."""
+"""Shortest shared prefix, in tokens, that is laid out once: attention in pieces has a cost."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Layout:
     """One row of T tokens.
 
     tokens, positions: `(T,)` int64.
-    rows: of sequence i, `(N_i,)`: where its tokens stand in the row.
+    rows: of sequence i, `(N_i,)`: the index of its tokens in the row.
     """
 
     tokens: torch.Tensor
@@ -69,11 +68,11 @@ class Layout:
     rows: list[torch.Tensor]
     segments: list[Segment]
     memo: dict[tuple[object, ...], Any] = field(default_factory=dict)
-    """Masks made from it, which all layers share."""
+    """Masks of this layout, shared by all layers."""
 
     @functools.cached_property
     def ends(self) -> torch.Tensor:
-        """`(T,)`: of each token, where what stands below its segment ends."""
+        """`(T,)`: for each token, the end of its segment's subtree."""
         ends = torch.empty_like(self.positions)
         for s in self.segments:
             ends[s.start : s.stop] = s.subtree_stop
@@ -81,7 +80,7 @@ class Layout:
 
     @functools.cached_property
     def pieces(self) -> list[Piece]:
-        """What attends to what, in an order in which every token meets its causal piece first."""
+        """Which tokens attend to which, every token's causal piece before its other pieces."""
         causal: list[Piece] = []
         for s in self.segments:
             last = causal[-1] if causal else None
@@ -101,7 +100,7 @@ class Layout:
         return causal + full
 
     def window_mask(self, piece: Piece, window: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Where a sliding window cuts into a piece.
+        """The mask of a piece that a sliding window cuts into.
 
         Returns:
             None where every query is within `window` tokens of every key it could see. Else bool
@@ -127,11 +126,11 @@ class Layout:
 
 
 def lay_out(sequences: Sequence[Sequence[int]], *, share: bool = True) -> Layout:
-    """Put sequences into one row.
+    """Lay sequences out in one row.
 
     Args:
         sequences: token ids, each at least one.
-        share: False keeps every sequence apart.
+        share: False lays every sequence out whole.
     """
     arrays = [np.asarray(s, dtype=np.int64) for s in sequences]
     order = tree_order(sequences) if share else list(range(len(arrays)))
@@ -147,7 +146,7 @@ def lay_out(sequences: Sequence[Sequence[int]], *, share: bool = True) -> Layout
 
 
 class _Builder:
-    """Lays the tree of sorted sequences out, depth first."""
+    """Lays out the tree of sorted sequences, depth first."""
 
     def __init__(self, arrays: list[np.ndarray], order: list[int], common: list[int]) -> None:
         self.arrays, self.order, self.common = arrays, order, common
@@ -158,13 +157,13 @@ class _Builder:
         self.at = 0
 
     def grow(self, first: int, last: int, depth: int, above: tuple[tuple[int, int], ...]) -> None:
-        """Lay out sequences order[first:last], of which `depth` tokens already stand in `above`."""
+        """Lay out sequences order[first:last], of which `depth` tokens are laid out above."""
         runs = []
         for end in range(first + 1, last + 1):
             if end == last or self.common[end - 1] < depth + MIN_SHARED:
                 runs.append((first, end))
                 first = end
-        # leaves of equal length side by side make one call of the kernel
+        # adjacent leaves of equal length are one call of the kernel
         runs.sort(key=lambda run: (run[1] - run[0] > 1, len(self.arrays[self.order[run[0]]])))
         for start, end in runs:
             members = self.order[start:end]
@@ -191,8 +190,8 @@ class _Builder:
 
 
 def micro_batches(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
-    """Indices of the sequences, cut where a row would exceed about `budget` tokens; sequences that
-    begin alike stand together. A function of the tokens alone."""
+    """Groups of indices whose rows have about `budget` tokens at most; sequences with a common prefix
+    are adjacent. A function of the tokens alone."""
     arrays = [np.asarray(s, dtype=np.int64) for s in sequences]
     batch: list[int] = []
     filled = 0
@@ -209,7 +208,7 @@ def micro_batches(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[l
 
 
 def tree_order(sequences: Sequence[Sequence[int]]) -> list[int]:
-    """Indices of the sequences, those that begin alike together."""
+    """Indices of the sequences, those with a common prefix adjacent."""
     return sorted(range(len(sequences)), key=lambda i: (list(sequences[i]), i))
 
 

@@ -1,10 +1,10 @@
-"""The one path from datums to logprobs: policy, reference and evaluation all come through here.
+"""The one path from datums to logprobs, for policy, reference and evaluation alike.
 
-Datums run in micro-batches, packed into one row without padding and with shared prefixes computed
-once (`packing`), where the architecture allows; else sorted by length in right-padded rows. Under
-a causal mask a real token never sees the padding after it, so no attention mask is needed there,
-positions start at 0 in every row, and padded rows are simply not read. The batches are a function
-of the tokens alone: the same data scored by two adapters meets the same kernels in the same
+Datums run in micro-batches: packed into one row without padding, shared prefixes computed once
+(`packing`), where the architecture allows it; otherwise sorted by length in right-padded rows.
+Under a causal mask a real token never sees the padding after it, so padded rows need no attention
+mask, positions start at 0 in every row, and the outputs at padding are ignored. Micro-batches are a
+function of the tokens alone: two adapters that score the same data run the same kernels on the same
 shapes, so equal adapters give equal bits.
 """
 
@@ -29,7 +29,7 @@ from cookbook_core.datums import SCORE_MASK
 from cookbook_core.types import Datum, ModelInput
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
-"""Tokens per forward, padding included: enough to fill the device."""
+"""Tokens per forward, padding included: enough to use the device fully."""
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ log = logging.getLogger(__name__)
 class Batch:
     """Datums that go through the model together.
 
-    indices: of the data they were taken from.
-    tokens: that go through the model, padding included.
+    indices: of the datums in the batch they were taken from.
+    tokens: number of tokens that go through the model, padding included.
     inputs: the model's keyword arguments.
-    rows: of each datum `(N,)`: where its positions stand among the states, rows laid end to end.
+    rows: of each datum `(N,)`: the index of its positions among the states, rows concatenated.
     """
 
     indices: list[int]
@@ -101,8 +101,8 @@ class Scorer:
             at = [_take(batch.rows[i], kept[i]) for i in members]
             wanted = [_take(targets[i], kept[i]).reshape(-1, k) for i in members]
             rows = states.index_select(0, torch.cat(at).to(self.device))
-            found = self._target_logprobs(rows, torch.cat(wanted).to(self.device))
-            pieces = found.split([len(w) for w in wanted])
+            logprobs = self._target_logprobs(rows, torch.cat(wanted).to(self.device))
+            pieces = logprobs.split([len(w) for w in wanted])
             for i, piece in zip(members, pieces, strict=True):
                 on = kept[i]
                 if on is not None:
@@ -112,7 +112,7 @@ class Scorer:
         return out
 
     def hidden_batch(self, batch: Batch) -> list[torch.Tensor]:
-        """What `vocab_logprobs` takes, of every datum of a micro-batch, `(N, width)`.
+        """The input of `vocab_logprobs` for every datum of a micro-batch, `(N, width)`.
 
         The last hidden states; logits, `width` = V, where the head is not a plain one.
         """
@@ -156,7 +156,7 @@ class Scorer:
         self, data: Sequence[Datum], lists: Sequence[list[int]], indices: list[int]
     ) -> Batch:
         longest = max(len(lists[i]) for i in indices)
-        # any id will do; a row's own last token keeps transformers from warning of a missing mask
+        # any id is right; a row's own last token avoids transformers' warning of a missing mask
         ids = [lists[i] + lists[i][-1:] * (longest - len(lists[i])) for i in indices]
         rows = [torch.arange(len(lists[i])) + n * longest for n, i in enumerate(indices)]
         inputs = {"input_ids": torch.tensor(ids).to(self.device)}
@@ -167,7 +167,7 @@ class Scorer:
 
     @contextmanager
     def attention(self, *, packed: bool) -> Iterator[None]:
-        """The model with ours for packed rows, or with its own attention; nests."""
+        """Inside, the model uses our attention for packed rows, or its own; can be nested."""
         before = [config._attn_implementation for config, _ in self._switchable]
         for config, own in self._switchable:
             config._attn_implementation = attention.NAME if packed else own
@@ -180,8 +180,8 @@ class Scorer:
     def _packing_is_exact(self) -> bool:
         """Whether a packed row with a shared prefix gives this architecture's own hidden states.
 
-        Asked of the model itself, on a few tokens, as layers may do what a layout cannot express
-        (state-space layers, position biases, attention of their own).
+        Checked on the model itself with a few tokens, as its layers may do what a layout cannot
+        express (state-space layers, position biases, attention of their own).
         """
         if not self._switchable:
             return False
@@ -203,8 +203,8 @@ class Scorer:
                 return True
             reason = f"hidden states differ by {worst:.1e}"
         log.warning(
-            "%s: sequences are scored side by side in padded batches, shared prefixes more than "
-            "once, as packed rows do not fit this architecture (%s).",
+            "%s: sequences are scored in padded batches and shared prefixes recomputed, as packed "
+            "rows do not give this architecture's own results (%s).",
             type(self.model).__name__,
             reason.splitlines()[0],
         )
@@ -213,8 +213,8 @@ class Scorer:
 
 def in_order(scored: Any) -> list[torch.Tensor]:
     """(batch, a tensor for each of its datums) pairs -> the tensors in the order of the data."""
-    found = {i: t for batch, each in scored for i, t in zip(batch.indices, each, strict=True)}
-    return [found[i] for i in range(len(found))]
+    by_index = {i: t for batch, each in scored for i, t in zip(batch.indices, each, strict=True)}
+    return [by_index[i] for i in range(len(by_index))]
 
 
 def _take(x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
@@ -222,7 +222,7 @@ def _take(x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
 
 
 def _by_length(lists: Sequence[list[int]], budget: int) -> Iterator[list[int]]:
-    """Indices, longest first, cut where padded tokens would exceed the budget."""
+    """Groups of indices, longest first, each within the budget of padded tokens."""
     batch: list[int] = []
     for i in sorted(range(len(lists)), key=lambda i: (-len(lists[i]), i)):
         if batch and (len(batch) + 1) * len(lists[batch[0]]) > budget:
@@ -234,7 +234,7 @@ def _by_length(lists: Sequence[list[int]], budget: int) -> Iterator[list[int]]:
 
 
 def _switchable(model: Any) -> list[tuple[Any, str]]:
-    """(config, its own attention) for each config whose attention transformers lets us switch."""
+    """(config, its own attention) for each config whose attention transformers can switch."""
     if not model._can_set_attn_implementation():
         return []
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}

@@ -4,14 +4,14 @@ With a frozen unembedding W the logprob of target t and its derivative are
 
     z = W h (+ b),   l = z[t] - logsumexp(z),   dl/dh = W[t] - p W,   p = softmax(z)
 
-so the forward, which meets p tile by tile of the vocabulary, keeps e = pW `(N, D)`, and the
-backward needs no product over the vocabulary at all, for any number K of targets per row:
+so the forward, which computes p tile by tile of the vocabulary, keeps e = pW `(N, D)`, and the
+backward needs no product over the vocabulary, for any number K of targets per row:
 
     dL/dh = sum_k g_k W[t_k] - (sum_k g_k) e
 
 A tile of logits stays in the processor's cache; p is relative to the largest logit so far, and
-what was summed before is scaled down when a larger one comes (online softmax, Milakov and
-Gimelshein 2018, arXiv 1805.02867). Soft-capped or scaled logits y = f(z) multiply each term by
+earlier sums are rescaled when a larger one appears (online softmax, Milakov and Gimelshein 2018,
+arXiv 1805.02867). Soft-capped or scaled logits y = f(z) multiply each term by
 f'(z). A trained unembedding (LoRA on it) has no such shortcut: its chunks are recomputed in the
 backward.
 """
@@ -28,13 +28,13 @@ CHUNK_ELEMENTS = 1 << 24
 """Largest number of logits alive at once where chunks are recomputed (64 MiB in float32)."""
 
 TILE = {"cpu": (1024, 1024), "cuda": (4096, 8192)}
-"""Rows and vocabulary entries of a tile: on the CPU 4 MiB, which caches hold; larger on a GPU,
-where a call costs more than memory does."""
+"""Rows and vocabulary entries of a tile: 4 MiB on the CPU, to fit its caches; larger on a GPU,
+where launching a kernel costs more than memory."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states into logits: y = softcap * tanh(scale * (W h + b) / softcap).
+    """Turns hidden states into logits: y = softcap * tanh(scale * (W h + b) / softcap).
 
     softcap None: no capping.
     """
@@ -100,7 +100,7 @@ def target_logprobs(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> 
         to any trained parameter of the head.
     """
     module = head.module
-    frozen = getattr(module, "base_layer", module)  # what is under LoRA layers, active or not
+    frozen = getattr(module, "base_layer", module)  # below LoRA layers, active or not
     if type(frozen) is not torch.nn.Linear or any(p.requires_grad for p in module.parameters()):
         return _checkpointed(head, hidden, targets)
     return _FrozenHead.apply(hidden, frozen.weight, frozen.bias, targets, head)
@@ -111,7 +111,7 @@ def _rows_per_chunk(vocab_size: int) -> int:
 
 
 def _checkpointed(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Chunks of plain autograd, recomputed in the backward: exact whatever the head is."""
+    """Chunks of plain autograd, recomputed in the backward: exact for any head."""
     module = head.module
 
     def chunk(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ def _checkpointed(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> to
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """At least float32: softmax in bfloat16 is a well-known silent bug."""
+    """Convert to float32, except for float64: softmax in bfloat16 is a well-known silent bug."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -171,7 +171,7 @@ def _tiles(
     head: Head,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logprobs of the targets `(R, K)`, the slopes there, and e `(R, D)` if it is to be kept."""
+    """Logprobs of the targets `(R, K)`, the slopes there, and e `(R, D)` if `keep`."""
     width = TILE.get(hidden.device.type, TILE["cuda"])[1]
     dtype = wide(hidden).dtype
     top = torch.zeros(targets.shape, dtype=dtype, device=hidden.device)

@@ -1,4 +1,4 @@
-"""log p of the whole vocabulary at every position of a datum, computed for the rows asked for."""
+"""log p of the whole vocabulary at every position of a datum, computed only for indexed rows."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class VocabLogprobs:
     """A tensor `(T, V)`, nats, float32 or better, of which only indexed rows are computed.
 
     Row t is the log-distribution of the token after input position t. `lp[t]`, `lp[t][ids]`,
-    `lp[t, ids]`, `lp[rows]`, `lp[a:b]` cost the rows they name, each computed once per indexing
-    (`lp[t]` once in all); anything else a tensor can do (torch functions, methods, arithmetic)
-    computes all T rows first. Gradient flows back to the hidden states.
+    `lp[t, ids]`, `lp[rows]`, `lp[a:b]` compute the rows they name, each once per indexing (`lp[t]`
+    once in total); any other use as a tensor (torch functions, methods, arithmetic) computes all T
+    rows first. Gradient flows back to the hidden states.
 
     Args:
-        hidden: `(T, D)`, what the rows are computed from.
+        hidden: `(T, D)`, from which the rows are computed.
         to_logprobs: `(R, D)` -> `(R, V)`.
         vocab_size: V.
     """
