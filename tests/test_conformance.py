@@ -146,7 +146,7 @@ def test_a_misbehaviour_is_named_and_nothing_else(make, kind, names):
     """Of the checks in the modules of those that it trips."""
     modules = {check.run.__module__ for check in REST if check.name in names}
     checks = [check for check in REST if check.run.__module__ in modules]
-    rows = list(check_service(make(kind), checks, below=True, patience=20))
+    rows = list(check_service(make(kind), checks, below=True, timeout=20))
     assert failed(rows) == names
     assert {row.outcome.result for row in rows} == {"pass", "fail"}
 
@@ -154,14 +154,14 @@ def test_a_misbehaviour_is_named_and_nothing_else(make, kind, names):
 def test_logprobs_of_nan_are_told(make):
     kind = faulty.lenient("token id outside")
     checks = [check for check in REST if "unknown" in check.name]
-    rows = list(check_service(make(kind), checks, below=True, patience=20))
+    rows = list(check_service(make(kind), checks, below=True, timeout=20))
     assert {row.outcome.figure for row in rows} == {"accepted, with logprobs of NaN"}
 
 
 def test_what_hangs_is_left_behind(make):
     """The check after it is reached, on a client of its own."""
     checks = [check for check in REST if check.name.startswith("refuses")]
-    rows = list(check_service(make(faulty.Hangs), checks, below=True, patience=1.0))
+    rows = list(check_service(make(faulty.Hangs), checks, below=True, timeout=1.0))
     (hung,) = [row for row in rows if row.outcome.result != "pass"]
     assert (hung.name, hung.outcome.figure) == ("refuses missing target_tokens", NO_ANSWER)
 
@@ -174,7 +174,7 @@ def test_a_service_that_falls_silent(make):
         made.append(TrainingClient(faulty.Silent(make()()._backend)))
         return made[-1]
 
-    rows = list(check_service(client, REST, below=True, patience=0.2))
+    rows = list(check_service(client, REST, below=True, timeout=0.2))
     assert rows[0].outcome.figure.startswith(NO_ANSWER)
     assert {row.outcome.figure for row in rows[1:]} == {"the service no longer answers"}
     assert len(made) == 2

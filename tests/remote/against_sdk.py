@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cookbook_core import clients, datum_from_prompt_completion, runs, tinker, with_inputs
-from cookbook_core.backend.remote import backend, connection, training
+from cookbook_core.backend.remote import connection, session, training
 from cookbook_core.builtin_losses import builtin_loss
 from cookbook_core.conformance.requests import nan_weight, no_targets, refuses, short_weights
 from cookbook_core.conformance.subject import Subject
@@ -29,7 +29,7 @@ from tests.oracles.logprobs import assert_close, randomize, take_gradient
 from tests.remote.fake import Fake
 
 pytestmark = pytest.mark.timeout(120)
-LOOK = backend._core_problems
+CORE_PROBLEMS = session.core_problems
 ADAM = tinker.AdamParams(learning_rate=1e-2)
 TINY = Path(tinker.__file__).parents[1] / "assets" / "tiny_model"
 RECORDED = json.loads(Path(__file__).with_name("recorded.json").read_text(encoding="utf-8"))
@@ -37,16 +37,16 @@ RECORDED = json.loads(Path(__file__).with_name("recorded.json").read_text(encodi
 
 @pytest.fixture
 def core(monkeypatch):
-    """Stands for the look at the service's arithmetic; holds what it finds, counts its calls."""
-    found: dict = {"problems": [], "calls": 0}
+    """Replaces the check of the service's gradients: the problems it reports, its calls."""
+    check: dict = {"problems": [], "calls": 0}
 
-    def look(make_training):
-        found["calls"] += 1
-        found["training"] = make_training()
-        return found["problems"]
+    def core_problems(make_training):
+        check["calls"] += 1
+        check["training"] = make_training()
+        return check["problems"]
 
-    monkeypatch.setattr(backend, "_core_problems", look)
-    return found
+    monkeypatch.setattr(session, "core_problems", core_problems)
+    return check
 
 
 @pytest.fixture(scope="module")
@@ -290,8 +290,8 @@ def test_bad_input_is_refused_before_anything_is_sent(fake, remote, model_folder
     n = good.model_input.length
     beyond = with_inputs(good, target_tokens=[VOCAB] * n)
     long = tinker.Datum(tinker.ModelInput.from_ints([5] * 65), {"target_tokens": [5] * 65})
-    for datum, said in ((beyond, "outside the vocabulary"), (long, "longer than the model's")):
-        with pytest.raises(DatumError, match=said):
+    for datum, text in ((beyond, "outside the vocabulary"), (long, "longer than the model's")):
+        with pytest.raises(DatumError, match=text):
             client.forward_backward_custom([datum], squared)
     with pytest.raises(DatumError, match="missing"):
         client.forward_backward([tinker.Datum(good.model_input)], "cross_entropy")
@@ -301,7 +301,7 @@ def test_bad_input_is_refused_before_anything_is_sent(fake, remote, model_folder
 
 
 MOODS = {
-    "nan": r"data\[1\] at \[0\]: the service answered \"success\" with a logprob",
+    "nan": r"data\[1\] at \[0\]: the service reported success with a logprob",
     "short": "not one per datum",
     "fail": r"forward_backward.* at http\S+: IndexError: index out of range in self\.",
 }
@@ -331,7 +331,7 @@ def test_flattened_candidates_are_an_error(fake, client):
         client.forward_backward_custom(make_random_data(2, k=2), squared).result(60)
 
 
-def test_a_mean_instead_of_a_sum_is_said(fake, client, caplog):
+def test_a_mean_instead_of_a_sum_is_a_warning(fake, client, caplog):
     fake.mood = "mean"
     client.forward_backward(make_random_data(2), "cross_entropy").result(60)
     assert "may divide gradients" in caplog.text
@@ -339,14 +339,14 @@ def test_a_mean_instead_of_a_sum_is_said(fake, client, caplog):
 
 def test_a_service_that_refuses_all_after_a_failure(fake, client):
     fake.mood, data = "poisoned", make_random_data(2)
-    for said in ("IndexError", "another version of tinker"):
-        with pytest.raises(RequestError, match=said):
+    for text in ("IndexError", "another version of tinker"):
+        with pytest.raises(RequestError, match=text):
             client.forward_backward(data, "cross_entropy").result(60)
 
 
 @pytest.mark.parametrize("mood", ["hang", "500"])
-def test_waiting_is_said_and_ends(fake, client, mood, caplog, monkeypatch):
-    monkeypatch.setattr(connection, "SAY_SECONDS", 0.2)
+def test_waiting_is_logged_and_ends(fake, client, mood, caplog, monkeypatch):
+    monkeypatch.setattr(connection, "LOG_SECONDS", 0.2)
     monkeypatch.setattr(connection, "WAIT_SECONDS", 1.5)
     monkeypatch.setattr(training, "WAIT_SECONDS", 1.5)
     fake.mood, data = mood, make_random_data(1)
@@ -369,12 +369,12 @@ def test_unknown_models_and_silent_addresses(fake, remote, make_service, tmp_pat
     with pytest.raises(ConfigError, match="org/tiny-random"):
         remote.create_lora_training_client(str(tmp_path / "elsewhere")).result(60)
     gone = make_service(base_url="http://127.0.0.1:9")
-    with pytest.raises(ConfigError, match="nothing answers there"):
+    with pytest.raises(ConfigError, match="no service answers"):
         gone.create_lora_training_client("org/tiny-random").result(60)
     assert [m.model_name for m in remote.get_server_capabilities().supported_models] == [fake.name]
 
 
-def test_a_wrong_key_is_said_as_such(fake, make_service):
+def test_a_wrong_key_is_an_error(fake, make_service):
     fake.mood = "locked"
     client = make_service(base_url=fake.url, api_key="tml-wrong").create_lora_training_client(
         fake.name, rank=4
@@ -385,13 +385,13 @@ def test_a_wrong_key_is_said_as_such(fake, make_service):
 
 def test_checks_tell_whose_refusal_it_is(fake, client):
     fake.mood = "nan"
-    subject = Subject(lambda: client, below=True, patience=20)
+    subject = Subject(lambda: client, below=True, timeout=20)
     good = datum_from_prompt_completion([5, 6, 7], [8, 9])
     accepted = refuses(lambda s: [good])(subject)
     assert accepted.result == "fail", accepted
     assert accepted.figure.startswith("accepted; this package refuses the answer")
     fake.mood = ""
-    subject = Subject(lambda: client, below=True, patience=20)
+    subject = Subject(lambda: client, below=True, timeout=20)
     for bad, field in ((no_targets, "target_tokens"), (short_weights, "weights")):
         outcome = refuses(bad)(subject)
         assert outcome.result == "pass"
@@ -422,7 +422,7 @@ def test_a_service_with_wrong_arithmetic_trains_no_custom_loss(fake, core, remot
     data = make_random_data(2)
     for _ in range(2):
         client = remote.create_lora_training_client(fake.name, rank=4).result(60)
-        with pytest.raises(RequestError, match=r"divided by the batch\n.*trust_service=True"):
+        with pytest.raises(RequestError, match=r"divided by the batch\. .*trust_service=True"):
             client.forward_backward_custom(data, squared).result(60)
     assert core["calls"] == 1  # once per service and model
     assert core["training"].info.model_id not in ("", client.model_id)
@@ -434,34 +434,53 @@ def test_a_service_with_wrong_arithmetic_trains_no_custom_loss(fake, core, remot
     assert core["calls"] == 1
 
 
-def test_the_look_itself_can_train(fake, client, monkeypatch):
-    """It runs while a request is being served, on a backend of its own."""
+def test_the_check_itself_can_train(fake, client, monkeypatch):
+    """It runs while a request is served, on an adapter and a queue of its own."""
     losses, before = [], len(fake.models)
 
-    def look(make_training):
+    def core_problems(make_training):
         scratch = make_training()
         loss = builtin_loss("cross_entropy")
         output = scratch.forward_backward(make_random_data(2), squared).result(60)
         losses.append((output.loss, scratch.forward(make_random_data(2), loss).result(60).loss))
         return []
 
-    monkeypatch.setattr(backend, "_core_problems", look)
+    monkeypatch.setattr(session, "core_problems", core_problems)
     client.forward_backward_custom(make_random_data(2), squared).result(60)
     assert len(losses) == 1
     assert len(fake.models) == before + 1
 
 
-def test_the_real_look_finds_a_mean(fake, remote, monkeypatch, model_folder, tmp_path):
-    monkeypatch.setattr(backend, "_core_problems", LOOK)
+def test_the_real_check_finds_a_mean(fake, remote, monkeypatch, model_folder, tmp_path):
+    monkeypatch.setattr(session, "core_problems", CORE_PROBLEMS)
     (tmp_path / "tiny-random").symlink_to(model_folder("qwen3"))  # says the vocabulary is small
     client = remote.create_lora_training_client(str(tmp_path / "tiny-random"), rank=4).result(60)
     client.forward_backward_custom(make_random_data(2), squared).result(100)
     fake.mood = "mean"
     remote._service.verdicts.clear()
-    with pytest.raises(RequestError, match="would train it wrongly") as caught:
+    with pytest.raises(RequestError, match="computes wrong gradients") as caught:
         client.forward_backward_custom(make_random_data(2), squared).result(100)
     assert "negative weights" in str(caught.value)
     assert "trust_service=True" in str(caught.value)
+
+
+def test_a_timeout_is_no_verdict(fake, remote, monkeypatch, model_folder, tmp_path):
+    """Bug: a check that timed out was remembered as "trains it wrongly" for good."""
+    (tmp_path / "tiny-random").symlink_to(model_folder("qwen3"))
+    client = remote.create_lora_training_client(str(tmp_path / "tiny-random"), rank=4).result(60)
+
+    def core_problems(make_training):
+        scratch = make_training()
+        fake.mood = "hang"
+        return CORE_PROBLEMS(lambda: scratch, 1.0)
+
+    monkeypatch.setattr(session, "core_problems", core_problems)
+    data = make_random_data(2)
+    with pytest.raises(RequestError, match=r"could not be checked.*no answer in time"):
+        client.forward_backward_custom(data, squared).result(60)
+    fake.mood = ""
+    monkeypatch.setattr(session, "core_problems", lambda make_training: [])
+    client.forward_backward_custom(data, squared).result(60)
 
 
 # ---- sampling, saving ----------------------------------------------------------------------------
