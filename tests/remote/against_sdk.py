@@ -6,6 +6,8 @@ import functools
 import importlib
 import json
 import logging
+import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +32,7 @@ from tests.remote.fake import Fake
 
 pytestmark = pytest.mark.timeout(120)
 CORE_PROBLEMS = session.core_problems
+OLDEST = metadata.version("tinker").startswith("0.25.")
 ADAM = tinker.AdamParams(learning_rate=1e-2)
 TINY = Path(tinker.__file__).parents[1] / "assets" / "tiny_model"
 RECORDED = json.loads(Path(__file__).with_name("recorded.json").read_text(encoding="utf-8"))
@@ -401,6 +404,22 @@ def test_checks_tell_whose_refusal_it_is(fake, client):
     assert not nan.figure.startswith("not sent")
 
 
+def test_a_service_is_listed_without_torch_or_transformers(fake):
+    """Bug: both were imported before it was clear that they are needed."""
+    code = """
+import sys
+sys.modules.update(torch=None, transformers=None, peft=None)  # importing one is an ImportError
+from cookbook_core import tinker
+service = tinker.ServiceClient(base_url=sys.argv[1])
+assert "tinker" not in sys.modules  # the SDK imports torch where it can
+print(service.get_server_capabilities().supported_models[0].model_name)
+future = service.create_lora_training_client("org/other")  # its queue may need them; this call not
+"""
+    command = [sys.executable, "-c", code, fake.url]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout.strip() == fake.name, done.stderr
+
+
 def test_a_service_without_the_extras(fake, make_service, caplog):
     """Neither capabilities nor heartbeats; nothing is reported to it either."""
     fake.mood = "no extras"
@@ -534,6 +553,25 @@ def test_saved_weights_come_back(fake, remote, client):
     assert remote.create_sampling_client(base_model=fake.name).result(60)
 
 
+def test_metadata_of_checkpoints(remote, client):
+    with pytest.raises(RequestError, match="status 404"):
+        remote.get_checkpoint_metadata("tinker://none/weights/x")
+    plain = client.save_state("plain").result(60).path
+    if OLDEST:
+        with pytest.raises(RequestError, match=r"get_checkpoint_metadata at .*tinker>=0.38"):
+            remote.get_checkpoint_metadata(plain)
+        with pytest.raises(RequestError, match="pip install -U tinker"):
+            client.save_state("two", user_metadata={"verdict": " yes"}).result(60)
+        return
+    path = client.save_weights_for_sampler("one", user_metadata={"verdict": " yes"}).result(60).path
+    assert remote.get_checkpoint_metadata(path) == {"verdict": " yes"}
+    assert remote.get_checkpoint_metadata(plain) == {}
+    with pytest.raises(CheckpointError, match=r"no such checkpoint at the service"):
+        remote.get_checkpoint_metadata(plain + "x")
+    with pytest.raises(CheckpointError, match="not a service's checkpoint"):
+        remote.get_checkpoint_metadata("checkpoints/model-0/one")
+
+
 def test_what_cannot_be_loaded(client, remote, tmp_path):
     with pytest.raises(CheckpointError, match="not a service's checkpoint"):
         client.load_state(str(tmp_path))
@@ -545,7 +583,6 @@ def test_what_cannot_be_loaded(client, remote, tmp_path):
 
 # ---- recipes -------------------------------------------------------------------------------------
 
-OLDEST = metadata.version("tinker").startswith("0.25.")
 SMALL = {
     "sft": {"batch_size": 2, "max_tokens": 4},
     "dpo": {"batch_size": 2},

@@ -58,6 +58,7 @@ class Fake:
         self._folder = model
         self._local = ServiceClient(device="cpu", dtype="float32", checkpoint_dir=checkpoints)
         self._saved: dict[str, tuple[str, str]] = {}
+        self._metadata: dict[str, Any] = {}
         self._samplers: dict[str, Any] = {}
         self._results: dict[str, Any] = {}
         self._ids = itertools.count()
@@ -131,6 +132,8 @@ class Fake:
             return 200, {"sampler_id": endpoint.split("/")[1], "base_model": self.name}
         if endpoint.startswith("sessions/"):
             return 200, {}
+        if endpoint.startswith("training_runs/"):
+            return self._list_checkpoints(endpoint.split("/")[1])
         found = getattr(self, "_" + endpoint.replace("/", "_"), None)
         lacking = ("session_heartbeat", "get_server_capabilities")
         if found is None or (self.mood == "no extras" and endpoint in lacking):
@@ -211,8 +214,21 @@ class Fake:
         more = {"overwrite": True} if kind == "weights" else {}
         path = f"tinker://{model_id}/{kind}/{body['path']}"
         self._saved[path] = (model_id, save(body["path"], **more).result().path)
+        self._metadata[path] = body.get("user_metadata")
         sampler = {} if kind == "weights" else {"sampling_session_id": None}
         return self._later(model_id, {"path": path, "type": None, **sampler})
+
+    def _list_checkpoints(self, model_id: str) -> tuple[int, Any]:
+        if model_id not in self.models:
+            raise Refused(404, f"no training run {model_id}")
+        kinds = {"weights": "training", "sampler_weights": "sampler"}
+        listed = []
+        for path in (p for p, (of, _) in self._saved.items() if of == model_id):
+            _, kind, name = path.removeprefix("tinker://").split("/")
+            about = {"checkpoint_id": f"{kind}/{name}", "checkpoint_type": kinds[kind]}
+            about |= {"tinker_path": path, "time": "2026-11-24T00:00:00Z"}
+            listed.append({**about, "user_metadata": self._metadata[path]})
+        return 200, {"checkpoints": listed}
 
     def _load_weights(self, body: Any) -> tuple[int, Any]:
         if body["path"] not in self._saved:

@@ -94,6 +94,12 @@ class LocalBackend:
 
         return self.worker.submit("create_sampling_client", create)
 
+    def checkpoint_metadata(self, path: str) -> Future[dict[str, str]]:
+        folder = usable_path("path", path, CheckpointError)
+        return self.worker.submit(
+            "get_checkpoint_metadata", lambda: checkpoints.metadata_of(folder)
+        )
+
     def close(self) -> None:
         self.worker.close()
 
