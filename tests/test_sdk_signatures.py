@@ -1,7 +1,7 @@
 """Our client against the `tinker` SDK's recorded signatures: same names, parameters, defaults.
 
-Recorded by scripts/record_sdk_signatures.py from SDK 0.38. Every deliberate difference is named
-below with its reason; the test fails on one that is not named and on one that is named in vain.
+Recorded by scripts/record_sdk_signatures.py from SDK 0.38. Every deliberate difference is listed
+below with its reason; the test fails on one that is not listed, and on a listed one that is gone.
 """
 
 from __future__ import annotations

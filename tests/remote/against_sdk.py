@@ -93,7 +93,7 @@ def served(fake: Fake, client: tinker.TrainingClient) -> tinker.TrainingClient:
 
 
 def pairs() -> list[tinker.Datum]:
-    """Two pairs with extra inputs that are the loss's alone, prompts not scored."""
+    """Two pairs with extra inputs for the loss alone, prompts not scored."""
     rng = np.random.default_rng(3)
     data = []
     for _ in range(4):
@@ -107,9 +107,9 @@ def squared(data, logprobs):
     return sum((lp**2).sum() for lp in logprobs), {"mine": 3.0}
 
 
-def close(found, expected):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
+def close(logprobs, expected):
+    assert len(logprobs) == len(expected)
+    for a, b in zip(logprobs, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-5), (a - b).abs().max()
 
 
@@ -137,7 +137,7 @@ def test_sft_steps_equal_the_local_backend(fake, client, local):
 
 
 def test_dpo_gradients_equal_the_local_backend(fake, client, local):
-    """Masked prompts read 0 and get no gradient; extras never leave."""
+    """Masked prompts read 0 and get no gradient; extra inputs are never sent."""
     for one in (served(fake, client), local):
         randomize(one)
     data, loss = pairs(), functools.partial(dpo_loss, beta=0.1)
@@ -164,10 +164,10 @@ def test_candidates_keep_their_shape(fake, client, local):
 
 def assert_close_b(one, other):
     """Gradients of a fresh adapter, whose A has none yet."""
-    found, expected = take_gradient(one), take_gradient(other)
+    grads, expected = take_gradient(one), take_gradient(other)
     keys = [key for key, g in expected.items() if g.norm() > 0]
     assert keys
-    assert_close({k: found[k] for k in keys}, {k: expected[k] for k in keys}, 1e-5)
+    assert_close({k: grads[k] for k in keys}, {k: expected[k] for k in keys}, 1e-5)
 
 
 def test_cross_entropy_by_name_is_one_pass(fake, client, local):
@@ -208,7 +208,7 @@ def test_built_in_losses_with_weights_take_two_passes(fake, client, local):
     assert set(named.data[0].loss_fn_inputs) == {"target_tokens", "logprobs", "advantages"}
 
 
-def test_forward_gives_the_loss_and_leaves_no_trace(fake, client, local):
+def test_forward_gives_the_loss_without_side_effects(fake, client, local):
     data = make_random_data(3)
     here, there = (c.forward(data, "cross_entropy").result(60) for c in (client, local))
     assert here.loss == pytest.approx(there.loss, rel=1e-5)
@@ -219,7 +219,7 @@ def test_forward_gives_the_loss_and_leaves_no_trace(fake, client, local):
 
 
 def test_two_pass_driver_over_the_client(client, local):
-    """What the tests of the local backend use as an oracle runs over a service as well."""
+    """The oracle of the local backend's tests runs over a service too."""
     data = make_random_data(2)
     output = forward_backward_two_pass(client, data, squared)
     assert output.loss == pytest.approx(
@@ -284,7 +284,7 @@ def test_a_failed_loss_stops_the_step_after_it(fake, client):
 
 
 def test_bad_input_is_refused_before_anything_is_sent(fake, remote, model_folder, tmp_path):
-    """A local folder of the model's name says how large the vocabulary is."""
+    """A local folder of the model's name gives the size of the vocabulary."""
     (tmp_path / "tiny-random").symlink_to(model_folder("qwen3"))
     client = remote.create_lora_training_client(str(tmp_path / "tiny-random"), rank=4).result(60)
     assert client.get_info().model_name == fake.name
@@ -312,7 +312,7 @@ MOODS = {
 
 @pytest.mark.parametrize("mood", MOODS)
 @pytest.mark.parametrize("by_name", [True, False])
-def test_what_a_service_gets_wrong_is_an_error(fake, client, mood, by_name):
+def test_an_invalid_result_is_an_error(fake, client, mood, by_name):
     fake.mood, data = mood, make_random_data(2)
     backward = (
         client.forward_backward(data, "cross_entropy")
@@ -340,7 +340,7 @@ def test_a_mean_instead_of_a_sum_is_a_warning(fake, client, caplog):
     assert "may divide gradients" in caplog.text
 
 
-def test_a_service_that_refuses_all_after_a_failure(fake, client):
+def test_a_service_that_refuses_everything_after_a_failure(fake, client):
     fake.mood, data = "poisoned", make_random_data(2)
     for text in ("IndexError", "another version of tinker"):
         with pytest.raises(RequestError, match=text):
@@ -386,7 +386,7 @@ def test_a_wrong_key_is_an_error(fake, make_service):
         client.result()
 
 
-def test_checks_tell_whose_refusal_it_is(fake, client):
+def test_checks_name_who_refused(fake, client):
     fake.mood = "nan"
     subject = Subject(lambda: client, below=True, timeout=20)
     good = datum_from_prompt_completion([5, 6, 7], [8, 9])
@@ -421,7 +421,7 @@ future = service.create_lora_training_client("org/other")  # its queue may need 
 
 
 def test_a_service_without_the_extras(fake, make_service, caplog):
-    """Neither capabilities nor heartbeats; nothing is reported to it either."""
+    """Neither capabilities nor heartbeats; no telemetry is sent to it either."""
     fake.mood = "no extras"
     service = make_service(base_url=fake.url)
     client = service.create_lora_training_client(fake.name, rank=4).result(60)
@@ -436,7 +436,7 @@ def test_a_service_without_the_extras(fake, make_service, caplog):
 # ---- trust ---------------------------------------------------------------------------------------
 
 
-def test_a_service_with_wrong_arithmetic_trains_no_custom_loss(fake, core, remote, make_service):
+def test_a_service_with_wrong_gradients_trains_no_custom_loss(fake, core, remote, make_service):
     core["problems"] = ["gradients are divided by the batch"]
     data = make_random_data(2)
     for _ in range(2):
@@ -446,7 +446,7 @@ def test_a_service_with_wrong_arithmetic_trains_no_custom_loss(fake, core, remot
     assert core["calls"] == 1  # once per service and model
     assert core["training"].info.model_id not in ("", client.model_id)
     assert not fake.sent("forward_backward")
-    client.forward_backward(data, "cross_entropy").result(60)  # what it does by name is its own
+    client.forward_backward(data, "cross_entropy").result(60)  # built in
     trusted = make_service(base_url=fake.url, trust_service=True)
     other = trusted.create_lora_training_client(fake.name, rank=4).result(60)
     other.forward_backward_custom(data, squared).result(60)
@@ -472,7 +472,7 @@ def test_the_check_itself_can_train(fake, client, monkeypatch):
 
 def test_the_real_check_finds_a_mean(fake, remote, monkeypatch, model_folder, tmp_path):
     monkeypatch.setattr(session, "core_problems", CORE_PROBLEMS)
-    (tmp_path / "tiny-random").symlink_to(model_folder("qwen3"))  # says the vocabulary is small
+    (tmp_path / "tiny-random").symlink_to(model_folder("qwen3"))  # gives the small vocabulary
     client = remote.create_lora_training_client(str(tmp_path / "tiny-random"), rank=4).result(60)
     client.forward_backward_custom(make_random_data(2), squared).result(100)
     fake.mood = "mean"
@@ -528,7 +528,7 @@ def test_samples_and_logprobs_equal_the_local_backend(fake, client, local):
         here.sample(prompt, 1, warm).result(60)
 
 
-def test_saved_weights_come_back(fake, remote, client):
+def test_saved_weights_are_restored(fake, remote, client):
     data = make_random_data(3)
     client.forward_backward(data, "cross_entropy")
     client.optim_step(ADAM).result(60)
@@ -538,7 +538,7 @@ def test_saved_weights_come_back(fake, remote, client):
     before = clients.score(client, data)
     restored = remote.create_training_client_from_state_with_optimizer(path, fake.name).result(60)
     close(clients.score(restored, data), before)
-    for one in (client, restored):  # Adam's moments came along
+    for one in (client, restored):  # Adam's moments are restored too
         one.forward_backward(data, "cross_entropy")
         one.optim_step(ADAM).result(60)
     close(clients.score(restored, data), clients.score(client, data))
@@ -593,8 +593,8 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_recipes_run_unchanged_and_go_on(name, tmp_path, core, monkeypatch):
-    """The bundled model behind a service; a run cut off in its second step of three goes on."""
+def test_the_recipes_run_unchanged_and_resume(name, tmp_path, core, monkeypatch):
+    """The bundled model behind a service; a run cut off in its second step of three resumes."""
     if OLDEST and name != "dpo":
         pytest.skip("one recipe is enough for the older SDK")
     recipe = importlib.import_module(f"recipes.{name}")
@@ -602,8 +602,8 @@ def test_the_recipes_run_unchanged_and_go_on(name, tmp_path, core, monkeypatch):
     small = tmp_path / "rows.jsonl"
     lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)[:8]
     small.write_text("".join(lines), encoding="utf-8")
-    goes_on = name in ("sft", "dpo")
-    steps = 3 if goes_on else 2
+    resumes = name in ("sft", "dpo")
+    steps = 3 if resumes else 2
     settings = {"num_steps": steps, "eval_every": 2, "test_rows": 2, "dataset": str(small)}
 
     def config(folder: str):
@@ -620,12 +620,12 @@ def test_the_recipes_run_unchanged_and_go_on(name, tmp_path, core, monkeypatch):
     monkeypatch.setattr(runs.run, "draw_panels", lambda *_: "plot.png")  # takes seconds
     with Fake(str(TINY), tmp_path / "served", name="tiny", context=512) as fake:
         flags = RunFlags(save_every=1, keep_last=1, base_url=fake.url)
-        if goes_on:
+        if resumes:
             monkeypatch.setattr(tinker.TrainingClient, "optim_step", cut)
             with pytest.raises(KeyboardInterrupt):
                 recipe.train(config("cut"), flags)
             monkeypatch.setattr(tinker.TrainingClient, "optim_step", optim_step)
-        found = recipe.train(config("cut"), flags)
+        summary = recipe.train(config("cut"), flags)
     expected = recipe.train(config("here"), RunFlags(save_every=9))
     losses = [
         [row["loss"] for row in read_metrics(tmp_path / folder) if "loss" in row]
@@ -633,7 +633,7 @@ def test_the_recipes_run_unchanged_and_go_on(name, tmp_path, core, monkeypatch):
     ]
     if name != "grpo":  # whose samples are drawn with folded seeds
         assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-        assert {k: found[k] for k in expected} == pytest.approx(expected, abs=1e-3)
+        assert {k: summary[k] for k in expected} == pytest.approx(expected, abs=1e-3)
     record = json.loads((tmp_path / "cut" / "progress.json").read_text(encoding="utf-8"))
     assert record["finished"]
     assert all(entry["path"].startswith("tinker://") for entry in record["checkpoints"])
@@ -644,7 +644,7 @@ def test_the_recipes_run_unchanged_and_go_on(name, tmp_path, core, monkeypatch):
 
 
 def keys(reply):
-    """The names in a reply, at every depth; null and missing are alike."""
+    """The names in a reply, at every depth; null counts as missing."""
     if isinstance(reply, dict):
         return {(k, *inner) for k, v in reply.items() if v is not None for inner in keys(v)}
     if isinstance(reply, list):

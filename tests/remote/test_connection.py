@@ -1,4 +1,4 @@
-"""What the remote backend does before, and without, an SDK."""
+"""The remote backend before, and without, an SDK."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_an_sdk_that_is_too_old_is_refused(monkeypatch, version):
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", 8000])
-def test_what_is_no_url(monkeypatch, url):
+def test_an_invalid_url_is_an_error(monkeypatch, url):
     with pytest.raises(ConfigError, match=r"base_url: not a URL"):
         ServiceClient(base_url=url)
 
@@ -109,7 +109,7 @@ def test_failing_heartbeats_are_logged_once():
     assert passed == [True, False, True, False, False, True, False, False, True]
 
 
-def test_only_what_runs_there_leaves():
+def test_only_inputs_of_the_services_loss_are_sent():
     data = [
         Datum(
             ModelInput.from_ints([1, 2]),
@@ -137,10 +137,10 @@ def test_masked_logprobs_read_zero_and_have_no_gradient():
     inputs = {"target_tokens": [2, 3], "score_mask": [0.0, 1.0]}
     datum = Datum(ModelInput.from_ints([1, 2]), inputs)
     tensor = TensorData(np.array([-1.0, -2.0]), dtype="float32")
-    found = SimpleNamespace(
+    response = SimpleNamespace(
         loss_fn_outputs=[{"logprobs": tensor}], metrics=None, loss_fn_output_type="x"
     )
-    output = convert.output_in("here", found, [datum])
+    output = convert.output_in("here", response, [datum])
     assert output.loss_fn_outputs[0]["logprobs"].tolist() == [0.0, -2.0]
     assert convert.mask_grads([datum], [torch.ones(2)])[0].tolist() == [0.0, 1.0]
 
