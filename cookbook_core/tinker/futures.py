@@ -213,7 +213,11 @@ def async_result(
     async def call(self: Client, *args: P.args, **kwargs: P.kwargs) -> T:
         return await getattr(self, method.__name__)(*args, **kwargs)
 
-    return _named_async(method, call, "its future's result")
+    signature = inspect.signature(method)
+    result = str(signature.return_annotation).partition("[")[2].removesuffix("]")
+    call = _named_async(method, call, "its future's result")
+    call.__signature__ = signature.replace(return_annotation=result)  # what help() shows
+    return call
 
 
 def _named_async(method: Any, call: Any, awaits_to: str) -> Any:

@@ -43,7 +43,7 @@ class RemoteBackend:
             run = path.removeprefix("tinker://").split("/")[0]
             sent = session.connection.client().create_rest_client().list_checkpoints(run)
             return session.connection.answer(
-                label, sent, lambda found: convert.metadata_in(where, found.checkpoints, path)
+                label, sent, lambda listed: convert.metadata_in(where, listed.checkpoints, path)
             )
 
         return session.submit(label, send)

@@ -222,7 +222,8 @@ def sampled_in(where: str, response: Any, num_samples: int) -> SampleResponse:
     """
     if len(response.sequences) != num_samples:
         what = "the service returned another number of completions"
-        raise AnswerError(where, what, expected=num_samples, got=len(response.sequences))
+        fix = "Run `cookbook check --base_url URL` to list what else the service does differently."
+        raise AnswerError(where, what, expected=num_samples, got=len(response.sequences), fix=fix)
     sequences = []
     for i, s in enumerate(response.sequences):
         tokens = np.asarray(s.tokens, dtype=np.int64)
