@@ -1,6 +1,6 @@
-"""Records the public signatures of the `tinker` SDK, for tests/test_sdk_signatures.py.
+"""Record the public signatures of the `tinker` SDK, for tests/test_sdk_signatures.py.
 
-Run it in an environment that has the SDK (it is not needed for anything else here):
+Run it in an environment with the SDK (nothing else here needs it):
 
     python scripts/record_sdk_signatures.py tests/data/tinker_0_38.json
 """
@@ -35,16 +35,16 @@ TYPES = (
 
 
 def parameters(function: object) -> list[str]:
-    """Name, kind and default of each parameter, self apart; annotations are not compared."""
-    found = []
+    """Name, kind and default of each parameter but self, without annotations."""
+    texts = []
     for p in inspect.signature(function).parameters.values():
         if p.name in ("self", "cls"):
             continue
         star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
         only = "keyword-only " if p.kind is p.KEYWORD_ONLY else ""
         default = "" if p.default is p.empty else f" = {plain(p.default)}"
-        found.append(f"{only}{star}{p.name}{default}")
-    return found
+        texts.append(f"{only}{star}{p.name}{default}")
+    return texts
 
 
 def plain(default: object) -> str:
@@ -57,31 +57,31 @@ def plain(default: object) -> str:
 
 def public_methods(cls: type) -> dict[str, list[str]]:
     """Parameters of every public method; properties map to ["property"]."""
-    found = {}
+    methods = {}
     for name in dir(cls):
         value = inspect.getattr_static(cls, name)
         if name.startswith("_") or name.startswith("model_"):
             continue
         if isinstance(value, property) or type(value).__name__ == "cached_property":
-            found[name] = ["property"]
+            methods[name] = ["property"]
         elif callable(getattr(cls, name, None)) and not isinstance(value, type):
-            found[name] = parameters(getattr(cls, name))
-    return found
+            methods[name] = parameters(getattr(cls, name))
+    return methods
 
 
 def describe(package: str) -> dict[str, dict]:
-    """Everything that is compared, of a package laid out like `tinker`."""
+    """The signatures of a package laid out like `tinker`."""
     tinker = import_module(package)
-    found: dict[str, dict] = {"clients": {}, "types": {}}
+    signatures: dict[str, dict] = {"clients": {}, "types": {}}
     for name in CLIENTS:
         cls = getattr(tinker, name)
         methods = public_methods(cls)
         if name == "ServiceClient":
             methods["__init__"] = parameters(cls.__init__)
-        found["clients"][name] = methods
+        signatures["clients"][name] = methods
     for name in TYPES:
-        found["types"][name] = parameters(getattr(tinker.types, name))
-    return found
+        signatures["types"][name] = parameters(getattr(tinker.types, name))
+    return signatures
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ PLAIN = builtin_loss("cross_entropy")
 
 
 def done(run: Callable[[], Any]) -> Future[Any]:
-    """A future that has come already."""
+    """A finished future."""
     future: Future[Any] = Future()
     try:
         future.set_result(run())
@@ -65,11 +65,11 @@ class Service:
         check_data(data, vocab_size=self.info.model_data.vocab_size or 0)
 
     def weights(self, data: list[Datum]) -> list[Datum]:
-        """What the service makes of the weights before the backward pass."""
+        """The weights that the service uses in the backward pass."""
         return data
 
     def outputs(self, data: list[Datum], output: ForwardBackwardOutput) -> ForwardBackwardOutput:
-        """What the service makes of its answer."""
+        """The output that the service returns."""
         return output
 
     def score(self, data: list[Datum], loss_fn: Any) -> ForwardBackwardOutput:
@@ -107,7 +107,7 @@ class MeanOverBatch(Service):
 
 
 class MeanOverBoth(Service):
-    """What was measured of SkyRL."""
+    """As measured on SkyRL."""
 
     def weights(self, data):
         return [reweighted(d, lambda w: w / max(w.sum(), 1e-9) / len(data)) for d in data]
@@ -154,14 +154,14 @@ class NoLogprobs(Service):
 
 
 class CustomIsPlain(Service):
-    """Whatever the loss, cross-entropy is trained."""
+    """Every custom loss is trained as cross-entropy."""
 
     def forward_backward(self, data, loss_fn, form=None):
         return super().forward_backward(data, PLAIN)
 
 
 class PaddingLeaks(Service):
-    """The shorter sequences of a batch score worse than alone."""
+    """The shorter sequences of a batch get lower logprobs than alone."""
 
     def outputs(self, data, output):
         longest = max(datum.model_input.length for datum in data)
@@ -195,7 +195,7 @@ class AbsentIsZero(Service):
 
 
 class NoNorm(Service):
-    """Reports nothing of its steps, as TuFT and SkyRL; readings are then by step."""
+    """Reports no gradient norm, as TuFT and SkyRL; gradients are then read by step."""
 
     def optim_step(self, params, after=()):
         return done(lambda: (self.inner.optim_step(params).result(), OptimStepResponse())[1])
@@ -215,7 +215,7 @@ class BetasIgnored(NoNorm):
 
 
 class Lenient(Service):
-    """Takes bad data of one kind as if nothing were."""
+    """Accepts bad data of one kind."""
 
     words = ""
 
@@ -240,7 +240,7 @@ class Accepted(Exception):
 
 
 def lenient(words: str) -> type[Service]:
-    """Accepts what is refused with these words."""
+    """A service that accepts data which the usual validation refuses with these words."""
     return type("Lenient", (Lenient,), {"words": words})
 
 
@@ -258,21 +258,21 @@ class Silent(Service):
     forward_backward = forward
 
 
-class DiesOfIt(Service):
-    dead = False
+class BrokenByRefusal(Service):
+    broken = False
 
     def check(self, data):
-        if self.dead:
+        if self.broken:
             raise RuntimeError("409 conflict")
         try:
             super().check(data)
         except DatumError:
-            self.dead = True
+            self.broken = True
             raise
 
 
-class KeepsPartOfIt(Service):
-    """The good datums in front of the bad one are accumulated before it fails."""
+class KeepsPartialGradient(Service):
+    """Good datums before the bad one are accumulated before the request fails."""
 
     def backward(self, data, loss_fn):
         try:
@@ -284,14 +284,14 @@ class KeepsPartOfIt(Service):
         return super().backward(data, loss_fn)
 
 
-class StepsBlindly(Service):
+class StepsUnchecked(Service):
     def optim_step(self, params, after=()):
         future = self.inner.optim_step(params)
         return future if future.exception() is None else done(OptimStepResponse)
 
 
 class Overtakes(Service):
-    """optim_step does not wait for a forward_backward that is under way."""
+    """optim_step does not wait for an unfinished forward_backward."""
 
     pool = ThreadPoolExecutor(1)
 
@@ -306,7 +306,7 @@ class Overtakes(Service):
 
 
 class ScoresWithOldWeights(Service):
-    """A forward behind an optim_step whose result is not there yet sees the old weights."""
+    """A forward submitted before an optim_step's result is read uses the old weights."""
 
     old: str | None = None
     names = itertools.count()
@@ -341,7 +341,7 @@ class ScoresWithOldWeights(Service):
 
 
 class Sampler:
-    """A well-behaved sampler, but for `change`."""
+    """A well-behaved sampler, which subclasses change."""
 
     def __init__(self, inner: Any) -> None:
         self.inner, self.model_data = inner, inner.model_data
@@ -368,7 +368,7 @@ class Sampler:
 
 
 class OtherEngine(Sampler):
-    """Logprobs of another dtype, but where top_k or a temperature is asked for."""
+    """Logprobs of another dtype, except with top_k or a temperature."""
 
     def logprobs(self, prompt, params, sequence):
         plain = params.top_k == -1 and params.temperature == 1
@@ -396,8 +396,8 @@ class SeedIgnored(Sampler):
 
 class PromptShifted(Sampler):
     def compute_logprobs(self, prompt):
-        found = self.inner.compute_logprobs(prompt).result()
-        return done(lambda: [None, *found[2:], found[1]])
+        logprobs = self.inner.compute_logprobs(prompt).result()
+        return done(lambda: [None, *logprobs[2:], logprobs[1]])
 
 
 class NoSampler(Service):
@@ -419,7 +419,7 @@ def sampling(kind: type[Sampler]) -> type[Service]:
 
 
 class SavesNothing(Service):
-    """What is opened for sampling is the base model."""
+    """A sampler of saved weights has the base model's."""
 
     def open_sampler(self, path):
         return self.inner._backend.create_sampler(None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cookbook_core import datum_from_prompt_completion, tinker, with_inputs
+from cookbook_core.errors import CheckpointError
 from cookbook_core.tinker import AdamParams, ModelInput, SamplingParams
 from recipes.dpo import dpo_loss
 
@@ -274,6 +276,25 @@ def test_compute_logprobs_is_the_training_forward(client, data):
     datum = tinker.Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:]})
     scored = sampler.compute_logprobs(ModelInput.from_ints(tokens)).result()
     assert scored == [None, *logprobs_of(client, [datum])[0].tolist()]
+
+
+def test_metadata_of_checkpoints(service, model_folder, tmp_path):
+    """Bug: recipes read state.json, which only a local checkpoint has."""
+    folder = model_folder("qwen3")
+    made = service.create_lora_training_client(folder, rank=2, user_metadata={"run": "a"})
+    client = made.result()
+    path = client.save_weights_for_sampler("one", user_metadata={"verdict": " yes"}).result().path
+    assert service.get_checkpoint_metadata(path) == {"run": "a", "verdict": " yes"}
+    plain = client.save_state("two").result().path
+    assert service.get_checkpoint_metadata(plain) == {"run": "a"}
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        service.get_checkpoint_metadata(str(tmp_path))
+    for text in ("{", "[]", "{}", '{"user_metadata": 3}'):
+        (Path(plain) / "state.json").write_text(text, encoding="utf-8")
+        with pytest.raises(CheckpointError, match=r"state\.json: cannot be read"):
+            service.get_checkpoint_metadata(plain)
+    (Path(plain) / "state.json").unlink()
+    assert service.get_checkpoint_metadata(plain) == {}  # as of a folder that peft wrote
 
 
 # ---- references ---------------------------------------------------------------------------------

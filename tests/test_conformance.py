@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import pytest
 
 from cookbook_core.backend.gradient_probe import NO_ANSWER, core_problems
 from cookbook_core.commands import cli
 from cookbook_core.conformance import CHECKS, CORE, Row, check_service, row_text, summary
+from cookbook_core.errors import RequestError
 from cookbook_core.tinker import TrainingClient
 from cookbook_core.types import GetServerCapabilitiesResponse, SupportedModel
 from tests import faulty_services as faulty
@@ -100,19 +103,41 @@ def test_the_core_without_reported_norms(make, kind):
     class Silent(faulty.NoNorm, kind or faulty.Service):
         pass
 
-    found = {problem.split(":")[0] for problem in core_problems(lambda: make(Silent)()._backend)}
+    problems = {problem.split(":")[0] for problem in core_problems(lambda: make(Silent)()._backend)}
     expected = ARITHMETIC.get(kind, set()) if kind else set()
     if kind is faulty.Absolute:
         expected = {*expected, "negative weights"}  # a norm has no sign, a step has
-    assert found == expected
+    assert problems == expected
 
 
 @pytest.mark.parametrize("kind", [faulty.EpsIgnored, faulty.BetasIgnored])
-def test_what_cannot_be_read_is_said(make, kind):
+def test_unreadable_gradients_are_reported(make, kind):
     (problem,) = core_problems(lambda: make(kind)()._backend)
     assert "cannot be read" in problem
     rows = list(check_service(make(kind), CORE, below=True))
     assert [row.outcome.result for row in rows] == ["cannot be read"] * len(CORE)
+
+
+@pytest.mark.parametrize("error", [TimeoutError, RequestError])
+def test_a_failed_request_is_no_problem_of_the_gradients(make, error):
+    """Bug: it was reported as one. Here each forward from the third on fails."""
+
+    class Failing(faulty.Service):
+        calls = 0
+
+        def forward(self, data, loss_fn):
+            self.calls += 1
+            if self.calls < 3:
+                return super().forward(data, loss_fn)
+            if error is TimeoutError:
+                return Future()
+            return done(lambda: (_ for _ in ()).throw(RequestError("forward", "status 503")))
+
+    class Quiet(faulty.NoNorm, Failing):
+        pass
+
+    with pytest.raises((error, concurrent.futures.TimeoutError)):
+        core_problems(lambda: make(Quiet)()._backend, timeout=0.5)
 
 
 REST = CHECKS[len(CORE) :]
@@ -127,9 +152,9 @@ REST = CHECKS[len(CORE) :]
         (faulty.FirstColumnOnly, {"[N, K] gradient"}),
         (faulty.AbsentIsZero, {"weights absent"}),
         *((faulty.lenient(words), names) for words, names in REFUSALS.items()),
-        (faulty.DiesOfIt, {"alive after a refusal", "no gradient of what failed"}),
-        (faulty.KeepsPartOfIt, {"no gradient of what failed"}),
-        (faulty.StepsBlindly, {"no step after a failure"}),
+        (faulty.BrokenByRefusal, {"alive after a refusal", "no gradient of what failed"}),
+        (faulty.KeepsPartialGradient, {"no gradient of what failed"}),
+        (faulty.StepsUnchecked, {"no step after a failure"}),
         (faulty.Overtakes, {"submission order"}),
         (faulty.ScoresWithOldWeights, {"forward sees the step"}),
         (faulty.sampling(faulty.OtherEngine), {"sampled logprobs", "saved for sampling"}),
@@ -143,38 +168,38 @@ REST = CHECKS[len(CORE) :]
     ],
 )
 def test_a_misbehaviour_is_named_and_nothing_else(make, kind, names):
-    """Of the checks in the modules of those that it trips."""
+    """Run with all checks in the modules of those that it fails."""
     modules = {check.run.__module__ for check in REST if check.name in names}
     checks = [check for check in REST if check.run.__module__ in modules]
-    rows = list(check_service(make(kind), checks, below=True, patience=20))
+    rows = list(check_service(make(kind), checks, below=True, timeout=20))
     assert failed(rows) == names
     assert {row.outcome.result for row in rows} == {"pass", "fail"}
 
 
-def test_logprobs_of_nan_are_told(make):
+def test_logprobs_of_nan_are_reported(make):
     kind = faulty.lenient("token id outside")
     checks = [check for check in REST if "unknown" in check.name]
-    rows = list(check_service(make(kind), checks, below=True, patience=20))
+    rows = list(check_service(make(kind), checks, below=True, timeout=20))
     assert {row.outcome.figure for row in rows} == {"accepted, with logprobs of NaN"}
 
 
-def test_what_hangs_is_left_behind(make):
-    """The check after it is reached, on a client of its own."""
+def test_a_hung_check_is_abandoned(make):
+    """The check after it runs, on a new client."""
     checks = [check for check in REST if check.name.startswith("refuses")]
-    rows = list(check_service(make(faulty.Hangs), checks, below=True, patience=1.0))
+    rows = list(check_service(make(faulty.Hangs), checks, below=True, timeout=1.0))
     (hung,) = [row for row in rows if row.outcome.result != "pass"]
     assert (hung.name, hung.outcome.figure) == ("refuses missing target_tokens", NO_ANSWER)
 
 
-def test_a_service_that_falls_silent(make):
-    """After a check without an answer, and none to a new client: the rest is not asked."""
+def test_a_service_that_stops_answering(make):
+    """After a check without an answer, and none to a new client, the rest is skipped."""
     made = []
 
     def client() -> TrainingClient:
         made.append(TrainingClient(faulty.Silent(make()()._backend)))
         return made[-1]
 
-    rows = list(check_service(client, REST, below=True, patience=0.2))
+    rows = list(check_service(client, REST, below=True, timeout=0.2))
     assert rows[0].outcome.figure.startswith(NO_ANSWER)
     assert {row.outcome.figure for row in rows[1:]} == {"the service no longer answers"}
     assert len(made) == 2

@@ -1,4 +1,4 @@
-"""Futures: waiting, awaiting, and errors that nobody looked at."""
+"""Futures: waiting, awaiting, and unread errors."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_client_future_can_be_used_as_the_client(service, model_folder):
     assert client.result().get_info().lora_rank == 2
 
 
-# ---- errors nobody looked at --------------------------------------------------------------------
+# ---- unread errors ------------------------------------------------------------------------------
 
 
 def failed_future(label: str = "forward_backward") -> APIFuture:
@@ -136,7 +136,7 @@ def test_the_next_call_mentions_an_unread_failure(client, random_data, caplog):
         failed.result()
 
 
-def test_optim_step_refuses_after_a_failure_nobody_read(client, random_data):
+def test_optim_step_refuses_after_an_unread_failure(client, random_data):
     """A step with part of the gradient missing would be a silently wrong step."""
     data = random_data(2)
     client.forward_backward(data, "cross_entropy").result()
@@ -149,7 +149,7 @@ def test_optim_step_refuses_after_a_failure_nobody_read(client, random_data):
     assert client.optim_step(tinker.AdamParams()).result().metrics["grad_norm"] > 0
 
 
-def test_optim_step_goes_on_once_the_failure_was_read(client, random_data):
+def test_optim_step_continues_after_the_failure_was_read(client, random_data):
     data = random_data(2)
     client.forward_backward(data, "cross_entropy").result()
     with pytest.raises(LossError):
@@ -197,29 +197,29 @@ def test_grouped_requests_run_together_and_in_order(worker):
     assert batches == [[0, 1, 2], [3], "other", [4]]
 
 
-def test_a_closed_client_says_so(service, model_folder, random_data):
+def test_a_closed_client_is_an_error(service, model_folder, random_data):
     client = service.create_lora_training_client(model_folder("qwen3"), rank=2).result()
     service.close()
     with pytest.raises(RequestError, match="forward: this client has been closed"):
         client.forward(random_data(1), "cross_entropy")
 
 
-def test_a_finished_job_is_let_go(worker):
+def test_a_finished_job_is_released(worker):
     """A batch must not stay in memory until the next request comes."""
 
     class Batch:
         pass
 
     batch = Batch()
-    held = weakref.ref(batch)
+    reference = weakref.ref(batch)
     worker.submit("use", lambda batch=batch: None).result()
     del batch
-    for _ in range(100):  # the future is done a moment before the thread lets go
+    for _ in range(100):  # the future is done a moment before the thread drops it
         gc.collect()
-        if held() is None:
+        if reference() is None:
             break
         time.sleep(0.01)
-    assert held() is None
+    assert reference() is None
 
 
 def test_cancelling_a_mapped_future_cancels_what_it_waits_for(worker):
@@ -261,7 +261,7 @@ def test_awaiting_inside_a_loss_is_refused_not_a_deadlock(client, random_data):
 def test_a_step_that_only_follows_a_failure_that_was_read_is_not_logged(
     client, random_data, caplog
 ):
-    """The loss's own error is told once: neither dropped nor later calls repeat it."""
+    """The loss's own error is logged one time: neither dropping nor later calls repeat it."""
     data = random_data(2)
     for _ in range(2):
         failed = client.forward_backward_custom(data, failing)

@@ -95,11 +95,11 @@ def test_arrays(given, dtype, expected):
     assert (theirs.sparse_crow_indices is not None) == (expected.shape[-1] == 40)
     datum = sdk.Datum(model_input=sdk_input([1, 2, 3]), loss_fn_inputs={"extra": theirs})
     [own] = sdk_objects.own_data([datum])
-    found = own.loss_fn_inputs["extra"]
-    assert found.dtype == {"f": "float32", "i": "int64"}[dtype]
-    torch.testing.assert_close(found.to_torch(), expected)
+    extra = own.loss_fn_inputs["extra"]
+    assert extra.dtype == {"f": "float32", "i": "int64"}[dtype]
+    torch.testing.assert_close(extra.to_torch(), expected)
     theirs.to_numpy()[:] = 0
-    assert found.tolist() == expected.tolist()
+    assert extra.tolist() == expected.tolist()
 
 
 def test_our_own_objects_are_not_touched(random_data):
@@ -210,8 +210,9 @@ def test_sampling(client, stop):
 
 def test_compute_logprobs(client):
     sampler = client.save_weights_and_get_sampling_client().result()
-    found = sampler.compute_logprobs(sdk_input([10, 20, 30], 1).append_int(40)).result()
-    assert found == sampler.compute_logprobs(types.ModelInput.from_ints([10, 20, 30, 40])).result()
+    logprobs = sampler.compute_logprobs(sdk_input([10, 20, 30], 1).append_int(40)).result()
+    prompt = types.ModelInput.from_ints([10, 20, 30, 40])
+    assert logprobs == sampler.compute_logprobs(prompt).result()
 
 
 # ---- refusals -----------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def test_bad_datums_are_the_usual_errors(client, random_data):
 
 
 class LaterAdamParams(sdk.AdamParams):
-    """What a later SDK might add."""
+    """As a later SDK might extend it."""
 
     momentum_decay: float | None = None
     nesterov: bool = False
@@ -267,7 +268,7 @@ def test_unknown_options_are_refused_unless_at_their_default(client, random_data
     client.forward_backward(random_data(), "cross_entropy").result()
     for option in ({"momentum_decay": 0.0}, {"nesterov": True}):
         name = next(iter(option))
-        with pytest.raises(ConfigError, match=rf"AdamParams\.{name}: not offered"):
+        with pytest.raises(ConfigError, match=rf"AdamParams\.{name}: not supported"):
             client.optim_step(LaterAdamParams(learning_rate=1e-3, **option))
     with pytest.raises(ConfigError, match=r"AdamParams\.learning_rate: out of range"):
         client.optim_step(sdk.AdamParams(learning_rate=-1.0))
@@ -280,7 +281,7 @@ def test_unknown_options_are_refused_unless_at_their_default(client, random_data
 def test_bad_sampling_options(client):
     sampler = client.save_weights_and_get_sampling_client().result()
     later = LaterSamplingParams(max_tokens=2, min_p=0.1)
-    with pytest.raises(ConfigError, match=r"SamplingParams\.min_p: not offered"):
+    with pytest.raises(ConfigError, match=r"SamplingParams\.min_p: not supported"):
         sampler.sample(sdk_input([1]), 1, later)
     with pytest.raises(ConfigError, match=r"temperature.*cannot work"):
         sampler.sample(sdk_input([1]), 1, sdk.SamplingParams(max_tokens=2, temperature=-1.0))
@@ -296,9 +297,9 @@ def test_other_optimizers_are_refused(client, service, model_folder, random_data
     with pytest.raises(ConfigError, match=r"optim_params: wrong type.*DimuonParams"):
         client.optim_step(sdk.DimuonParams(learning_rate=1e-3))
     dimuon, adam = sdk.DimuonOptimizerConfig(), sdk.AdamOptimizerConfig()
-    with pytest.raises(ConfigError, match="optimizer: not offered"):
+    with pytest.raises(ConfigError, match="optimizer: not supported"):
         service.create_lora_training_client(model_folder(), rank=4, optimizer=dimuon)
-    with pytest.raises(ConfigError, match="optimizer: not offered"):
+    with pytest.raises(ConfigError, match="optimizer: not supported"):
         service.create_training_client_from_state("x", model_folder(), optimizer=dimuon)
     made = service.create_lora_training_client(model_folder(), rank=4, optimizer=adam)
     assert made.result(60).get_info().lora_rank == 4
@@ -308,7 +309,7 @@ def test_other_optimizers_are_refused(client, service, model_folder, random_data
 
 
 def public_fields(cls: type) -> set[str]:
-    """What can be read from an instance, apart from what pydantic brings."""
+    """Attributes of an instance, without pydantic's own."""
     names = set(getattr(cls, "model_fields", ()))
     if is_dataclass(cls):
         names = {f.name for f in fields(cls)} | {
@@ -317,7 +318,7 @@ def public_fields(cls: type) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-NOT_OFFERED = {
+NOT_SUPPORTED = {
     "type",  # a tag of the wire format
     "optimizer_config",
     "model_id",
@@ -344,11 +345,11 @@ def test_results_have_what_readers_of_the_sdks_read(client, random_data, tmp_pat
         "SaveWeightsResponse": client.save_state("one", ttl_seconds=60).result(),
         "SaveWeightsForSamplerResponse": client.save_weights_for_sampler("two").result(),
     }
-    for name, found in results.items():
-        missing = public_fields(getattr(sdk.types, name)) - set(dir(found))
-        assert missing <= NOT_OFFERED, (name, missing)
-        again = pickle.loads(pickle.dumps(found))
-        assert type(again) is type(found)
+    for name, result in results.items():
+        missing = public_fields(getattr(sdk.types, name)) - set(dir(result))
+        assert missing <= NOT_SUPPORTED, (name, missing)
+        again = pickle.loads(pickle.dumps(result))
+        assert type(again) is type(result)
     logprobs = pickle.loads(pickle.dumps(results["ForwardBackwardOutput"])).loss_fn_outputs[0]
     assert logprobs["logprobs"] == results["ForwardBackwardOutput"].loss_fn_outputs[0]["logprobs"]
 
@@ -356,11 +357,11 @@ def test_results_have_what_readers_of_the_sdks_read(client, random_data, tmp_pat
 def test_results_go_into_the_sdks_own_objects(client, random_data):
     """Logprobs as an input of the next request: as a tensor, an array or a list."""
     data = [sdk_datum(datum) for datum in random_data(n=3)]
-    found = [
+    logprobs = [
         out["logprobs"] for out in client.forward(data, "cross_entropy").result().loss_fn_outputs
     ]
-    forms = (found[0].to_torch(), found[1].to_numpy(), found[2].tolist())
-    advantages = [np.ones(f.shape, np.float32) for f in found]
+    forms = (logprobs[0].to_torch(), logprobs[1].to_numpy(), logprobs[2].tolist())
+    advantages = [np.ones(lp.shape, np.float32) for lp in logprobs]
     rows = [
         sdk.Datum(
             model_input=d.model_input,
@@ -381,5 +382,5 @@ def test_the_service_is_a_context_manager(make_service, model_folder):
         client = service.create_lora_training_client(model_folder(), rank=4).result(60)
         assert client.get_info().lora_rank == 4
     assert service.close("success", detail="again").result() is None
-    with pytest.raises(ValueError, match="create_rest_client: there is no service"):
+    with pytest.raises(ValueError, match=r"create_rest_client\(\): not supported locally"):
         service.create_rest_client()

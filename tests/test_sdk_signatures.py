@@ -1,16 +1,18 @@
 """Our client against the `tinker` SDK's recorded signatures: same names, parameters, defaults.
 
-Recorded by scripts/record_sdk_signatures.py from SDK 0.38. Every deliberate difference is named
-below with its reason; the test fails on one that is not named and on one that is named in vain.
+Recorded by scripts/record_sdk_signatures.py from SDK 0.38. Every deliberate difference is listed
+below with its reason; the test fails on one that is not listed, and on a listed one that is gone.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 
+from cookbook_core import tinker
 from scripts.record_sdk_signatures import describe
 
 RECORDED = json.loads(
@@ -30,6 +32,7 @@ DIFFERENT_METHODS = {
     ("ServiceClient", "close"): "status has a default: there is no session to account for",
     ("ServiceClient", "copy_weights"): SERVICE_ONLY,
     ("ServiceClient", "create_custom_loss"): "uploads a loss; here any loss runs in one pass",
+    ("ServiceClient", "get_checkpoint_metadata"): "in the SDK, through its REST client's lists",
     ("ServiceClient", "get_console_url"): SERVICE_ONLY,
     ("ServiceClient", "get_telemetry"): SERVICE_ONLY,
     ("ServiceClient", "holder"): "internal to the SDK",
@@ -47,11 +50,11 @@ MISSING_FIELDS = {
     ("GetInfoResponse", "optimizer_config"): "AdamW is the only optimizer",
     ("LoadWeightsResponse", "model_id"): "the client knows its own",
     ("LoadWeightsResponse", "type"): TYPE_TAG,
-    ("SampleResponse", "prompt_alt_tokens"): "not offered; refused when asked for",
+    ("SampleResponse", "prompt_alt_tokens"): "not supported; an error unless left out",
     ("SampleResponse", "prompt_logprobs_np"): "given as the list prompt_logprobs",
-    ("SampleResponse", "target_prompt_logprobs"): "not offered; refused when asked for",
+    ("SampleResponse", "target_prompt_logprobs"): "not supported; an error unless left out",
     ("SampleResponse", "topk_prompt_logprobs_np"): "given as the list topk_prompt_logprobs",
-    ("SampledSequence", "topk_logprobs_np"): "not offered; refused when asked for",
+    ("SampledSequence", "topk_logprobs_np"): "not supported; an error unless left out",
     ("SaveWeightsForSamplerResponse", "type"): TYPE_TAG,
     ("SaveWeightsResponse", "type"): TYPE_TAG,
     ("TensorData", "sparse_col_indices"): "sparse saves bytes on a wire; stored dense here",
@@ -87,11 +90,21 @@ def test_fields_are_the_sdks(name):
     assert [p for p in theirs if p in ours] == [p for p in ours if p in theirs]
 
 
-def test_what_is_said_to_be_missing_is_missing():
-    """Two of those that exist differ in their parameters only, one is ours alone."""
-    there = {(c, m) for c, m in DIFFERENT_METHODS if m in OURS["clients"][c]}
-    assert there == {
-        ("SamplingClient", "sample_batch"),
-        ("ServiceClient", "__init__"),
-        ("ServiceClient", "close"),
-    }
+def test_what_is_named_as_missing_is_missing():
+    """Two that exist differ in their parameters; two are this package's own."""
+    present = {name for cls, name in DIFFERENT_METHODS if name in OURS["clients"][cls]}
+    assert present == {"__init__", "close", "get_checkpoint_metadata", "sample_batch"}
+
+
+@pytest.mark.parametrize("name", ["ServiceClient", "TrainingClient", "SamplingClient"])
+def test_async_names_are_documented_coroutines(name):
+    """Each has its sibling's signature and text, and awaits."""
+    cls = getattr(tinker, name)
+    names = [n for n in dir(cls) if n.endswith("_async")]
+    assert len(names) >= 3
+    for n in names:
+        method, sibling = getattr(cls, n), getattr(cls, n.removesuffix("_async"))
+        assert inspect.iscoroutinefunction(method)
+        assert (method.__name__, method.__module__) == (n, sibling.__module__)
+        assert inspect.signature(method).parameters == inspect.signature(sibling).parameters
+        assert inspect.getdoc(method).endswith(inspect.getdoc(sibling))

@@ -1,7 +1,7 @@
 """Thinking Machines' `tinker-cookbook`, its own helpers and training loops, on this backend.
 
-Skipped where it or the `tinker` SDK is not installed. Its loops make their client themselves, as
-`tinker.ServiceClient(...)`; that one name is set to ours, and nothing else of theirs is touched.
+Skipped where it or the `tinker` SDK is not installed. Its loops make their own client with
+`tinker.ServiceClient(...)`; only that name is replaced, by this package's.
 """
 
 # ruff: noqa: E402 (what is imported late may not be installed)
@@ -41,7 +41,7 @@ from recipes.dpo import dpo_loss
 
 ASSETS = Path(tinker.__file__).parents[1] / "assets"
 MODEL = str(ASSETS / "tiny_model")
-RENDERER = "qwen3_instruct"  # the tiny model's chat template, in the cookbook's words
+RENDERER = "qwen3_instruct"  # the cookbook's name for the tiny model's chat template
 ROWS = 24
 
 
@@ -134,9 +134,9 @@ def test_their_nll_is_ours(client, renderer):
     theirs = [conversation_to_datum(row, renderer, None, reduction="none") for row in rows]
     weights = [datum.loss_fn_inputs["weights"] for datum in theirs]
     output = client.forward_backward(theirs, "cross_entropy").result()
-    found = compute_mean_nll([out["logprobs"] for out in output.loss_fn_outputs], weights)
+    mean_nll = compute_mean_nll([out["logprobs"] for out in output.loss_fn_outputs], weights)
     tokens = sum(float(w.to_torch().sum()) for w in weights)
-    assert found == pytest.approx(output.loss / tokens, rel=1e-5)
+    assert mean_nll == pytest.approx(output.loss / tokens, rel=1e-5)
 
     sampler = client.save_weights_and_get_sampling_client().result()
     tokenizer = client.get_tokenizer()
@@ -144,12 +144,12 @@ def test_their_nll_is_ours(client, renderer):
     with pytest.warns(DeprecationWarning, match="NLLEvaluator"):
         trained = asyncio.run(NLLEvaluator(theirs, tokenizer=tokenizer)(client))
     assert sampled == pytest.approx(trained, rel=1e-5)
-    assert sampled["test/nll"] == pytest.approx(found, rel=1e-5)
+    assert sampled["test/nll"] == pytest.approx(mean_nll, rel=1e-5)
 
 
-def test_their_supervised_loop_learns_and_goes_on(on_this_machine, tmp_path):
+def test_their_supervised_loop_learns_and_resumes(on_this_machine, tmp_path):
     """`supervised.train.main` as it is: held-out NLL falls, checkpoints are written, and a second
-    call goes on from the last of them. Its first NLL is the one our own forward gives."""
+    call resumes from the last of them. Its first NLL is that of this package's forward."""
     file = tmp_path / "rows.jsonl"
     rows = [[*row["prompt"], *row["completion"]] for row in rows_of("sft_train.jsonl", 40)]
     lines = [json.dumps({"messages": messages}) for messages in rows]
@@ -187,9 +187,9 @@ def test_their_completers(client, renderer):
     messages = [{"role": "user", "content": "What is 2 + 3?"}]
     prompt = renderer.build_generation_prompt(messages)
     complete = TinkerTokenCompleter(sampler, max_tokens=8, context_window=512)
-    found = asyncio.run(complete(prompt, stop=renderer.get_stop_sequences()))
-    assert len(found.tokens) == len(found.maybe_logprobs) > 0
-    assert found.stop_reason in ("stop", "length")
+    completion = asyncio.run(complete(prompt, stop=renderer.get_stop_sequences()))
+    assert len(completion.tokens) == len(completion.maybe_logprobs) > 0
+    assert completion.stop_reason in ("stop", "length")
     say = TinkerMessageCompleter(sampler, renderer, max_tokens=8)
     assert asyncio.run(say(messages))["role"] == "assistant"
 

@@ -1,8 +1,8 @@
-"""Whether a service computes the gradient it is asked for: the core of `cookbook check`.
+"""Check that a service computes right gradients: the core of `cookbook check`.
 
 A custom loss reaches a service as the surrogate sum(-w * l): logprobs l, weights w of any sign and
-size. That is the loss's gradient only if the service adds up -w * dl over all positions of all
-datums. Means over weights or over the batch give another gradient, and say nothing.
+size. Its gradient is the loss's only if the service sums -w * dl over all positions of all datums.
+Means over weights or over the batch give another gradient without any error.
 
 A gradient is read as one number, in one of two ways:
 
@@ -10,7 +10,7 @@ A gradient is read as one number, in one of two ways:
     step    Adam with betas 0 and an eps far above |g| moves the weights by lr * g / eps, so the
             change of the probe's logprobs is proportional to the gradient, its sign included
 
-Readings are compared with each other only, so no scale needs to be known.
+Readings are only compared with each other, so their scale does not matter.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from cookbook_core.backend.interface import TrainingBackend
 from cookbook_core.builtin_losses import builtin_loss
 from cookbook_core.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
 
-PATIENCE = 120.0
-"""Seconds that one request may take; the first one may load or compile a model."""
+TIMEOUT_SECONDS = 120.0
+"""Of one request; the first one may load or compile a model."""
 
 EPS = 1e4
 """Adam's eps for readings by step: far above every element of a gradient."""
@@ -38,77 +38,92 @@ SAME_PATH = 0.15
 """Largest difference (nats) between two ways to score a token; bfloat16 gives up to 0.1."""
 
 TOLERANCE = 0.3
-"""Of a ratio, relative; what is to be told apart differs by factors of 2 or more."""
+"""Of a ratio, relative; the errors to detect change it by factors of 2 or more."""
 
 TARGETS = (0.5, 4.0, 16.0)
-"""Change (nats, summed over the probe's 36 tokens) to read by; the second where float32 is not."""
+"""Changes (nats, summed over the probe's 36 tokens) to try to read gradients by: larger ones for
+services that compute in less than float32."""
 
 NO_ANSWER = "no answer in time"
 LOSS = builtin_loss("cross_entropy")
 
 Calls: TypeAlias = Sequence[Sequence[Datum]]
-"""Batches, each handed to forward_backward in a call of its own."""
+"""Batches, each the argument of one forward_backward."""
 
 
 class CannotBeRead(Exception):
-    """No number proportional to the gradient comes out of this service."""
+    """No response of this service is proportional to the gradient."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One property of a service's arithmetic.
+    """One property of a service's gradients.
 
-    ok: None where it cannot be read.
-    figure: what was measured, and what should have been.
+    Attributes:
+        ok: None where it cannot be read.
+        figure: the measured and the right value, with units.
+        error: what a request raised, so that nothing was measured; None otherwise.
     """
 
     name: str
     ok: bool | None
     figure: str
+    error: Exception | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.figure}"
+        return f"{self.name}: {'cannot be read: ' * (self.ok is None)}{self.figure}"
 
 
-def core_problems(make_training: Callable[[], TrainingBackend]) -> list[str]:
-    """What is wrong with a service's arithmetic; empty where a custom loss trains as it should.
+def core_problems(
+    make_training: Callable[[], TrainingBackend], timeout: float = TIMEOUT_SECONDS
+) -> list[str]:
+    """Errors in a service's gradients; empty if a custom loss trains as it should.
 
     Args:
-        make_training: a new adapter, used up by this: its weights are changed, perhaps ruined.
+        make_training: returns a new adapter, whose weights are changed and perhaps ruined.
+        timeout: seconds for one request.
+    Raises:
+        Exception: what a request raised, a TimeoutError for instance, if nothing that was measured
+            is wrong: then the gradients may be right.
     """
-    return [str(reading) for reading in measure(make_training()) if not reading.ok]
+    readings = [reading for reading in measure(make_training(), timeout) if not reading.ok]
+    problems = [str(reading) for reading in readings if reading.error is None]
+    errors = [reading.error for reading in readings if reading.error is not None]
+    if errors and not problems:
+        raise errors[0]
+    return problems
 
 
-def measure(training: TrainingBackend, patience: float = PATIENCE) -> list[Reading]:
+def measure(training: TrainingBackend, timeout: float = TIMEOUT_SECONDS) -> list[Reading]:
     """All readings of one adapter, whose weights they may ruin: some 60 requests of few tokens."""
     try:
-        found = [_same_logprobs(training, patience)]
-        if not found[0].ok:
-            return found
-        reader = GradientReader(training, patience)
+        readings = [_same_logprobs(training, timeout)]
+        if not readings[0].ok:
+            return readings
+        reader = GradientReader(training, timeout)
         uphill = reader.uphill()
     except CannotBeRead as error:
-        return [Reading("gradient", None, f"cannot be read: {error}")]
+        return [Reading("gradient", None, str(error))]
     except Exception as error:
-        return [Reading("requests", False, said(error))]
-    way = f"a step {'raises' if uphill else 'lowers'} the logprobs of what is weighted"
-    found.append(Reading("sign", uphill, way))
+        return [Reading("requests", False, error_line(error), error)]
+    change = f"a step {'raises' if uphill else 'lowers'} the logprobs of what is weighted"
+    readings.append(Reading("sign", uphill, change))
     for case in cases(training):
-        found.append(_measured(reader, *case))
-        if found[-1].figure == NO_ANSWER:
+        readings.append(_measured(reader, *case))
+        if readings[-1].figure == NO_ANSWER:
             break
-    return found
+    return readings
 
 
-def said(error: BaseException) -> str:
-    """An error in one line; a time-out as what it is."""
+def error_line(error: BaseException) -> str:
+    """An error in one line; NO_ANSWER for a timeout."""
     if isinstance(error, TimeoutError | concurrent.futures.TimeoutError):
         return NO_ANSWER
     first = (str(error).strip() or "no message").splitlines()[0]
     return f"{type(error).__name__}: {first:.110}"
 
 
-# ---- the probe and what is asked of it -------------------------------------------------------
+# ---- the probe and its cases -----------------------------------------------------------------
 
 
 def probe_datums(training: TrainingBackend) -> list[Datum]:
@@ -120,7 +135,8 @@ def probe_datums(training: TrainingBackend) -> list[Datum]:
 
 
 def cases(training: TrainingBackend) -> list[tuple[str, float, Calls, Calls]]:
-    """Name, the right ratio, and the calls of which the first reading is divided by the second.
+    """(name, right ratio, calls, reference calls): the ratio is the calls' reading over the
+    reference's.
 
     Negative weights come last: a service that divides by their sum ruins the adapter.
     """
@@ -142,7 +158,7 @@ def cases(training: TrainingBackend) -> list[tuple[str, float, Calls, Calls]]:
 
 
 def weigh(datum: Datum, weights: Any) -> Datum:
-    """The datum with these weights (a number: all the same) of its target_tokens."""
+    """The datum with its target_tokens and these weights: a number, or one for each target."""
     targets = datum.loss_fn_inputs["target_tokens"]
     full = np.broadcast_to(np.asarray(weights, dtype=np.float32), targets.shape)
     return Datum(datum.model_input, {"target_tokens": targets, "weights": full})
@@ -153,11 +169,11 @@ def _weighted(ids: Any, targets: Any, weights: Any) -> Datum:
     return Datum(ModelInput.from_ints([int(i) for i in ids]), inputs)
 
 
-def _same_logprobs(training: TrainingBackend, patience: float) -> Reading:
+def _same_logprobs(training: TrainingBackend, timeout: float) -> Reading:
     data = probe_datums(training)
-    forward = training.forward(data, LOSS).result(patience)
-    backward = training.forward_backward(data, LOSS).result(patience)
-    training.optim_step(_adam(0.0)).result(patience)
+    forward = training.forward(data, LOSS).result(timeout)
+    backward = training.forward_backward(data, LOSS).result(timeout)
+    training.optim_step(_adam(0.0)).result(timeout)
     gap = difference(arrays(forward), arrays(backward))
     shapes = [a.shape for a in arrays(forward)] == [(14,), (5,), (9,), (8,)]
     below = all((a <= 1e-3).all() for a in arrays(forward))
@@ -171,7 +187,7 @@ def arrays(output: ForwardBackwardOutput) -> list[np.ndarray]:
 
 
 def difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
-    """The largest difference of entries, in nats; inf for other shapes or what is not finite."""
+    """The largest difference of entries, in nats; inf for unequal shapes or non-finite entries."""
     if [x.shape for x in a] != [x.shape for x in b]:
         return math.inf
     gap = max((float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True) if x.size), default=0)
@@ -184,15 +200,16 @@ def _measured(
     try:
         ratio = reader.ratio(lambda: reader.add(calls), lambda: reader.add(reference), expected)
     except CannotBeRead as error:
-        return Reading(name, None, f"cannot be read: {error}")
+        return Reading(name, None, str(error))
     except Exception as error:
-        return Reading(name, False, said(error))
-    want = reader.wanted(expected)
-    return Reading(name, is_near(ratio, want), f"{ratio:.3g} of the reference, right is {want:.3g}")
+        return Reading(name, False, error_line(error), error)
+    right = reader.right_ratio(expected)
+    figure = f"{ratio:.3g} of the reference, right is {right:.3g}"
+    return Reading(name, is_near(ratio, right), figure)
 
 
 def is_near(ratio: float, expected: float) -> bool:
-    """Whether a ratio of readings is what it should be, rounding and curvature allowed for."""
+    """Whether a ratio of readings is right, up to rounding and curvature."""
     return abs(ratio - expected) <= TOLERANCE * max(abs(expected), 0.5)
 
 
@@ -200,14 +217,18 @@ def is_near(ratio: float, expected: float) -> bool:
 
 
 class GradientReader:
-    """Turns accumulated gradients into numbers proportional to them; each reading uses one up.
+    """Reads accumulated gradients as numbers proportional to them; each reading uses one up.
+
+    Args:
+        training: the adapter; readings by step change its weights.
+        timeout: seconds for one request.
 
     Raises:
         CannotBeRead: the service reports no norm, and its steps are not proportional to gradients.
     """
 
-    def __init__(self, training: TrainingBackend, patience: float = PATIENCE) -> None:
-        self._training, self._patience = training, patience
+    def __init__(self, training: TrainingBackend, timeout: float = TIMEOUT_SECONDS) -> None:
+        self._training, self._timeout = training, timeout
         self._data = probe_datums(training)
         self._rate, self._height = 0.0, math.nan
         self.add([self._data])
@@ -219,7 +240,7 @@ class GradientReader:
         """Accumulate the surrogate's gradient of each batch."""
         futures = [self._training.forward_backward(list(batch), LOSS) for batch in calls]
         for future in futures:
-            future.result(self._patience)
+            future.result(self._timeout)
 
     def ratio(
         self, submit: Callable[[], Any], reference: Callable[[], Any], expected: float = 1.0
@@ -227,23 +248,24 @@ class GradientReader:
         """The gradient that `submit` accumulates, in units of that of `reference`.
 
         Args:
-            submit: accumulates, and waits until that is done.
-            reference: the same.
-            expected: readings by step are shortened by this, to stay where they are linear.
+            submit: accumulates a gradient, and returns when that is done.
+            reference: likewise.
+            expected: the right ratio, by which steps are shortened to stay where the model is
+                linear in them.
         """
         if not self.by_norm:
-            self._height = self._probe_sum()  # others may have moved the weights
+            self._height = self._probe_sum()  # the weights may have changed since
         unit = self._read(reference, 1.0)
         if not math.isfinite(unit) or (not self.by_norm and abs(unit) < 0.02):
             raise CannotBeRead(f"the reference reads {unit:.3g}")
         return self._read(submit, max(1.0, abs(expected))) / unit
 
-    def wanted(self, ratio: float) -> float:
-        """What a right `ratio` reads: norms have no sign."""
+    def right_ratio(self, ratio: float) -> float:
+        """How this reader reads a right `ratio`: a norm has no sign."""
         return abs(ratio) if self.by_norm else ratio
 
     def uphill(self) -> bool:
-        """Whether a step on positive weights raises their logprobs; moves the weights a little."""
+        """Whether a step on positive weights raises their logprobs; changes weights a little."""
         if not self.by_norm:
             return self._rate > 0
         rate, start = 1e-6, self._probe_sum()
@@ -267,7 +289,7 @@ class GradientReader:
 
     def _step(self, rate: float, eps: float = EPS) -> float | None:
         """One optimizer step without memory; the gradient norm if the service reports it."""
-        response = self._training.optim_step(_adam(rate, eps)).result(self._patience)
+        response = self._training.optim_step(_adam(rate, eps)).result(self._timeout)
         for key, value in (response.metrics or {}).items():
             name = key.lower().replace("unclipped", "")
             if re.search(r"grad.*(norm|l2)", name) and "clip" not in name and math.isfinite(value):
@@ -275,7 +297,7 @@ class GradientReader:
         return None
 
     def _probe_sum(self) -> float:
-        output = self._training.forward(self._data, LOSS).result(self._patience)
+        output = self._training.forward(self._data, LOSS).result(self._timeout)
         return float(sum(a.sum() for a in arrays(output)))
 
     def _moved(self, rate: float, eps: float = EPS, weight: float = 1.0) -> float:
@@ -285,10 +307,10 @@ class GradientReader:
         return self._height - before
 
     def _calibrate(self) -> None:
-        """Find the learning rate at which the probe moves by TARGETS nats, and try it out.
+        """Find the learning rate at which the probe changes by TARGETS nats, and verify it.
 
-        Twice the eps must give half the change (eps is used, and far above the gradient), and a
-        gradient of zero none (nothing is remembered, no weights decay).
+        Doubling eps must halve the change (eps is used, and far above the gradient), and a zero
+        gradient must give none (no moments, no weight decay).
         """
         self._height = self._probe_sum()
         halved = idle = math.nan
@@ -307,7 +329,7 @@ class GradientReader:
                 return
         raise CannotBeRead(
             "no gradient norm is reported, and steps are not proportional to the gradient (Adam's "
-            f"eps or betas not as asked): {halved:.2g} at twice the eps, right is 0.5; "
+            f"eps or betas are ignored): {halved:.2g} at twice the eps, right is 0.5; "
             f"{idle:.2g} without a gradient, right is 0"
         )
 

@@ -1,8 +1,9 @@
-"""What a backend must do. The client above knows only this; `local` and a remote service fit it.
+"""The interface of a backend: `local` and `remote` implement it, and the clients use nothing else.
 
-Every method that touches a model returns a `concurrent.futures.Future` at once, and the requests
-of one backend run one after another in the order they were made. A backend knows no loss: it
-turns datums into logprobs, hands them to the loss it was given, and pushes the gradient back.
+Every method that uses a model returns a `concurrent.futures.Future` at once, and the requests of
+one backend run one after another in the order of submission. Invalid arguments are raised at once
+or by the future; a request that fails changes nothing. A backend knows no loss: it computes
+logprobs, calls the loss it is given, and propagates the loss's gradient.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from cookbook_core.types import (
 
 
 class SamplingBackend(Protocol):
-    """One fixed set of weights to generate from."""
+    """One fixed set of weights to generate from; later training does not change it."""
 
     model_data: ModelData
+    """The base model's name, vocabulary and context, as far as they are known."""
 
     def sample(
         self,
@@ -39,7 +41,23 @@ class SamplingBackend(Protocol):
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
     ) -> Future[SampleResponse]:
-        """Completions of one prompt."""
+        """Draw completions of one prompt.
+
+        Args:
+            prompt: token ids, at least one.
+            num_samples: completions to draw.
+            params: max_tokens, temperature, top_k, top_p, stop and seed; the same seed draws the
+                same tokens.
+            include_prompt_logprobs: also log p of each prompt token.
+            topk_prompt_logprobs: also the k likeliest tokens at each prompt position.
+
+        Returns:
+            A response of exactly num_samples sequences: token ids, and one logprob (nats) for each
+            under the distribution at the request's temperature, before top_k and top_p.
+
+        Raises:
+            DatumError, ConfigError: at once, if the request cannot be served.
+        """
         ...
 
     def sample_batch(
@@ -49,11 +67,15 @@ class SamplingBackend(Protocol):
         ...
 
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
-        """log p of each prompt token given those before it, nats; None at position 0."""
+        """log p (nats) of each prompt token given those before it; None at position 0.
+
+        Raises:
+            DatumError: at once; fewer than 2 tokens, or tokens that do not fit the model.
+        """
         ...
 
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer of the base model."""
+        """The Hugging Face tokenizer of the base model; may block while it loads."""
         ...
 
 
@@ -61,9 +83,23 @@ class TrainingBackend(Protocol):
     """One adapter in training: its weights, accumulated gradients and optimizer."""
 
     info: GetInfoResponse
+    """The adapter's id and rank, and its base model."""
 
     def forward(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[ForwardBackwardOutput]:
-        """Logprobs and the value of the loss; leaves no trace."""
+        """Compute logprobs and the loss; change neither gradients nor weights.
+
+        Args:
+            data: D datums with target_tokens `(N_i,)` or `(N_i, K)`, validated by the client.
+            loss_fn: called one time with `data` and D logprob tensors in the shape of
+                target_tokens, in nats, on the CPU.
+
+        Returns:
+            loss_fn_outputs[i]["logprobs"] in the shape of target_tokens, float32 or better;
+            metrics "loss" and the loss's own.
+
+        Raises:
+            LossError: from the future; the loss raised or returned something invalid.
+        """
         ...
 
     def forward_backward(
@@ -72,13 +108,40 @@ class TrainingBackend(Protocol):
         loss_fn: LossFn,
         loss_type_input: LossTypeInput = "logprobs",
     ) -> Future[ForwardBackwardOutput]:
-        """Add the loss's gradient to what is accumulated; on any error add nothing."""
+        """`forward`, and add the loss's gradient to the accumulated one; on an error add nothing.
+
+        Gradients of several calls add up, without any division, until `optim_step` uses them.
+
+        Args:
+            data: as for `forward`. At positions where a "score_mask" is 0, logprobs may be left
+                uncomputed: they read 0.0 and get no gradient.
+            loss_fn: called exactly one time, in this request's place in the queue.
+            loss_type_input: "vocab_logprobs" gives the loss `(N_i, V)` log p of every token; a
+                backend may refuse it with a ConfigError.
+
+        Returns:
+            as `forward`; metrics also "passes" (forwards of the model, 1 or 2) and "tokens".
+
+        Raises:
+            LossError: from the future; also for a gradient that is not finite.
+        """
         ...
 
     def optim_step(
         self, params: AdamParams, after: Sequence[Future[Any]] = ()
     ) -> Future[OptimStepResponse]:
-        """Step, unless one of the earlier requests `after` failed: then change nothing."""
+        """Take one AdamW step on the accumulated gradient, and clear it.
+
+        Args:
+            params: torch.optim.AdamW's, and the gradient norm to clip to.
+            after: earlier requests; if one of them failed, nothing is changed.
+
+        Returns:
+            metrics "lr" and, where known, "grad_norm" (before clipping) and "update_norm".
+
+        Raises:
+            RequestError: from the future; no gradient was accumulated, or one of `after` failed.
+        """
         ...
 
     def save(
@@ -89,43 +152,83 @@ class TrainingBackend(Protocol):
         overwrite: bool = False,
         user_metadata: dict[str, str] | None = None,
     ) -> Future[str]:
-        """Write a checkpoint; the result is its path."""
+        """Write a checkpoint, whole or not at all; the result is its path.
+
+        Args:
+            name: one path component.
+            for_sampler: the weights alone; else the optimizer's state too.
+            overwrite: replace other weights of this name, which are an error otherwise.
+            user_metadata: text that `Backend.checkpoint_metadata` returns.
+
+        Raises:
+            CheckpointError: at once or from the future.
+        """
         ...
 
     def load(self, path: str, *, with_optimizer: bool) -> Future[None]:
-        """Take over what was saved at `path`."""
+        """Replace the weights by those saved at `path`, and discard accumulated gradients.
+
+        The optimizer's state becomes the saved one, or is reset.
+
+        Raises:
+            CheckpointError: from the future; the checkpoint does not fit, and nothing has changed.
+        """
         ...
 
     def open_sampler(self, path: str) -> Future[SamplingBackend]:
-        """Weights saved at `path`."""
+        """A sampler of the weights saved at `path`; this adapter stays as it is."""
         ...
 
     def snapshot(self) -> Future[SamplingBackend]:
-        """The weights as they are at this point of the queue."""
+        """A sampler of the weights as they are at this point of the queue."""
         ...
 
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer of the base model."""
+        """The Hugging Face tokenizer of the base model; may block while it loads."""
         ...
 
 
 class Backend(Protocol):
-    """One base model, and everything made from it."""
+    """One base model, its queue, and the adapters and samplers made from it."""
 
     def create_training(
         self, lora: LoraConfig, user_metadata: dict[str, str] | None = None
     ) -> Future[TrainingBackend]:
-        """A fresh adapter."""
+        """A fresh adapter, which leaves the base model's logprobs unchanged.
+
+        Args:
+            lora: rank, seed (the same seed gives the same bytes) and which layers get LoRA.
+            user_metadata: text kept with the adapter's checkpoints, or with its run at a service.
+
+        Raises:
+            ModelError, ConfigError: from the future.
+        """
         ...
 
     def restore_training(self, path: str, *, with_optimizer: bool) -> Future[TrainingBackend]:
-        """An adapter as saved at `path`."""
+        """An adapter with the weights (and the optimizer's state) saved at `path`.
+
+        Raises:
+            CheckpointError: at once or from the future.
+        """
         ...
 
     def create_sampler(self, path: str | None) -> Future[SamplingBackend]:
-        """Weights saved at `path`, or the bare base model."""
+        """A sampler of the weights saved at `path` or, for None, of the bare base model.
+
+        Raises:
+            CheckpointError: at once or from the future.
+        """
+        ...
+
+    def checkpoint_metadata(self, path: str) -> Future[dict[str, str]]:
+        """The user_metadata saved with the checkpoint at `path`; empty if it has none.
+
+        Raises:
+            CheckpointError: at once or from the future; no such checkpoint, or a damaged one.
+        """
         ...
 
     def close(self) -> None:
-        """Serve what is queued, then let go."""
+        """Finish queued requests, then free the model."""
         ...

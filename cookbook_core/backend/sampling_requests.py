@@ -1,4 +1,4 @@
-"""A request to sample, and the checks it must pass before any work is done."""
+"""A request to sample, and its validation before any work is done."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cookbook_core.errors import ConfigError, DatumError, is_finite, raise_all
 from cookbook_core.types import Datum, ModelData, ModelInput, SamplingParams
 
 MOST_SAMPLES = 65_536
-"""Completions of one prompt in one request: a row of state is kept for each."""
+"""Completions of one prompt in one request: each needs a row of state in memory."""
 LEAST_TEMPERATURE = 1e-6
-"""Of those above 0: logits divided by less leave the range of float32."""
+"""Smallest temperature above 0: logits divided by less overflow float32."""
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One prompt, how many completions of it, and what to report about the prompt."""
+    """One prompt, the number of its completions, and which logprobs of the prompt to report."""
 
     prompt: list[int]
     num_samples: int
@@ -34,12 +34,12 @@ def check_prompt(prompt: object, where: str) -> list[int]:
     """The token ids of a prompt.
 
     Raises:
-        DatumError: it is no ModelInput.
+        DatumError: not a ModelInput.
     """
     if not isinstance(prompt, ModelInput):
         got = f"{type(prompt).__name__} {prompt!r:.80}"
-        mend = "Wrap token ids with ModelInput.from_ints()."
-        raise DatumError(f"{where}.prompt", "wrong type", expected="ModelInput", got=got, fix=mend)
+        fix = "Wrap token ids with ModelInput.from_ints()."
+        raise DatumError(f"{where}.prompt", "wrong type", expected="ModelInput", got=got, fix=fix)
     return prompt.to_ints()
 
 
@@ -51,7 +51,10 @@ def sampling_request(
     include_prompt_logprobs: bool,
     topk_prompt_logprobs: int,
 ) -> SampleRequest:
-    """The request of a `sample`, checked against what is known of the model.
+    """The validated request of a `sample`.
+
+    The arguments are those of `SamplingBackend.sample`; sizes that `model` does not know are not
+    checked.
 
     Raises:
         DatumError, ConfigError: as for `check_prompt` and `check_request`.
@@ -63,10 +66,10 @@ def sampling_request(
 
 
 def prompt_datum(model: ModelData, prompt: object) -> Datum:
-    """The datum whose logprobs a `compute_logprobs` asks for: every token after the first.
+    """The datum that a `compute_logprobs` scores: every token after the first is a target.
 
     Raises:
-        DatumError: it is no ModelInput, has fewer than 2 tokens, or does not fit the model.
+        DatumError: not a ModelInput, fewer than 2 tokens, or tokens that do not fit the model.
     """
     inputs, targets = shift_tokens(check_prompt(prompt, "compute_logprobs"))
     datum = Datum(ModelInput.from_ints(inputs), {"target_tokens": targets})
@@ -81,25 +84,32 @@ def check_request(
     max_context: int | None,
     where: str = "sample",
 ) -> None:
-    """Refuse a request that cannot be served, before any work is done.
+    """Validate a request before any work is done.
 
     Args:
-        request: what to check.
-        vocab_size: ids must be below this; None where it is not known.
+        request: the request.
+        vocab_size: ids must be below this; None if it is unknown.
         max_context: most tokens of prompt and completion together; None for no limit.
-        where: how errors call the request.
+        where: the request's name in errors.
 
     Raises:
-        DatumError: the prompt is empty or holds an id outside the vocabulary.
-        ConfigError: any other value that cannot work.
+        DatumError: the prompt is empty or has an id outside the vocabulary.
+        ConfigError: another value is invalid.
     """
     prompt, params = request.prompt, request.params
     if not prompt:
-        raise DatumError(f"{where}.prompt", "is empty", expected="at least 1 token", got="0")
+        fix = "Start it with the model's first token (bos) or a chat template."
+        raise DatumError(f"{where}.prompt", "is empty", expected="at least 1 token", fix=fix)
     raise_all(input_problems(f"{where}.prompt", prompt, vocab_size))
     if not isinstance(params, SamplingParams):
         got = f"{type(params).__name__} {params!r:.80}"
-        raise ConfigError(f"{where}.params", "wrong type", expected="SamplingParams", got=got)
+        raise ConfigError(
+            f"{where}.params",
+            "wrong type",
+            expected="SamplingParams",
+            got=got,
+            fix="Pass tinker.SamplingParams(max_tokens=...).",
+        )
     problems = [
         ConfigError(f"{where}.{name}", "cannot work", expected=expected, got=repr(got))
         for name, good, expected, got in _parameter_checks(request, vocab_size)
@@ -117,16 +127,15 @@ def check_request(
     if max_context is None and params.max_tokens is None:
         raise ConfigError(
             f"{where}.params.max_tokens",
-            "nothing bounds the completion",
-            expected="a number, since this model states no context limit",
-            got=None,
+            "missing: this model states no context limit, so nothing bounds the completion",
+            fix="Pass max_tokens.",
         )
 
 
 def _parameter_checks(
     request: SampleRequest, vocab_size: int | None
 ) -> Iterator[tuple[str, bool, str, Any]]:
-    """Yield (field, is it good, the rule, the value) for everything but the prompt."""
+    """Yield (field, whether it is valid, the rule, the value) for everything but the prompt."""
     params = request.params
 
     def whole(value: Any, low: float, high: float = math.inf) -> bool:
@@ -144,10 +153,10 @@ def _parameter_checks(
     good = longest is None or whole(longest, 1)
     yield "params.max_tokens", good, "an integer >= 1, or None for the context limit", longest
     yield "params.seed", seed is None or whole(seed, -math.inf), "an integer or None", seed
-    warmth = params.temperature
-    good = is_finite(warmth) and (warmth == 0 or warmth >= LEAST_TEMPERATURE)
+    temperature = params.temperature
+    good = is_finite(temperature) and (temperature == 0 or temperature >= LEAST_TEMPERATURE)
     rule = f"0 (greedy), or finite and >= {LEAST_TEMPERATURE}"
-    yield "params.temperature", good, rule, warmth
+    yield "params.temperature", good, rule, temperature
     good = is_finite(params.top_p) and 0 < params.top_p <= 1
     yield "params.top_p", good, "in (0, 1]", params.top_p
     good = whole(params.top_k, -1, 2**62) and params.top_k != 0

@@ -1,7 +1,7 @@
-"""What a training run relies on, checked against a service: `cookbook check`.
+"""Check a service for everything that a training run relies on: `cookbook check`.
 
-Each check is a function of a `Subject` that gives an `Outcome`; `CHECKS` is the list of them. One
-that fails, raises or hangs does not keep the others from running.
+Each check is a function from a `Subject` to an `Outcome`; `CHECKS` lists them. A check that fails,
+raises or hangs does not stop the others.
 """
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from cookbook_core.backend.gradient_probe import NO_ANSWER, PATIENCE, CannotBeRead, said
+from cookbook_core.backend.gradient_probe import (
+    NO_ANSWER,
+    TIMEOUT_SECONDS,
+    CannotBeRead,
+    error_line,
+)
 from cookbook_core.conformance import gradients, requests, sampling
 from cookbook_core.conformance.report import Outcome, Row, row_text, summary
 from cookbook_core.conformance.subject import NotOffered, Subject, logprobs
@@ -20,7 +25,12 @@ __all__ = ["CHECKS", "CORE", "Check", "Outcome", "Row", "check_service", "row_te
 
 
 class Check(NamedTuple):
-    """harm: what a failure does to a training run, one sentence."""
+    """One row of the table.
+
+    Attributes:
+        run: the check.
+        harm: what a failure does to a training run, one sentence.
+    """
 
     name: str
     run: Callable[[Subject], Outcome]
@@ -72,7 +82,7 @@ CORE: tuple[Check, ...] = (
     ),
 )
 
-_HARM_BAD = "A mistake in the data is trained on, and no error says so."
+_HARM_BAD = "A mistake in the data is trained on without an error."
 
 CHECKS: tuple[Check, ...] = (
     *CORE,
@@ -162,12 +172,12 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "save and load",
         sampling.load_weights,
-        "An interrupted run does not go on from where it was; a reference is not the reference.",
+        "An interrupted run resumes from other weights; a reference is not the reference.",
     ),
     Check(
         "save and load, optimizer",
         sampling.load_optimizer,
-        "An interrupted run goes on with another step size: losses jump after each restart.",
+        "An interrupted run resumes with another step size: losses jump after each restart.",
     ),
     _refuses(  # last: in SkyRL one NaN spoils the weights of every client, until a restart
         "a weight of NaN", requests.nan_weight, "One NaN ends the run's weights for good."
@@ -180,28 +190,27 @@ def check_service(
     checks: Sequence[Check] = CHECKS,
     *,
     below: bool,
-    patience: float = PATIENCE,
+    timeout: float = TIMEOUT_SECONDS,
 ) -> Iterator[Row]:
-    """Run the checks one after another; gives a row as each is done.
+    """Run the checks one after another; yield a row as each finishes.
 
     Args:
-        make_client: a training client of the service, with a fresh LoRA adapter.
-        checks: which.
-        below: send bad input past this package's own refusals, to the service itself.
-        patience: seconds for a request; a check gets three times as many.
+        make_client: returns a training client of the service, with a fresh LoRA adapter.
+        checks: the checks to run.
+        below: send bad input past this package's own validation, to the service itself.
+        timeout: seconds for a request; a check gets three times as many.
     """
-    subject = Subject(make_client, below=below, patience=patience)
-    silent = False
+    subject = Subject(make_client, below=below, timeout=timeout)
+    unresponsive = False
     for check in checks:
-        if silent:
+        if unresponsive:
             outcome = Outcome("cannot be read", "the service no longer answers")
         else:
-            outcome = _run(check.run, subject, 3 * patience)
+            outcome = _run(check.run, subject, 3 * timeout)
             if outcome.result != "pass":
-                subject.forget()
+                subject.replace_client()
             if outcome.figure.startswith(NO_ANSWER):
-                probe = _run(_answers, subject, 3 * patience)
-                silent = probe.result != "pass"
+                unresponsive = _run(_answers, subject, 3 * timeout).result != "pass"
         yield Row(check.name, outcome, check.harm)
 
 
@@ -211,7 +220,7 @@ def _answers(s: Subject) -> Outcome:
 
 
 def _run(run: Callable[[Subject], Outcome], subject: Subject, seconds: float) -> Outcome:
-    """Run in a thread of its own, which is left behind when it hangs."""
+    """Run a check in a thread of its own, which is abandoned if it hangs."""
     outcomes: list[Outcome] = []
 
     def work() -> None:
@@ -222,7 +231,7 @@ def _run(run: Callable[[Subject], Outcome], subject: Subject, seconds: float) ->
         except CannotBeRead as error:
             outcomes.append(Outcome("cannot be read", str(error)))
         except Exception as error:
-            outcomes.append(Outcome("fail", said(error)))
+            outcomes.append(Outcome("fail", error_line(error)))
 
     thread = threading.Thread(target=work, name="cookbook-check", daemon=True)
     thread.start()

@@ -12,8 +12,8 @@ from cookbook_core.backend.gradient_probe import (
     CannotBeRead,
     arrays,
     difference,
+    error_line,
     is_near,
-    said,
     weigh,
 )
 from cookbook_core.conformance.report import Outcome, passes
@@ -22,19 +22,19 @@ from cookbook_core.tinker import Datum
 
 
 def arithmetic(name: str) -> Callable[[Subject], Outcome]:
-    """The reading of this name, out of those that the core takes together."""
+    """The check of one reading; all are taken together by `gradient_probe.measure`."""
 
     def check(s: Subject) -> Outcome:
-        found = s.readings()
-        if name in found:
-            reading = found[name]
+        readings = s.readings()
+        if name in readings:
+            reading = readings[name]
             if reading.ok is None:
                 raise CannotBeRead(reading.figure)
             return passes(reading.ok, reading.figure)
-        last = list(found.values())[-1]
+        last = list(readings.values())[-1]
         if last.name == "requests" and name == "forward equals forward_backward":
             return Outcome("fail", last.figure)
-        raise CannotBeRead(last.figure.removeprefix("cannot be read: "))
+        raise CannotBeRead(last.figure)
 
     return check
 
@@ -42,7 +42,7 @@ def arithmetic(name: str) -> Callable[[Subject], Outcome]:
 def custom_loss(s: Subject) -> Outcome:
     """The loss sum(l * l) / 2, whose surrogate has the weights -l, all positive.
 
-    Both together give twice the surrogate's gradient; with the sign wrong they would cancel.
+    Loss and surrogate together give twice the surrogate's gradient; with a wrong sign they cancel.
     """
 
     def loss(data: list[Datum], lps: list[Any]) -> tuple[Any, dict[str, float]]:
@@ -61,7 +61,7 @@ def custom_loss(s: Subject) -> Outcome:
 
 
 def ragged(s: Subject) -> Outcome:
-    """One batch of lengths 1, 33, 2 and 12 scores as four batches of one."""
+    """One batch of lengths 1, 33, 2 and 12 gives the logprobs of four batches of one."""
     client = s.client()
     data = [s.datum(n, seed) for seed, n in enumerate((1, 33, 2, 12))]
     gap = difference(logprobs(client, data), [logprobs(client, [d])[0] for d in data])
@@ -69,39 +69,39 @@ def ragged(s: Subject) -> Outcome:
 
 
 def several_targets(s: Subject) -> Outcome:
-    """The logprobs of [N, K] targets are those of K batches of [N]."""
+    """The logprobs of [N, K] targets equal those of K batches of [N]."""
     client = s.client()
     datum, singles = _several(s)
     try:
-        found = arrays(client.forward([datum], "cross_entropy").result())[0]
+        scored = arrays(client.forward([datum], "cross_entropy").result())[0]
     except Exception as error:
-        raise NotOffered(said(error)) from error
-    if found.shape != (6, 3):
-        return Outcome("fail", f"logprobs of shape {found.shape} for targets (6, 3)")
-    gap = difference(list(found.T), [logprobs(client, [single])[0] for single in singles])
+        raise NotOffered(error_line(error)) from error
+    if scored.shape != (6, 3):
+        return Outcome("fail", f"logprobs of shape {scored.shape} for targets (6, 3)")
+    gap = difference(list(scored.T), [logprobs(client, [single])[0] for single in singles])
     return passes(gap <= SAME_PATH, f"logprobs differ by {gap:.2g} nats")
 
 
 def several_gradient(s: Subject) -> Outcome:
-    """The gradient of [N, K] targets is that of K calls with [N]."""
+    """The gradient of [N, K] targets equals that of K calls with [N]."""
     reader, (datum, singles) = s.reader(), _several(s)
     try:
         reader.add([[datum]])
     except Exception as error:
-        s.forget()
-        raise NotOffered(said(error)) from error
+        s.replace_client()
+        raise NotOffered(error_line(error)) from error
     s.client().optim_step(IDLE).result()
     return _ratio(s, lambda: reader.add([[datum]]), lambda: reader.add([[d] for d in singles]))
 
 
 def weights_absent(s: Subject) -> Outcome:
-    """No weights means weights of 1, as in the SDK's own cross_entropy."""
+    """Missing weights count as 1, as in the SDK's own cross_entropy."""
     reader, bare, full = s.reader(), s.datum(9, weights=None), s.datum(9)
     try:
-        s.send([bare]).result(s.patience)
+        s.send([bare]).result(s.timeout)
     except Exception as error:
-        s.forget()
-        raise NotOffered(said(error)) from error
+        s.replace_client()
+        raise NotOffered(error_line(error)) from error
     s.client().optim_step(IDLE).result()
     return _ratio(s, lambda: s.send([bare]).result(), lambda: reader.add([[full]]))
 

@@ -1,4 +1,4 @@
-"""What a check found, and how the table shows it."""
+"""The outcome of a check, and its row in the table."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ ORDER: tuple[Result, ...] = ("pass", "fail", "not offered", "cannot be read")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one check found.
+    """The result of one check.
 
-    figure: what was measured, with its unit, or the error.
+    Attributes:
+        figure: the measured value with its unit, or the error.
     """
 
     result: Result
@@ -26,7 +27,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. harm: what a failure does to a training run."""
+    """A row of the table.
+
+    Attributes:
+        harm: what a failure does to a training run.
+    """
 
     name: str
     outcome: Outcome
@@ -34,12 +39,12 @@ class Row:
 
 
 def passes(good: bool, figure: str) -> Outcome:
-    """A pass where `good`, else a fail."""
+    """A pass if `good`, else a fail."""
     return Outcome("pass" if good else "fail", figure)
 
 
 def row_text(row: Row, names: int) -> str:
-    """Name (in `names` characters), result, figure; under what did not pass, what that does."""
+    """Name (padded to `names` characters), result and figure; below a failure, its harm."""
     width = max(80, shutil.get_terminal_size((100, 24)).columns)
     head = f"{row.name:{names}}  {row.outcome.result:14}  "
     lines = textwrap.wrap(
@@ -54,6 +59,6 @@ def row_text(row: Row, names: int) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How many passed, failed, were not offered and could not be read."""
+    """Counts of checks that passed, failed, were not offered and could not be read."""
     counts = Counter(row.outcome.result for row in rows)
     return ", ".join(f"{counts[result]} {result}" for result in ORDER if counts[result])

@@ -1,4 +1,4 @@
-"""Checks of requests: bad input is refused, a refusal leaves no trace, and the order holds."""
+"""Checks of requests: bad input is refused without side effects, and requests run in order."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cookbook_core.backend.gradient_probe import (
     CannotBeRead,
     arrays,
     difference,
+    error_line,
     is_near,
-    said,
 )
 from cookbook_core.conformance.report import Outcome, passes
 from cookbook_core.conformance.subject import IDLE, RATE, Subject, logprobs
@@ -53,7 +53,7 @@ def short_weights(s: Subject) -> list[Datum]:
 
 
 def nan_weight(s: Subject) -> list[Datum]:
-    """A weight that is no number."""
+    """A weight of NaN."""
     return [s.datum(5, weights=[1.0, 1.0, np.nan, 1.0, 1.0])]
 
 
@@ -69,38 +69,39 @@ def no_datums(s: Subject) -> list[Datum]:
 
 
 def refuses(bad: Callable[[Subject], list[Datum]]) -> Callable[[Subject], Outcome]:
-    """An error in time, whatever its words; accepting `bad` fails.
+    """The check that `bad` data raise an error, whatever its text, before the timeout.
 
-    So does an answer that only this package refuses: the service has worked on it by then.
+    A result that only this package rejects is a failure too: the service has computed it by then.
     """
 
     def check(s: Subject) -> Outcome:
         data = bad(s)
         try:
-            output = s.send(data).result(min(s.patience, 60))
+            output = s.send(data).result(min(s.timeout, 60))
         except Exception as error:
-            if said(error) == NO_ANSWER:
-                s.forget()
+            if error_line(error) == NO_ANSWER:
+                s.replace_client()
                 return Outcome("fail", NO_ANSWER)
             if data:
                 s.refused = data
             if isinstance(error, AnswerError):
-                s.forget()
-                return Outcome("fail", f"accepted; this package refuses the answer: {said(error)}")
-            _replace_dead_client(s)
-            return Outcome("pass", f"{s.refuser(error)}{said(error)}")
+                s.replace_client()
+                figure = f"accepted; this package refuses the answer: {error_line(error)}"
+                return Outcome("fail", figure)
+            _replace_broken_client(s)
+            return Outcome("pass", f"{s.refuser(error)}{error_line(error)}")
         finite = all(np.isfinite(a).all() for a in arrays(output))
-        s.forget()
+        s.replace_client()
         return Outcome("fail", "accepted" if finite else "accepted, with logprobs of NaN")
 
     return check
 
 
 def alive(s: Subject) -> Outcome:
-    """After a refusal the same client gives the same logprobs, trains and steps."""
+    """After a refusal the same client returns the same logprobs, trains and steps."""
     client, data = s.client(), s.data()
     before = logprobs(client, data)
-    _be_refused(s, [])
+    _expect_refusal(s, [])
     after = logprobs(client, data)
     client.forward_backward(data, "cross_entropy").result()
     client.optim_step(IDLE).result()
@@ -109,11 +110,11 @@ def alive(s: Subject) -> Outcome:
 
 
 def no_partial_gradient(s: Subject) -> Outcome:
-    """A good datum in a batch that is refused adds nothing to the next gradient."""
+    """A good datum in a refused batch adds nothing to the next gradient."""
     reader, good = s.reader(), s.datum(9)
 
     def submit() -> None:
-        _be_refused(s, [good])
+        _expect_refusal(s, [good])
         reader.add([[good]])
 
     ratio = reader.ratio(submit, lambda: reader.add([[good]]))
@@ -121,26 +122,26 @@ def no_partial_gradient(s: Subject) -> Outcome:
 
 
 def no_blind_step(s: Subject) -> Outcome:
-    """An optim_step behind a forward_backward that failed must fail too."""
+    """An optim_step after a failed forward_backward fails too."""
     if s.refused is None:
-        raise CannotBeRead("nothing that was sent has been refused")
+        raise CannotBeRead("the service has refused no batch")
     failing = None
-    with contextlib.suppress(Exception):  # refused on this side, at once
+    with contextlib.suppress(Exception):  # refused by this package, before it is sent
         failing = s.send(s.refused)
     try:
-        s.step_blindly().result(s.patience)
+        s.step_unchecked().result(s.timeout)
         outcome = Outcome("fail", "optim_step succeeded")
     except Exception as error:
-        outcome = passes(said(error) != NO_ANSWER, f"{s.refuser(error)}{said(error)}")
+        outcome = passes(error_line(error) != NO_ANSWER, f"{s.refuser(error)}{error_line(error)}")
     if failing is not None:
         with contextlib.suppress(Exception):
-            failing.result(s.patience)
-    _replace_dead_client(s)
+            failing.result(s.timeout)
+    _replace_broken_client(s)
     return outcome
 
 
 def submission_order(s: Subject) -> Outcome:
-    """optim_step, submitted before forward_backward is done, uses that gradient."""
+    """An optim_step submitted before forward_backward has finished uses its gradient."""
     client, data = s.client(), s.data()
     before = logprobs(client, data)
     backward = client.forward_backward(data, "cross_entropy")
@@ -152,7 +153,7 @@ def submission_order(s: Subject) -> Outcome:
 
 
 def forward_sees_step(s: Subject) -> Outcome:
-    """Forward, submitted before optim_step is done, scores with the new weights."""
+    """A forward submitted before optim_step has finished uses the new weights."""
     client, data = s.client(), s.data()
     before = logprobs(client, data)
     client.forward_backward(data, "cross_entropy").result()
@@ -167,22 +168,22 @@ def forward_sees_step(s: Subject) -> Outcome:
     return passes(gap <= 0.1 * shift, f"{gap:.2g} nats from the new weights, moved by {shift:.2g}")
 
 
-def _be_refused(s: Subject, good: list[Datum]) -> None:
-    """Send, behind good datums, what the service has refused before."""
+def _expect_refusal(s: Subject, good: list[Datum]) -> None:
+    """Send good datums followed by a batch that the service has refused before."""
     if s.refused is None:
-        raise CannotBeRead("nothing that was sent has been refused")
+        raise CannotBeRead("the service has refused no batch")
     try:
-        s.send([*good, *s.refused]).result(s.patience)
+        s.send([*good, *s.refused]).result(s.timeout)
     except Exception as error:
-        if said(error) == NO_ANSWER:
+        if error_line(error) == NO_ANSWER:
             raise
         return
-    raise CannotBeRead("what was refused once is accepted now")
+    raise CannotBeRead("the service now accepts a batch that it refused before")
 
 
-def _replace_dead_client(s: Subject) -> None:
-    """A client that a refusal killed is no one's fault but that of the check `alive`."""
+def _replace_broken_client(s: Subject) -> None:
+    """Replace a client broken by a refused request; only the check `alive` reports that."""
     try:
         logprobs(s.client(), [s.datum(3)])
     except Exception:
-        s.forget()
+        s.replace_client()

@@ -1,13 +1,13 @@
-"""Checks of sampling, and of what is saved and loaded.
+"""Checks of sampling, saving and loading.
 
-Those of sampling share one snapshot and must see no training in between.
+Those of sampling share one snapshot: the shared client must not be trained between them.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from cookbook_core.backend.gradient_probe import SAME_PATH, CannotBeRead, difference, said
+from cookbook_core.backend.gradient_probe import SAME_PATH, CannotBeRead, difference, error_line
 from cookbook_core.conformance.report import Outcome, passes
 from cookbook_core.conformance.subject import (
     RATE,
@@ -30,7 +30,7 @@ def sampled_logprobs(s: Subject) -> Outcome:
 
 
 def truncated_logprobs(s: Subject) -> Outcome:
-    """With top_k the logprobs are still those of the whole distribution."""
+    """With top_k the logprobs are still those over the whole vocabulary."""
     return _sampled(s, s.sampler(), top_k=2)
 
 
@@ -39,19 +39,19 @@ def tempered_logprobs(s: Subject) -> Outcome:
     sampler, prompt = s.sampler(), s.prompt()
     params = SamplingParams(max_tokens=1, temperature=2.0, seed=3, stop=[])
     sequences = sampler.sample(prompt, 24, params).result().sequences
-    found = {q.tokens[0]: q.logprobs[0] for q in sequences if q.logprobs}
-    if len(found) < 3:
-        raise CannotBeRead(f"{len(found)} different tokens with logprobs in 24 samples")
-    data = [_scored([*prompt.to_ints(), token]) for token in found]
+    drawn = {q.tokens[0]: q.logprobs[0] for q in sequences if q.logprobs}
+    if len(drawn) < 3:
+        raise CannotBeRead(f"{len(drawn)} different tokens with logprobs in 24 samples")
+    data = [_scored([*prompt.to_ints(), token]) for token in drawn]
     p = np.array([lp[-1] for lp in logprobs(s.client(), data)])
-    q = np.array(list(found.values()))
+    q = np.array(list(drawn.values()))
     slope = float(np.cov(p, q)[0, 1] / np.var(p, ddof=1))
     figure = f"slope of log q over log p {slope:.3g}, right is 0.5 (1 at temperature 1)"
     return passes(abs(slope - 0.5) < 0.15, figure)
 
 
 def seeds(s: Subject) -> Outcome:
-    """The same seed draws the same tokens, another seed others."""
+    """The same seed draws the same tokens, another seed other tokens."""
     sampler, prompt = s.sampler(), s.prompt()
     drawn = []
     for seed in (5, 5, 6):
@@ -64,20 +64,20 @@ def seeds(s: Subject) -> Outcome:
 
 
 def prompt_logprobs(s: Subject) -> Outcome:
-    """compute_logprobs: None for the first token, then forward's."""
+    """compute_logprobs returns None for the first token, then forward's logprobs."""
     sampler, prompt = s.sampler(), s.prompt()
     try:
-        found = sampler.compute_logprobs(prompt).result()
+        returned = sampler.compute_logprobs(prompt).result()
     except Exception as error:
-        raise NotOffered(said(error)) from error
-    if len(found) != prompt.length or found[0] is not None or None in found[1:]:
-        return Outcome("fail", f"{found!r:.60}")
-    mine = logprobs(s.client(), [_scored(prompt.to_ints())])[0]
-    return _near(np.abs(np.array(found[1:], np.float64) - mine))
+        raise NotOffered(error_line(error)) from error
+    if len(returned) != prompt.length or returned[0] is not None or None in returned[1:]:
+        return Outcome("fail", f"{returned!r:.60}")
+    scored = logprobs(s.client(), [_scored(prompt.to_ints())])[0]
+    return _near(np.abs(np.array(returned[1:], np.float64) - scored))
 
 
 def saved_for_sampler(s: Subject) -> Outcome:
-    """Weights saved for a sampler give the snapshot's greedy tokens and forward's logprobs."""
+    """A sampler of saved weights gives the snapshot's greedy tokens and forward's logprobs."""
     sampler, client = s.sampler(), s.client()
     path = client.save_weights_for_sampler(fresh_name(), ttl_seconds=3600).result().path
     saved = client.create_sampling_client(path).result()
@@ -92,7 +92,7 @@ def saved_for_sampler(s: Subject) -> Outcome:
 
 
 def load_weights(s: Subject) -> Outcome:
-    """load_state brings the weights of save_state back."""
+    """load_state restores the weights of save_state."""
     client, data = s.client(), s.data()
     start = logprobs(client, data)
     path = client.save_state(fresh_name(), ttl_seconds=3600).result().path
@@ -104,7 +104,7 @@ def load_weights(s: Subject) -> Outcome:
 
 
 def load_optimizer(s: Subject) -> Outcome:
-    """The step after load_state_with_optimizer is the one that followed save_state."""
+    """A step after load_state_with_optimizer equals the step after save_state."""
     client, data, other = s.client(), s.data(), [s.datum(11, seed=8)]
     train(client, data, 4)
     start = logprobs(client, other)
@@ -118,7 +118,7 @@ def load_optimizer(s: Subject) -> Outcome:
 
 
 def _sampled(s: Subject, sampler: SamplingClient, top_k: int) -> Outcome:
-    """Sample from one, score the same tokens with the other."""
+    """Compare the logprobs of sampled tokens with those that forward gives them."""
     params = SamplingParams(max_tokens=16, temperature=1.0, top_k=top_k, seed=1, stop=[])
     prompt = s.prompt()
     sequences = sampler.sample(prompt, 4, params).result().sequences

@@ -1,4 +1,4 @@
-"""What the checks examine: training clients of one service, and data for them."""
+"""The subject of the checks: training clients of one service, and data for them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cookbook_core.backend.gradient_probe import (
     GradientReader,
     Reading,
     arrays,
+    error_line,
     measure,
-    said,
     weigh,
 )
 from cookbook_core.tinker import (
@@ -27,31 +27,30 @@ from cookbook_core.tinker import (
 )
 
 RATE = 2e-3
-"""Learning rate of steps that must be seen: large."""
+"""Learning rate of steps that must change logprobs visibly: large."""
 
 IDLE = AdamParams(learning_rate=0.0, beta1=0.0, beta2=0.0)
-"""Uses up what is accumulated and changes no weight."""
+"""A step that uses up the accumulated gradient and changes no weight."""
 
 
 class NotOffered(Exception):
-    """The service says that it does not do this."""
+    """The service refuses this request altogether."""
 
 
 class Subject:
     """Clients of one service, made when a check needs one.
 
     Args:
-        make_client: a new training client with a fresh LoRA adapter.
-        below: whether bad input goes past this package's client straight to its backend, so that
-            it is the service that has to refuse it. False for the local backend, whose first
-            line of defence is the client.
-        patience: seconds for one request.
+        make_client: returns a new training client with a fresh LoRA adapter.
+        below: pass bad input to the backend past this package's client, so that the service must
+            refuse it. False for the local backend, for which the client validates.
+        timeout: seconds for one request.
     """
 
     def __init__(
-        self, make_client: Callable[[], TrainingClient], *, below: bool, patience: float
+        self, make_client: Callable[[], TrainingClient], *, below: bool, timeout: float
     ) -> None:
-        self._make_client, self.below, self.patience = make_client, below, patience
+        self._make_client, self.below, self.timeout = make_client, below, timeout
         self._client: TrainingClient | None = None
         self._sampler: SamplingClient | None = None
         self._reader: GradientReader | None = None
@@ -60,31 +59,31 @@ class Subject:
         """A batch that the service has refused."""
 
     def client(self) -> TrainingClient:
-        """The client that checks share; whoever uses it leaves no gradient accumulated."""
+        """The client that checks share; each check leaves no gradient accumulated."""
         if self._client is None:
             self._client = self._make_client()
         return self._client
 
-    def forget(self) -> None:
-        """Let the next check start with a client of its own: this one may be spoilt."""
+    def replace_client(self) -> None:
+        """Give the next check a new client, since this one may be broken."""
         self._client = self._sampler = self._reader = None
 
     def readings(self) -> dict[str, Reading]:
-        """The arithmetic of the service, by name; taken once, on an adapter that it uses up."""
+        """The readings of the service's gradients, by name; taken on a new adapter, and cached."""
         if self._readings is None:
             backend = self._make_client()._backend
-            self._readings = {r.name: r for r in measure(backend, self.patience)}
+            self._readings = {r.name: r for r in measure(backend, self.timeout)}
         return self._readings
 
     def reader(self) -> GradientReader:
-        """Reads gradients accumulated by the shared client."""
+        """A reader of the gradients that the shared client accumulates."""
         if self._reader is None:
-            self._reader = GradientReader(self.client()._backend, self.patience)
+            self._reader = GradientReader(self.client()._backend, self.timeout)
         return self._reader
 
     def sampler(self) -> SamplingClient:
-        """The shared client's weights to sample from, after training that makes them unlike the
-        base model's.
+        """A sampler of the shared client's weights, trained until they differ from the base
+        model's.
 
         Raises:
             NotOffered: the service cannot sample.
@@ -103,39 +102,39 @@ class Subject:
                 self._sampler = client.save_weights_and_get_sampling_client().result()
                 self._sampler.sample(self.prompt(), 1, greedy(1)).result()
             except Exception as error:
-                raise NotOffered(said(error)) from error
+                raise NotOffered(error_line(error)) from error
         return self._sampler
 
     def send(self, data: list[Datum]) -> Any:
-        """Submit a forward_backward that may be refused; the future's result() tells."""
+        """Submit a forward_backward that may be refused, which the future's result() raises."""
         client = self.client()
         if self.below:
             return client._backend.forward_backward(data, LOSS)
         return client.forward_backward(data, "cross_entropy")
 
     def refuser(self, error: BaseException) -> str:
-        """Put before an error of bad input that never reached the service; "" where it did."""
+        """Prefix for the error of bad input: "not sent: " if it did not reach the service."""
         causes = error.__cause__, getattr(error.__cause__, "__cause__", None)
         reached = any(hasattr(cause, "status_code") for cause in causes)
         return "" if reached or not self.below else "not sent: "
 
-    def step_blindly(self) -> Any:
-        """Submit an optim_step without a look at what came before."""
+    def step_unchecked(self) -> Any:
+        """Submit an optim_step without checking the requests before it."""
         client = self.client()
         adam = AdamParams(learning_rate=1e-4)
         return client._backend.optim_step(adam) if self.below else client.optim_step(adam)
 
     def ids(self, n: int, seed: int = 0) -> list[int]:
-        """Random token ids below 256, which any vocabulary has."""
+        """Random token ids below 256, which are in any vocabulary."""
         top = min(self.client().get_info().model_data.vocab_size or 256, 256)
         return np.random.default_rng(seed).integers(top // 16, top, n).tolist()
 
     def datum(self, n: int, seed: int = 0, **inputs: Any) -> Datum:
-        """N random tokens that predict the next ones, with weights 1 unless others are given."""
+        """A datum of n random tokens with weights 1; `inputs` replace its own, None removes one."""
         ids = self.ids(n + 1, seed)
-        given = {"target_tokens": ids[1:], "weights": np.ones(n)} | inputs
-        kept = {key: value for key, value in given.items() if value is not None}
-        return Datum(ModelInput.from_ints(ids[:-1]), kept)
+        merged = {"target_tokens": ids[1:], "weights": np.ones(n)} | inputs
+        present = {key: value for key, value in merged.items() if value is not None}
+        return Datum(ModelInput.from_ints(ids[:-1]), present)
 
     def data(self) -> list[Datum]:
         """A batch of unequal lengths."""
@@ -147,22 +146,22 @@ class Subject:
 
 
 def logprobs(client: TrainingClient, data: Sequence[Datum]) -> list[np.ndarray]:
-    """What forward says of each datum's target_tokens, nats."""
+    """Forward's logprobs of each datum's target_tokens, nats."""
     return arrays(client.forward(list(data), "cross_entropy").result())
 
 
 def train(client: TrainingClient, data: Sequence[Datum], steps: int, rate: float = RATE) -> None:
-    """Steps on the cross-entropy of the data, each waited for."""
+    """Step on the cross-entropy of the data, waiting for each step."""
     for _ in range(steps):
         client.forward_backward(list(data), "cross_entropy").result()
         client.optim_step(AdamParams(learning_rate=rate)).result()
 
 
 def greedy(max_tokens: int) -> SamplingParams:
-    """The likeliest token each time, never stopping early."""
+    """Parameters that draw the likeliest token each time, without stopping early."""
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=[])
 
 
 def fresh_name() -> str:
-    """For a checkpoint that this run alone writes."""
+    """A checkpoint name that no other run uses."""
     return f"check-{uuid.uuid4().hex[:8]}"

@@ -1,29 +1,34 @@
-"""Futures of requests: wait, await, and hear of errors that nobody looked at."""
+"""Futures of requests: wait for them, await them, and log errors that nobody read."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
+import inspect
 import logging
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
-from typing import Any, Generic, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from cookbook_core.backend.threads import in_worker_thread
 from cookbook_core.errors import RequestError
 
 T = TypeVar("T")
+P = ParamSpec("P")
+Client = TypeVar("Client")
 logger = logging.getLogger("cookbook_core")
 
 
 class Outcome:
-    """What became of one request, and whether anybody looked.
+    """The outcome of one request, and whether its caller knows it.
 
-    read: the caller has had the result or the error in hand.
-    mentioned: a later call of the client has said that nobody has read it.
-    reported: the error has been logged with its traceback, because nobody had read it.
-    after: requests whose failure alone makes this one fail; once that is known, this says nothing.
+    Attributes:
+        read: the caller has received the result or the error.
+        mentioned: a later call of the client has logged that the error is unread.
+        reported: the unread error has been logged with its traceback.
+        after: requests whose failure makes this one fail; if theirs is known, this is not logged.
     """
 
     def __init__(self, label: str, future: Future[Any]) -> None:
@@ -39,8 +44,8 @@ class Outcome:
 
     @property
     def known(self) -> bool:
-        """Whether the caller has heard of the error, or of its cause, in any way."""
-        return self.read or self.mentioned or self.reported or self._only_follows()
+        """Whether the caller has read the error, or it or its cause has been logged."""
+        return self.read or self.mentioned or self.reported or self._follows_known_error()
 
     def error(self) -> BaseException | None:
         """The exception of a finished, failed request; None otherwise."""
@@ -48,23 +53,23 @@ class Outcome:
             return None
         return self.future.exception()
 
-    def _only_follows(self) -> bool:
+    def _follows_known_error(self) -> bool:
         error = self.error()
         if error is None:
             return False
         return any(o.error() is error.__cause__ and (o.read or o.reported) for o in self.after)
 
     def drop(self) -> None:
-        """The caller let go of the future."""
+        """The caller has dropped its last reference to the future."""
         self._dropped = True
         self._report()
 
     def _report(self) -> None:
-        """Log the error of a dropped future once, as asyncio does."""
+        """Log the unread error of a dropped future, as asyncio does; a second call does nothing."""
         with self._lock:
             if self.read or self.reported or not self._dropped:
                 return
-            error = None if self._only_follows() else self.error()
+            error = None if self._follows_known_error() else self.error()
             self.reported = error is not None
         if error is not None:
             logger.error(
@@ -73,10 +78,10 @@ class Outcome:
 
 
 class APIFuture(Generic[T]):
-    """A result that will come: `.result()` in plain code, `await` in async code.
+    """A result to come: call `.result()` in plain code, `await` it in async code.
 
-    Names and behaviour of the `tinker` SDK's APIFuture. When a failed future is dropped without
-    anybody having looked, its error is logged with its traceback.
+    Names and behaviour of the `tinker` SDK's APIFuture. If a failed future is dropped unread, its
+    error is logged with its traceback.
     """
 
     def __init__(self, future: Future[T], label: str = "request") -> None:
@@ -84,14 +89,14 @@ class APIFuture(Generic[T]):
         self.outcome = Outcome(label, future)
 
     def result(self, timeout: float | None = None) -> T:
-        """Wait up to `timeout` seconds (None: for ever) and return the result.
+        """Wait up to `timeout` seconds (None: without limit) and return the result.
 
         Raises:
-            TimeoutError: not there in time; the request goes on.
-            RequestError: called inside a loss function on a request that has yet to run.
+            TimeoutError: no result in time; the request continues.
+            RequestError: called inside a loss function on a request that has not finished.
             Exception: whatever the request raised.
         """
-        self._refuse_to_wait_for_itself()
+        self._check_deadlock()
         try:
             value = self._future.result(timeout)
         except BaseException as error:
@@ -101,11 +106,11 @@ class APIFuture(Generic[T]):
         return value
 
     async def result_async(self, timeout: float | None = None) -> T:
-        """The same for async code; other tasks run while it waits."""
-        self._refuse_to_wait_for_itself()
+        """`result` for async code; other tasks run while it waits."""
+        self._check_deadlock()
         wrapped = asyncio.wrap_future(self._future)
         try:
-            # shield: a time-out ends the waiting, not the request
+            # shield: a timeout ends the waiting, not the request
             value = await asyncio.wait_for(asyncio.shield(wrapped), timeout)
         except BaseException as error:
             self.outcome.read = self.outcome.read or self._future.done()
@@ -113,19 +118,18 @@ class APIFuture(Generic[T]):
         self.outcome.read = True
         return value
 
-    def _refuse_to_wait_for_itself(self) -> None:
+    def _check_deadlock(self) -> None:
         if in_worker_thread() and not self._future.done():
             raise RequestError(
                 f"{self.outcome.label}.result()",
-                "waiting inside a loss function would wait for itself",
-                expected="a result that is there, since requests run one after another",
-                got="one that has yet to run",
+                "waiting for a request inside a loss function is a deadlock: requests run one "
+                "after another",
                 fix="Compute what the loss needs before the call and put it on the datums "
                 "(with_inputs).",
             )
 
     def future(self) -> Future[T]:
-        """The plain `concurrent.futures.Future`; from here on its errors are yours to look at."""
+        """The plain `concurrent.futures.Future`; its errors are no longer logged here."""
         self.outcome.read = True
         return self._future
 
@@ -149,8 +153,10 @@ class APIFuture(Generic[T]):
 
 
 class ClientFuture(APIFuture[T]):
-    """A client that is being made. Call `.result()` or await it; or use it as the client at once:
-    any attribute is read from the finished client, as the SDK's own futures of clients allow."""
+    """A client to come: call `.result()` or await it, or use the future as the client.
+
+    Reading any attribute of the client waits for it, as in the SDK's own futures of clients.
+    """
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "outcome":
@@ -159,15 +165,15 @@ class ClientFuture(APIFuture[T]):
 
 
 def _builtin(error: BaseException) -> BaseException:
-    """Time-outs as the built-in TimeoutError, which they are only from Python 3.11 on."""
-    late = (concurrent.futures.TimeoutError, asyncio.TimeoutError)
-    if isinstance(error, late) and not isinstance(error, TimeoutError):
+    """Python 3.10's other timeouts as the built-in TimeoutError, as from 3.11 on."""
+    timeouts = (concurrent.futures.TimeoutError, asyncio.TimeoutError)
+    if isinstance(error, timeouts) and not isinstance(error, TimeoutError):
         return TimeoutError(*error.args)
     return error
 
 
 def mapped(future: Future[Any], convert: Any) -> Future[Any]:
-    """A future of `convert(result)`; cancelling it cancels what it waits for."""
+    """A future of `convert(result)`; cancelling it cancels the original."""
     out: Future[Any] = Future()
 
     def done(finished: Future[Any]) -> None:
@@ -180,9 +186,43 @@ def mapped(future: Future[Any], convert: Any) -> Future[Any]:
         else:
             try:
                 out.set_result(convert(finished.result()))
-            except BaseException as raised:  # handed to whoever waits for the result
+            except BaseException as raised:  # raised by out.result()
                 out.set_exception(raised)
 
     out.add_done_callback(lambda _: out.cancelled() and future.cancel())
     future.add_done_callback(done)
     return out
+
+
+def async_version(
+    method: Callable[Concatenate[Client, P], T],
+) -> Callable[Concatenate[Client, P], Coroutine[Any, Any, T]]:
+    """The SDK's `name_async` of a client's method: awaits to what the method returns."""
+
+    async def call(self: Client, *args: P.args, **kwargs: P.kwargs) -> T:
+        return getattr(self, method.__name__)(*args, **kwargs)
+
+    return _named_async(method, call, "what it returns")
+
+
+def async_result(
+    method: Callable[Concatenate[Client, P], APIFuture[T]],
+) -> Callable[Concatenate[Client, P], Coroutine[Any, Any, T]]:
+    """The SDK's `name_async` of a method that returns a future: awaits to the future's result."""
+
+    async def call(self: Client, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await getattr(self, method.__name__)(*args, **kwargs)
+
+    signature = inspect.signature(method)
+    result = str(signature.return_annotation).partition("[")[2].removesuffix("]")
+    call = _named_async(method, call, "its future's result")
+    call.__signature__ = signature.replace(return_annotation=result)  # what help() shows
+    return call
+
+
+def _named_async(method: Any, call: Any, awaits_to: str) -> Any:
+    call = functools.wraps(method)(call)
+    call.__name__, call.__qualname__ = f"{method.__name__}_async", f"{method.__qualname__}_async"
+    text = inspect.getdoc(method)
+    call.__doc__ = f"Async version of `{method.__name__}`; awaits to {awaits_to}.\n\n{text}"
+    return call

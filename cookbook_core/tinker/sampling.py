@@ -7,14 +7,14 @@ from typing import Any
 
 from cookbook_core.backend.interface import SamplingBackend
 from cookbook_core.errors import ConfigError
-from cookbook_core.tinker.futures import APIFuture
+from cookbook_core.tinker.futures import APIFuture, async_result, async_version
 from cookbook_core.tinker.sdk_objects import own_params
 from cookbook_core.types import ModelInput, SampleResponse, SamplingParams, TensorData
 from cookbook_core.types.model_input import own_input
 
 
 class SamplingClient:
-    """A snapshot of weights: what is trained later does not change it.
+    """Generation and logprobs from a snapshot of weights, which later training does not change.
 
     Single requests are decoded together with those that are already waiting, so submit all before
     waiting for one. Which ones share a loop depends on timing, and the shapes of its matrix
@@ -39,17 +39,23 @@ class SamplingClient:
     ) -> APIFuture[SampleResponse]:
         """Generate `num_samples` completions of `prompt`.
 
-        Each comes with its token ids (train on these, never on re-encoded text) and their
-        logprobs in nats under the distribution sampled from, at the request's temperature, before
-        top_k and top_p. The model folder's generation_config is ignored.
+        Each has its token ids (train on these, never on re-encoded text) and their logprobs in
+        nats, under the distribution sampled from: at the request's temperature, before top_k and
+        top_p. The model folder's generation_config is ignored.
 
         Args:
+            prompt: token ids, at least one.
+            num_samples: completions to draw.
+            sampling_params: max_tokens, temperature, top_k, top_p, stop and seed.
             include_prompt_logprobs: also log p of each prompt token (None at position 0).
             topk_prompt_logprobs: also the k likeliest tokens at each prompt position.
             topk_sample_logprobs, target_prompt_logprobs, prompt_alt_tokens_k,
-                prompt_logprobs_last_n: the SDK's; not offered here, refused when set.
+                prompt_logprobs_last_n: of the SDK, not supported here; anything but the default
+                is an error.
+
         Returns:
             A future of a SampleResponse: `.result().sequences[i].tokens` and `.logprobs`.
+
         Raises:
             ConfigError, DatumError: at once, before anything is queued.
         """
@@ -60,9 +66,8 @@ class SamplingClient:
             ("prompt_logprobs_last_n", prompt_logprobs_last_n, None),
         ):
             if type(value) is not type(default) or value != default:
-                raise ConfigError(
-                    name, "not offered by this backend", expected="its default", got=repr(value)
-                )
+                fix = f"Leave {name} out."
+                raise ConfigError(name, "not supported here", got=repr(value), fix=fix)
         prompt, params = own_input(prompt), own_params(SamplingParams, sampling_params)
         return APIFuture(
             self._backend.sample(
@@ -106,15 +111,22 @@ class SamplingClient:
     ) -> APIFuture[list[float | None]]:
         """log p (nats) of each prompt token given those before it; None at position 0.
 
-        Goes through the scoring path of the training client: the same numbers, to the bit, as a
-        `forward` over the same batch. prompt_logprobs_last_n is refused when set.
+        Locally computed by the scoring code of the training client: bit for bit the logprobs of a
+        `forward` over the same batch.
+
+        Args:
+            prompt: token ids, at least two.
+            prompt_logprobs_last_n: of the SDK, not supported here; anything but None is an error.
+
+        Raises:
+            ConfigError, DatumError: at once, before anything is queued.
         """
         if prompt_logprobs_last_n is not None:
             raise ConfigError(
                 "prompt_logprobs_last_n",
-                "not offered by this backend",
-                expected=None,
+                "not supported here",
                 got=prompt_logprobs_last_n,
+                fix="Leave it out and take the last entries of the result.",
             )
         return APIFuture(self._backend.compute_logprobs(own_input(prompt)), "compute_logprobs")
 
@@ -126,39 +138,6 @@ class SamplingClient:
         """Name or path of the base model."""
         return self._backend.model_data.model_name or ""
 
-    # ---- async names -----------------------------------------------------------------------------
-
-    async def sample_async(
-        self,
-        prompt: ModelInput,
-        num_samples: int,
-        sampling_params: SamplingParams,
-        include_prompt_logprobs: bool = False,
-        topk_prompt_logprobs: int = 0,
-        topk_sample_logprobs: int = 0,
-        target_prompt_logprobs: TensorData | None = None,
-        prompt_alt_tokens_k: int = 0,
-        prompt_logprobs_last_n: int | None = None,
-    ) -> SampleResponse:
-        """Awaits to the SampleResponse itself."""
-        return await self.sample(
-            prompt,
-            num_samples,
-            sampling_params,
-            include_prompt_logprobs,
-            topk_prompt_logprobs,
-            topk_sample_logprobs,
-            target_prompt_logprobs,
-            prompt_alt_tokens_k,
-            prompt_logprobs_last_n,
-        )
-
-    async def compute_logprobs_async(
-        self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
-    ) -> list[float | None]:
-        """Awaits to the logprobs themselves."""
-        return await self.compute_logprobs(prompt, prompt_logprobs_last_n)
-
-    async def get_base_model_async(self) -> str:
-        """Same as `get_base_model`."""
-        return self.get_base_model()
+    sample_async = async_result(sample)
+    compute_logprobs_async = async_result(compute_logprobs)
+    get_base_model_async = async_version(get_base_model)

@@ -1,8 +1,8 @@
-"""Objects of the `tinker` SDK itself as ours, so that code which builds them runs here as it is.
+"""Convert the `tinker` SDK's own objects to this package's, so that code which builds them runs.
 
-They are known by their attributes: the SDK is never imported, and need not be installed. What is
-neither ours nor shaped like the SDK's comes back as it was, for the usual checks to refuse. Arrays
-need nothing here: whatever has `to_numpy` is one (`tensors.to_array`).
+They are recognised by their attributes: the SDK is never imported, and need not be installed.
+Objects of neither kind are returned unchanged, for the usual validation to refuse. Arrays need no
+conversion: anything with `to_numpy` is accepted (`tensors.to_array`).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from cookbook_core.errors import ConfigError, DatumError, raise_all
 from cookbook_core.types import AdamOptimizerConfig, AdamParams, Datum, SamplingParams
 
 P = TypeVar("P", AdamParams, SamplingParams)
-_TELLING = {
+_RECOGNISED_BY = {
     AdamParams: ("learning_rate", "beta1", "beta2", "eps"),
     SamplingParams: ("max_tokens", "temperature", "top_k", "top_p", "stop"),
 }
-"""Attributes by which the SDK's parameters are known; the others may have come in a later one."""
+"""Attributes of the SDK's parameters in every supported version; later ones have more."""
 
 
 def own_data(data: Any) -> Any:
-    """A batch with the SDK's datums as ours; the very same list where there are none.
+    """A batch with the SDK's datums converted; the same list object if it has none.
 
     Raises:
-        DatumError: for every datum (first five) that cannot be one of ours: index, field, value.
+        DatumError: index, field and value of each datum (first five) that cannot be converted.
     """
     if not isinstance(data, Sequence) or all(isinstance(datum, Datum) for datum in data):
         return data
@@ -45,12 +45,12 @@ def own_data(data: Any) -> Any:
 
 
 def own_params(kind: type[P], value: Any) -> P | Any:
-    """The SDK's AdamParams or SamplingParams as ours.
+    """The SDK's AdamParams or SamplingParams, converted.
 
     Raises:
-        ConfigError: an option that ours does not have, with another value than its default.
+        ConfigError: a field that is unknown here has another value than its default.
     """
-    if isinstance(value, kind) or not all(hasattr(value, name) for name in _TELLING[kind]):
+    if isinstance(value, kind) or not all(hasattr(value, name) for name in _RECOGNISED_BY[kind]):
         return value
     ours: dict[str, Any] = {f.name: f.default for f in fields(kind)}
     cls = type(value)
@@ -59,24 +59,26 @@ def own_params(kind: type[P], value: Any) -> P | Any:
         default = getattr(declared.get(name), "default", None)
         if name not in ours and given != default:
             where = f"{kind.__name__}.{name}"
-            raise ConfigError(where, "not offered here", expected=repr(default), got=repr(given))
+            fix = f"Leave {name} out."
+            raise ConfigError(
+                where, "not supported here", expected=repr(default), got=repr(given), fix=fix
+            )
     return kind(**{name: getattr(value, name, default) for name, default in ours.items()})
 
 
 def check_optimizer(value: Any) -> None:
-    """Raise ConfigError for any optimizer but AdamW, ours or the SDK's; None is AdamW too."""
+    """Raise ConfigError for any optimizer but AdamW, of this package or the SDK; None is AdamW."""
     if value is not None and getattr(value, "type", None) != AdamOptimizerConfig.type:
-        raise ConfigError(
-            "optimizer", "not offered here", expected="AdamOptimizerConfig or None", got=value
-        )
+        fix = "Pass AdamOptimizerConfig(), or leave it out."
+        raise ConfigError("optimizer", "not supported here", got=value, fix=fix)
 
 
 def loss_on(data: Sequence[Any], loss_fn: LossFn) -> LossFn:
-    """`loss_fn` as it is to be called with `data`, its caller's own objects, in place of ours."""
-    kept = list(data)
+    """`loss_fn` called with `data`, its caller's own objects, in place of converted ones."""
+    originals = list(data)
 
     def loss(_: Any, logprobs: Any) -> Any:
-        return loss_fn(list(kept), logprobs)
+        return loss_fn(list(originals), logprobs)
 
     loss.__name__ = name_of(loss_fn)
     return loss

@@ -1,4 +1,4 @@
-"""ServiceClient: where training and sampling clients come from."""
+"""ServiceClient: makes training and sampling clients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from cookbook_core.backend.interface import Backend
 from cookbook_core.errors import CheckpointError, ConfigError
 from cookbook_core.storage.paths import usable_path
-from cookbook_core.tinker.futures import APIFuture, ClientFuture, mapped
+from cookbook_core.tinker.futures import (
+    APIFuture,
+    ClientFuture,
+    async_result,
+    async_version,
+    mapped,
+)
 from cookbook_core.tinker.sampling import SamplingClient
 from cookbook_core.tinker.sdk_objects import check_optimizer
 from cookbook_core.tinker.training import TrainingClient
@@ -26,31 +32,29 @@ if TYPE_CHECKING:
 
 
 class ServiceClient:
-    """The entry point. Without a base_url everything runs on this machine.
+    """The entry point: everything runs on this machine or, with a base_url, at a service.
 
     Clients made for the same base model share one copy of it and one queue.
 
     Args:
-        base_url: of a Tinker-compatible service, driven through the `tinker` SDK (the extra
+        base_url: of a Tinker-compatible service, used through the `tinker` SDK (the extra
             "remote"). None or "": this machine.
-        api_key: for the service; None takes TINKER_API_KEY, or, away from the hosted service, a
-            placeholder.
-        trust_service: train a loss of one's own on the service even if its arithmetic, which is
-            looked at once before that, is wrong.
-        user_metadata, project_id, default_headers_overrides: handed to the service.
+        api_key: for the service; None takes TINKER_API_KEY or, unless the service is the hosted
+            one, a placeholder.
+        trust_service: train custom losses at the service without checking its gradients first.
+        user_metadata, project_id, default_headers_overrides: passed to the service.
         device: "auto" (cuda, then mps, then cpu) or torch's own device string.
         dtype: "auto" (bfloat16 on cuda, else float32), "float32", "bfloat16" or "float64".
-        gradient_checkpointing: "on" computes layers again in the backward rather than keep what
-            is in them; "auto" does so for what does not fit into free memory; "off" never does.
+        gradient_checkpointing: "on" recomputes layers in the backward instead of storing their
+            activations; "auto" does so if they do not fit into free memory; "off" never does.
         checkpoint_dir: where `save_state` and `save_weights_for_sampler` write; by default
-            ./checkpoints in the folder Python was started in. Each client has a folder model-N of
-            its own there: the next that is not there yet, but for a client that goes on, with its
-            optimizer, from a checkpoint in one: it saves beside that.
-        display_name: no effect. device to checkpoint_dir have none at a service, nor has the third
-            line on this machine.
+            ./checkpoints in the folder Python was started in. Each client writes to a new folder
+            model-N there; a client resumed from a checkpoint with its optimizer writes beside that.
+        display_name: no effect. api_key to default_headers_overrides have no effect on this
+            machine, device to checkpoint_dir none at a service.
 
     Raises:
-        ConfigError: a base_url that is none, or without the SDK.
+        ConfigError: base_url is not a URL, or the SDK is not installed.
     """
 
     def __init__(
@@ -102,12 +106,14 @@ class ServiceClient:
         """A client that trains a fresh LoRA adapter on `base_model`.
 
         Args:
-            base_model: a Hugging Face folder or hub name, or "tiny" for the bundled model.
-            rank: of the adapter; alpha is 32 whatever the rank.
+            base_model: a Hugging Face folder, a name on the Hub, or "tiny" for the bundled model.
+            rank: of the adapter; alpha is 32 for every rank.
             seed: of the adapter's initial values; the same seed gives the same bytes.
             train_mlp, train_attn, train_unembed: which linear layers get LoRA.
-            user_metadata: written into every checkpoint of this client.
+            user_metadata: text by name, written into every checkpoint of this client (a service
+                stores it with the training run instead).
             optimizer: AdamW is the only one.
+
         Raises:
             ModelError, ConfigError: from the future.
         """
@@ -127,9 +133,15 @@ class ServiceClient:
         """A client that starts from saved weights, with a fresh optimizer.
 
         Args:
-            path: a folder `save_state` or `save_weights_for_sampler` wrote, or any folder peft
-                wrote for a LoRA on this base model.
-            base_model: None takes the base model the folder names.
+            path: a folder that `save_state` or `save_weights_for_sampler` wrote, or that peft
+                wrote for a LoRA on this base model; at a service, a path that one of the two
+                returned.
+            base_model: None takes the base model that the checkpoint names.
+            user_metadata, weights_access_token: no effect.
+            optimizer: AdamW is the only one.
+
+        Raises:
+            CheckpointError, ConfigError: at once or from the future.
         """
         del user_metadata, weights_access_token
         check_optimizer(optimizer)
@@ -142,7 +154,10 @@ class ServiceClient:
         user_metadata: dict[str, str] | None = None,
         weights_access_token: str | None = None,
     ) -> ClientFuture[TrainingClient]:
-        """A client that goes on exactly where a `save_state` left off."""
+        """A client that resumes exactly from a `save_state`, with its optimizer.
+
+        Parameters and errors are those of `create_training_client_from_state`.
+        """
         del user_metadata, weights_access_token
         return self._restore(path, base_model, with_optimizer=True)
 
@@ -153,33 +168,58 @@ class ServiceClient:
         retry_config: Any = None,
         record_stability_info: bool = False,
     ) -> ClientFuture[SamplingClient]:
-        """A client that samples from saved weights (`model_path`) or from a bare base model."""
+        """A client that samples from saved weights (`model_path`) or from a bare base model.
+
+        Args:
+            model_path: a checkpoint, as for `create_training_client_from_state`.
+            base_model: a model, as for `create_lora_training_client`; beside a model_path, the
+                base model of its weights.
+            retry_config, record_stability_info: no effect.
+
+        Raises:
+            ConfigError, CheckpointError, ModelError: at once or from the future.
+        """
         del retry_config, record_stability_info
         if model_path is None and base_model is None:
-            raise ConfigError(
-                "create_sampling_client",
-                "nothing named",
-                expected="model_path or base_model",
-                got=None,
-            )
+            what, fix = "model_path and base_model both missing", "Pass one of them."
+            raise ConfigError("create_sampling_client", what, fix=fix)
         created = self._backend_of(model_path, base_model).create_sampler(model_path)
         return ClientFuture(mapped(created, SamplingClient), "create_sampling_client")
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
-        """The models a service names; here the bundled one, any Hugging Face causal LM besides."""
+        """The models that a service lists; on this machine the bundled one.
+
+        Any Hugging Face causal LM can be used on this machine.
+        """
         if self._service is not None:
             names = [m.model_name for m in self._service.models()]
             return GetServerCapabilitiesResponse([SupportedModel(name) for name in names])
         return GetServerCapabilitiesResponse([SupportedModel("tiny")])
+
+    def get_checkpoint_metadata(self, path: str) -> dict[str, str]:
+        """The user_metadata saved with a checkpoint, by name; empty if it has none.
+
+        Waits for the result. Not in the SDK, which lists a run's checkpoints through its REST
+        client instead.
+
+        Args:
+            path: a checkpoint, as for `create_training_client_from_state`.
+
+        Raises:
+            CheckpointError: no such checkpoint, or it cannot be read.
+            RequestError: the service or the installed SDK does not store metadata of checkpoints.
+        """
+        return self._backend_of(path, None).checkpoint_metadata(path).result()
 
     def close(
         self,
         status: Literal["success", "errored", "interrupted"] = "success",
         detail: str | None = None,
     ) -> APIFuture[None]:
-        """Finish what is queued and let go of the models; done when it returns.
+        """Finish queued requests and release the models, before it returns.
 
-        `with ServiceClient() as service:` does so at the end of the block.
+        `with ServiceClient() as service:` does so at the end of the block. The parameters are the
+        SDK's and have no effect.
         """
         del status, detail
         for backend in self._backends.values():
@@ -198,80 +238,60 @@ class ServiceClient:
         self.close()
 
     def create_rest_client(self) -> Any:
-        """Refused: no service, so none of its records of runs and checkpoints.
+        """Not supported: there is no REST interface on this machine.
 
         Raises:
-            ConfigError: always; a ValueError, which callers of the SDK's are prepared for.
+            ConfigError: always; a ValueError, which callers of the SDK catch.
         """
-        what, rule = "there is no service to ask", "a folder of checkpoints, read as files"
-        raise ConfigError("create_rest_client", what, expected=rule, got="a call")
+        if self._service is None:
+            fix = "Read the checkpoint folders directly."
+            raise ConfigError("create_rest_client()", "not supported locally", fix=fix)
+        fix = f"Use the SDK's: tinker.ServiceClient(base_url={self._service.url!r})."
+        raise ConfigError("create_rest_client()", "not supported for a service", fix=fix)
 
-    # ---- async names: each awaits to the client itself -------------------------------------------
+    # ---- async names -----------------------------------------------------------------------------
 
-    async def create_lora_training_client_async(
-        self,
-        base_model: str,
-        rank: int = 32,
-        seed: int | None = None,
-        train_mlp: bool = True,
-        train_attn: bool = True,
-        train_unembed: bool = True,
-        user_metadata: dict[str, str] | None = None,
-        optimizer: AdamOptimizerConfig | None = None,
-    ) -> TrainingClient:
-        """Awaits to the TrainingClient itself."""
-        return await self.create_lora_training_client(
-            base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata, optimizer
-        )
+    create_lora_training_client_async = async_result(create_lora_training_client)
+    create_training_client_from_state_async = async_result(create_training_client_from_state)
+    create_training_client_from_state_with_optimizer_async = async_result(
+        create_training_client_from_state_with_optimizer
+    )
+    create_sampling_client_async = async_result(create_sampling_client)
+    get_server_capabilities_async = async_version(get_server_capabilities)
 
-    async def create_training_client_from_state_async(
-        self,
-        path: str,
-        base_model: str | None = None,
-        user_metadata: dict[str, str] | None = None,
-        weights_access_token: str | None = None,
-        optimizer: AdamOptimizerConfig | None = None,
-    ) -> TrainingClient:
-        """Awaits to the TrainingClient itself."""
-        return await self.create_training_client_from_state(
-            path, base_model, user_metadata, weights_access_token, optimizer
-        )
+    # ---- internal --------------------------------------------------------------------------------
 
-    async def create_training_client_from_state_with_optimizer_async(
-        self,
-        path: str,
-        base_model: str | None = None,
-        user_metadata: dict[str, str] | None = None,
-        weights_access_token: str | None = None,
-    ) -> TrainingClient:
-        """Awaits to the TrainingClient itself."""
-        return await self.create_training_client_from_state_with_optimizer(
-            path, base_model, user_metadata, weights_access_token
-        )
-
-    async def create_sampling_client_async(
-        self,
-        model_path: str | None = None,
-        base_model: str | None = None,
-        retry_config: Any = None,
-        record_stability_info: bool = False,
-    ) -> SamplingClient:
-        """Awaits to the SamplingClient itself."""
-        return await self.create_sampling_client(
-            model_path, base_model, retry_config, record_stability_info
-        )
-
-    async def get_server_capabilities_async(self) -> GetServerCapabilitiesResponse:
-        """Same as `get_server_capabilities`."""
-        return self.get_server_capabilities()
-
-    # ---- within ----------------------------------------------------------------------------------
+    def _backend(self, base_model: str) -> Backend:
+        """The backend of a base model; a local one imports torch and transformers."""
+        if not isinstance(base_model, str) or not base_model:
+            raise ConfigError(
+                "base_model",
+                "missing",
+                expected='a folder, a name on the Hub or "tiny"',
+                got=repr(base_model),
+            )
+        return self._local(base_model) if self._service is None else self._remote(base_model)
 
     def _backend_of(self, path: str | None, base_model: str | None) -> Backend:
-        """The backend for a base model, or for the one that the weights at `path` are of."""
-        if base_model is None and self._service is not None:
-            return self._remote(None)
-        return self._backend(_base_of(path) if base_model is None else base_model)
+        """The backend of `base_model` or, without one, of the base model that `path` names."""
+        if base_model is None:
+            if self._service is not None:
+                return self._remote(None)
+            base_model = _base_model_of(path)
+        return self._backend(base_model)
+
+    def _local(self, base_model: str) -> Backend:
+        from cookbook_core.backend.local.backend import LocalBackend
+        from cookbook_core.backend.local.model.loading import resolve_model
+        from cookbook_core.backend.local.model_ids import ModelIds
+
+        key = resolve_model(base_model)
+        self._model_ids = self._model_ids or ModelIds(self._checkpoint_dir)
+        if key not in self._backends:
+            self._backends[key] = LocalBackend(
+                base_model, self._checkpoint_dir, model_ids=self._model_ids, **self._options
+            )
+        return self._backends[key]
 
     def _remote(self, base_model: str | None) -> Backend:
         from cookbook_core.backend.remote.backend import RemoteBackend
@@ -282,29 +302,6 @@ class ServiceClient:
             self._backends[key] = RemoteBackend(self._service, base_model, trusted=self._trust)
         return self._backends[key]
 
-    def _backend(self, base_model: str) -> Backend:
-        """The backend for a base model, made once; torch and transformers are imported here."""
-        from cookbook_core.backend.local.backend import LocalBackend
-        from cookbook_core.backend.local.model.loading import resolve_model
-        from cookbook_core.backend.local.model_ids import ModelIds
-
-        if not isinstance(base_model, str) or not base_model:
-            raise ConfigError(
-                "base_model",
-                "missing",
-                expected='a folder, a hub name or "tiny"',
-                got=repr(base_model),
-            )
-        if self._service is not None:
-            return self._remote(base_model)
-        key = resolve_model(base_model)
-        self._model_ids = self._model_ids or ModelIds(self._checkpoint_dir)
-        if key not in self._backends:
-            self._backends[key] = LocalBackend(
-                base_model, self._checkpoint_dir, model_ids=self._model_ids, **self._options
-            )
-        return self._backends[key]
-
     def _restore(
         self, path: str, base_model: str | None, *, with_optimizer: bool
     ) -> ClientFuture[TrainingClient]:
@@ -313,7 +310,7 @@ class ServiceClient:
         return ClientFuture(mapped(created, TrainingClient), "create_training_client_from_state")
 
 
-def _base_of(path: Any) -> str:
+def _base_model_of(path: Any) -> str:
     from cookbook_core.backend.local.checkpoints import base_model_of
 
     return base_model_of(usable_path("path", path, CheckpointError))

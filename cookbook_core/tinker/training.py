@@ -1,4 +1,4 @@
-"""TrainingClient: forward, forward_backward, optim_step, and what saves or samples the result."""
+"""TrainingClient: forward, forward_backward, optim_step; saving, loading, sampling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from cookbook_core.builtin_losses import builtin_loss, needed_inputs
 from cookbook_core.custom_loss import LossFn, LossTypeInput, check_loss
 from cookbook_core.datums import check_data, score_where_weighted
 from cookbook_core.errors import ConfigError, check_choice
-from cookbook_core.tinker.futures import APIFuture, ClientFuture, Outcome, mapped
+from cookbook_core.tinker.futures import (
+    APIFuture,
+    ClientFuture,
+    Outcome,
+    async_result,
+    async_version,
+    mapped,
+)
 from cookbook_core.tinker.sampling import SamplingClient
 from cookbook_core.tinker.sdk_objects import loss_on, own_data, own_params
 from cookbook_core.types import (
@@ -33,12 +40,11 @@ logger = logging.getLogger("cookbook_core")
 
 
 class TrainingClient:
-    """One LoRA adapter in training.
+    """One LoRA adapter in training, made by `ServiceClient.create_lora_training_client` and others.
 
-    Every method that touches the model returns an `APIFuture` at once; requests run in the order
-    they were made. Bad data is refused before anything is queued; a request that fails later
-    leaves gradients, weights and optimizer as they were, and the client usable.
-    `ServiceClient.create_lora_training_client` and its siblings make one.
+    Every method that uses the model returns an `APIFuture` at once; requests run in the order of
+    submission. Bad data is an error before anything is queued; a request that fails later leaves
+    gradients, weights and optimizer unchanged, and the client usable.
     """
 
     def __init__(self, backend: TrainingBackend) -> None:
@@ -52,12 +58,17 @@ class TrainingClient:
     def forward(
         self, data: list[Datum], loss_fn: str, loss_fn_config: LossConfig = None
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Logprobs and the value of a built-in loss; no gradient, no trace left.
+        """Compute logprobs and the value of a built-in loss, without gradient or side effects.
 
         Args:
             data: datums with target_tokens `(N,)` or `(N, K)`.
             loss_fn: "cross_entropy", "importance_sampling", "ppo", "cispo" or "dro".
             loss_fn_config: the loss's options, e.g. {"clip_low_threshold": 0.8}.
+
+        Returns:
+            loss_fn_outputs[i]["logprobs"]: shape of data[i]'s target_tokens, nats.
+            metrics: "loss" and the loss's own.
+
         Raises:
             DatumError, ConfigError: at once, before anything is queued.
         """
@@ -68,9 +79,9 @@ class TrainingClient:
     def forward_backward(
         self, data: list[Datum], loss_fn: str, loss_fn_config: LossConfig = None
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Like `forward`, and adds the loss's gradient to what `optim_step` will use.
+        """`forward`, and add the loss's gradient to the one that `optim_step` uses.
 
-        Positions whose weights are 0 are not computed: their logprobs come back as 0.0.
+        Positions whose weights are 0 are not computed: their logprobs are returned as 0.0.
         """
         loss = builtin_loss(loss_fn, loss_fn_config)
         weighted = [score_where_weighted(d) for d in self._own(data, needed_inputs(loss_fn))]
@@ -83,25 +94,29 @@ class TrainingClient:
         *,
         loss_type_input: LossTypeInput | None = None,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Add the gradient of your own loss: one forward, one backward, exact.
+        """Add the exact gradient of your own loss; locally, in one forward and one backward.
 
         Args:
-            data: datums with target_tokens; any further loss_fn_inputs are for your loss. Where a
-                datum has a "score_mask" `(N,)`, positions at which it is 0 are not computed and
-                their logprobs read 0.0.
+            data: datums with target_tokens; further loss_fn_inputs are for your loss alone. At
+                positions where a datum's "score_mask" `(N,)` is 0, logprobs are not computed and
+                read 0.0.
             loss_fn: `loss_fn(data, logprobs_list) -> (loss, metrics)`; logprobs_list[i] has the
                 shape of data[i]'s target_tokens, in nats, on the CPU. It may mix datums freely.
-                It runs exactly once, in this request's place in the queue, and `data` holds the
-                very objects given here, the SDK's own datums included.
-            loss_type_input: what the loss gets. "vocab_logprobs": logprobs_list[i] acts as a
-                tensor `(N, V)`, log p of every token at each position; rows are computed when
-                indexed (`[t][ids]` costs one), and no target_tokens are needed. None: "logprobs".
+                It runs exactly once, in this request's place in the queue; its `data` are the
+                objects given here, the SDK's own datums included.
+            loss_type_input: the loss's input. "vocab_logprobs": logprobs_list[i] acts as a tensor
+                `(N, V)`, log p of every token at each position; rows are computed when indexed
+                (`[t][ids]` costs one), and no target_tokens are needed. None: "logprobs".
+
         Returns:
-            metrics: "loss" (your loss), your own metrics, "passes" (1, or 2 when the graph did
-            not fit in memory), "tokens". loss_fn_outputs is empty for "vocab_logprobs".
+            metrics: "loss" (your loss), your own metrics, "passes" (1, or 2 if the graph does not
+            fit in memory, and at a service), "tokens". loss_fn_outputs is empty for
+            "vocab_logprobs".
+
         Raises:
-            DatumError, ConfigError: at once. LossError: from the future, when the loss raised or
-            returned something without a finite gradient; nothing is accumulated then.
+            DatumError, ConfigError: at once, before anything is queued.
+            LossError: from the future, if the loss raises or has no finite gradient; nothing is
+                accumulated then.
         """
         form = check_loss(loss_fn, loss_type_input)
         own = self._own(data, ("target_tokens",) if form == "logprobs" else ())
@@ -114,22 +129,31 @@ class TrainingClient:
     def optim_step(
         self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
     ) -> APIFuture[OptimStepResponse]:
-        """One AdamW step on the accumulated gradient, which is used up by it.
+        """Take one AdamW step on the accumulated gradient, which is used up.
 
-        Refuses, changing nothing, when no gradient was accumulated, or when a forward_backward
-        since the last step failed and its error was never read.
+        Args:
+            optim_params: learning rate, betas, eps, weight decay and clipping; required.
+            adam_params: the same, under the SDK's older name.
 
         Returns:
             metrics: grad_norm (before clipping), update_norm, lr.
+
         Raises:
-            ConfigError: at once. RequestError: from the future.
+            ConfigError: at once.
+            RequestError: from the future, with nothing changed: no gradient was accumulated, or a
+                forward_backward since the last step failed and its error was never read.
         """
         if optim_params is not None and adam_params is not None:
-            raise ConfigError("optim_step", "given twice", expected="one AdamParams", got="two")
+            fix = "Pass optim_params alone."
+            raise ConfigError("optim_step", "optim_params and adam_params both given", fix=fix)
         params = own_params(AdamParams, optim_params if optim_params is not None else adam_params)
         if not isinstance(params, AdamParams):
             raise ConfigError(
-                "optim_params", "wrong type", expected="AdamParams", got=type(params).__name__
+                "optim_params",
+                "wrong type",
+                expected="AdamParams",
+                got=type(params).__name__,
+                fix="Pass tinker.AdamParams(learning_rate=...).",
             )
         unread = [o for o in self._gradients if not o.read]
         step = self._backend.optim_step(params, [o.future for o in unread])
@@ -148,11 +172,17 @@ class TrainingClient:
         overwrite: bool = False,
         user_metadata: dict[str, str] | None = None,
     ) -> APIFuture[SaveWeightsResponse]:
-        """Save weights and optimizer under `name`; peft opens the folder whose path comes back.
+        """Save weights and optimizer; locally as a folder that peft opens, at the returned path.
 
-        overwrite=False: a name that holds other weights is a CheckpointError, from the future;
-        saving the same ones again is none. overwrite=True: they are replaced.
-        ttl_seconds is for hosted services; files here stay until you delete them.
+        Args:
+            name: letters, digits, ".", "_" and "-".
+            ttl_seconds: ignored; checkpoints stay until you delete them.
+            overwrite: replace a checkpoint of this name that has other weights.
+            user_metadata: text by name, for `ServiceClient.get_checkpoint_metadata`.
+
+        Raises:
+            CheckpointError: from the future: the name has other weights (without overwrite; the
+                same weights are no error), or cannot be written.
         """
         del ttl_seconds
         saved = self._backend.save(
@@ -166,7 +196,10 @@ class TrainingClient:
         ttl_seconds: int | None = None,
         user_metadata: dict[str, str] | None = None,
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
-        """Save the weights alone, for `ServiceClient.create_sampling_client(model_path=path)`."""
+        """Save the weights alone, for `ServiceClient.create_sampling_client(model_path=path)`.
+
+        Parameters and errors are those of `save_state`, without overwrite.
+        """
         del ttl_seconds
         saved = self._backend.save(name, for_sampler=True, user_metadata=user_metadata)
         return self._future(
@@ -176,14 +209,22 @@ class TrainingClient:
     def load_state(
         self, path: str, weights_access_token: str | None = None
     ) -> APIFuture[LoadWeightsResponse]:
-        """Take over weights saved here or by peft; accumulated gradients go, Adam starts afresh."""
+        """Load weights saved by this package or peft; discard gradients and the optimizer's state.
+
+        Raises:
+            CheckpointError: from the future: not a checkpoint, or not for this model and adapter.
+        """
         del weights_access_token
         return self._load(path, with_optimizer=False)
 
     def load_state_with_optimizer(
         self, path: str, weights_access_token: str | None = None
     ) -> APIFuture[LoadWeightsResponse]:
-        """Take over weights, Adam moments and step of a `save_state`."""
+        """Load weights, Adam moments and step of a `save_state`; discard gradients.
+
+        Raises:
+            CheckpointError: from the future, as for `load_state`, or without optimizer state.
+        """
         del weights_access_token
         return self._load(path, with_optimizer=True)
 
@@ -202,18 +243,18 @@ class TrainingClient:
     ) -> ClientFuture[SamplingClient]:
         """A sampling client of the weights as they are at this point of the queue.
 
-        The other parameters are the SDK's and have no effect here: nothing is written to disk, a
-        local request is never retried, and a snapshot is the only kind.
+        The parameters are the SDK's and have no effect: nothing is written to disk, no request is
+        retried, and "snapshot" is the only kind.
         """
         del name, retry_config, record_stability_info
-        check_choice(ConfigError, "kind", "not offered here", kind, ("snapshot",))
+        check_choice(ConfigError, "kind", "not supported here", kind, ("snapshot",))
         snapshot = mapped(self._backend.snapshot(), SamplingClient)
         return self._future("save_weights_and_get_sampling_client", snapshot, ClientFuture)
 
     def create_sampling_client(
         self, model_path: str, retry_config: Any = None, record_stability_info: bool = False
     ) -> ClientFuture[SamplingClient]:
-        """A sampling client of weights saved at `model_path`; see ServiceClient for the rest."""
+        """A sampling client of weights saved at `model_path`; other parameters have no effect."""
         del retry_config, record_stability_info
         opened = mapped(self._backend.open_sampler(model_path), SamplingClient)
         return self._future("create_sampling_client", opened, ClientFuture)
@@ -221,7 +262,7 @@ class TrainingClient:
     # ---- information -----------------------------------------------------------------------------
 
     def get_info(self) -> GetInfoResponse:
-        """Base model, LoRA rank, context length and vocabulary size; answers at once."""
+        """Base model, LoRA rank, context length and vocabulary size, without a request."""
         return self._backend.info
 
     def get_tokenizer(self) -> Any:
@@ -230,96 +271,27 @@ class TrainingClient:
 
     @property
     def model_id(self) -> str:
-        """Names this client within its service, and its folder of checkpoints."""
+        """The client's name within its service, and of its folder of checkpoints."""
         return self._backend.info.model_id
 
-    # ---- async names: each awaits to what its plain sibling returns ------------------------------
+    # ---- async names -----------------------------------------------------------------------------
 
-    async def forward_async(
-        self, data: list[Datum], loss_fn: str, loss_fn_config: LossConfig = None
-    ) -> APIFuture[ForwardBackwardOutput]:
-        """Awaits to the APIFuture that `forward` returns."""
-        return self.forward(data, loss_fn, loss_fn_config)
+    forward_async = async_version(forward)
+    forward_backward_async = async_version(forward_backward)
+    forward_backward_custom_async = async_version(forward_backward_custom)
+    optim_step_async = async_version(optim_step)
+    save_state_async = async_version(save_state)
+    save_weights_for_sampler_async = async_version(save_weights_for_sampler)
+    load_state_async = async_version(load_state)
+    load_state_with_optimizer_async = async_version(load_state_with_optimizer)
+    save_weights_and_get_sampling_client_async = async_result(save_weights_and_get_sampling_client)
+    create_sampling_client_async = async_result(create_sampling_client)
+    get_info_async = async_version(get_info)
 
-    async def forward_backward_async(
-        self, data: list[Datum], loss_fn: str, loss_fn_config: LossConfig = None
-    ) -> APIFuture[ForwardBackwardOutput]:
-        """Awaits to the APIFuture that `forward_backward` returns."""
-        return self.forward_backward(data, loss_fn, loss_fn_config)
-
-    async def forward_backward_custom_async(
-        self,
-        data: list[Datum],
-        loss_fn: LossFn,
-        *,
-        loss_type_input: LossTypeInput | None = None,
-    ) -> APIFuture[ForwardBackwardOutput]:
-        """Awaits to the APIFuture that `forward_backward_custom` returns."""
-        return self.forward_backward_custom(data, loss_fn, loss_type_input=loss_type_input)
-
-    async def optim_step_async(
-        self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
-    ) -> APIFuture[OptimStepResponse]:
-        """Awaits to the APIFuture that `optim_step` returns."""
-        return self.optim_step(optim_params, adam_params=adam_params)
-
-    async def save_state_async(
-        self,
-        name: str,
-        ttl_seconds: int | None = None,
-        overwrite: bool = False,
-        user_metadata: dict[str, str] | None = None,
-    ) -> APIFuture[SaveWeightsResponse]:
-        """Awaits to the APIFuture that `save_state` returns."""
-        return self.save_state(name, ttl_seconds, overwrite, user_metadata)
-
-    async def save_weights_for_sampler_async(
-        self,
-        name: str,
-        ttl_seconds: int | None = None,
-        user_metadata: dict[str, str] | None = None,
-    ) -> APIFuture[SaveWeightsForSamplerResponse]:
-        """Awaits to the APIFuture that `save_weights_for_sampler` returns."""
-        return self.save_weights_for_sampler(name, ttl_seconds, user_metadata)
-
-    async def load_state_async(
-        self, path: str, weights_access_token: str | None = None
-    ) -> APIFuture[LoadWeightsResponse]:
-        """Awaits to the APIFuture that `load_state` returns."""
-        return self.load_state(path, weights_access_token)
-
-    async def load_state_with_optimizer_async(
-        self, path: str, weights_access_token: str | None = None
-    ) -> APIFuture[LoadWeightsResponse]:
-        """Awaits to the APIFuture that `load_state_with_optimizer` returns."""
-        return self.load_state_with_optimizer(path, weights_access_token)
-
-    async def save_weights_and_get_sampling_client_async(
-        self,
-        name: str | None = None,
-        retry_config: Any = None,
-        record_stability_info: bool = False,
-        kind: SamplingClientKind = "snapshot",
-    ) -> SamplingClient:
-        """Awaits to the SamplingClient itself."""
-        return await self.save_weights_and_get_sampling_client(
-            name, retry_config, record_stability_info, kind
-        )
-
-    async def create_sampling_client_async(
-        self, model_path: str, retry_config: Any = None, record_stability_info: bool = False
-    ) -> SamplingClient:
-        """Awaits to the SamplingClient itself."""
-        return await self.create_sampling_client(model_path, retry_config, record_stability_info)
-
-    async def get_info_async(self) -> GetInfoResponse:
-        """Same as `get_info`."""
-        return self.get_info()
-
-    # ---- within ----------------------------------------------------------------------------------
+    # ---- internal --------------------------------------------------------------------------------
 
     def _own(self, data: Any, needs: Sequence[str]) -> Sequence[Datum]:
-        """The batch as our own datums, checked."""
+        """The batch as this package's datums, validated."""
         data, model = own_data(data), self._backend.info.model_data
         size = model.vocab_size
         check_data(data, vocab_size=size, max_context=model.max_context_length, needs=needs)
@@ -337,7 +309,7 @@ class TrainingClient:
         return wrapped
 
     def _mention_unread(self) -> None:
-        """Log, once each, failures nobody has read yet; forget requests that are done."""
+        """Log each unread failure, at most one time; forget finished requests."""
         for outcome in self._outcomes:
             error = outcome.error()
             if error is not None and not outcome.known:

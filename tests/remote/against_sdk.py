@@ -6,6 +6,8 @@ import functools
 import importlib
 import json
 import logging
+import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from cookbook_core import clients, datum_from_prompt_completion, runs, tinker, with_inputs
-from cookbook_core.backend.remote import backend, connection, training
+from cookbook_core.backend.remote import connection, session, training
 from cookbook_core.builtin_losses import builtin_loss
 from cookbook_core.conformance.requests import nan_weight, no_targets, refuses, short_weights
 from cookbook_core.conformance.subject import Subject
@@ -29,7 +31,8 @@ from tests.oracles.logprobs import assert_close, randomize, take_gradient
 from tests.remote.fake import Fake
 
 pytestmark = pytest.mark.timeout(120)
-LOOK = backend._core_problems
+CORE_PROBLEMS = session.core_problems
+OLDEST = metadata.version("tinker").startswith("0.25.")
 ADAM = tinker.AdamParams(learning_rate=1e-2)
 TINY = Path(tinker.__file__).parents[1] / "assets" / "tiny_model"
 RECORDED = json.loads(Path(__file__).with_name("recorded.json").read_text(encoding="utf-8"))
@@ -37,16 +40,16 @@ RECORDED = json.loads(Path(__file__).with_name("recorded.json").read_text(encodi
 
 @pytest.fixture
 def core(monkeypatch):
-    """Stands for the look at the service's arithmetic; holds what it finds, counts its calls."""
-    found: dict = {"problems": [], "calls": 0}
+    """Replaces the check of the service's gradients: the problems it reports, its calls."""
+    check: dict = {"problems": [], "calls": 0}
 
-    def look(make_training):
-        found["calls"] += 1
-        found["training"] = make_training()
-        return found["problems"]
+    def core_problems(make_training):
+        check["calls"] += 1
+        check["training"] = make_training()
+        return check["problems"]
 
-    monkeypatch.setattr(backend, "_core_problems", look)
-    return found
+    monkeypatch.setattr(session, "core_problems", core_problems)
+    return check
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,7 @@ def served(fake: Fake, client: tinker.TrainingClient) -> tinker.TrainingClient:
 
 
 def pairs() -> list[tinker.Datum]:
-    """Two pairs with extra inputs that are the loss's alone, prompts not scored."""
+    """Two pairs with extra inputs for the loss alone, prompts not scored."""
     rng = np.random.default_rng(3)
     data = []
     for _ in range(4):
@@ -104,9 +107,9 @@ def squared(data, logprobs):
     return sum((lp**2).sum() for lp in logprobs), {"mine": 3.0}
 
 
-def close(found, expected):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
+def close(logprobs, expected):
+    assert len(logprobs) == len(expected)
+    for a, b in zip(logprobs, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-5), (a - b).abs().max()
 
 
@@ -134,7 +137,7 @@ def test_sft_steps_equal_the_local_backend(fake, client, local):
 
 
 def test_dpo_gradients_equal_the_local_backend(fake, client, local):
-    """Masked prompts read 0 and get no gradient; extras never leave."""
+    """Masked prompts read 0 and get no gradient; extra inputs are never sent."""
     for one in (served(fake, client), local):
         randomize(one)
     data, loss = pairs(), functools.partial(dpo_loss, beta=0.1)
@@ -161,10 +164,10 @@ def test_candidates_keep_their_shape(fake, client, local):
 
 def assert_close_b(one, other):
     """Gradients of a fresh adapter, whose A has none yet."""
-    found, expected = take_gradient(one), take_gradient(other)
+    grads, expected = take_gradient(one), take_gradient(other)
     keys = [key for key, g in expected.items() if g.norm() > 0]
     assert keys
-    assert_close({k: found[k] for k in keys}, {k: expected[k] for k in keys}, 1e-5)
+    assert_close({k: grads[k] for k in keys}, {k: expected[k] for k in keys}, 1e-5)
 
 
 def test_cross_entropy_by_name_is_one_pass(fake, client, local):
@@ -205,7 +208,7 @@ def test_built_in_losses_with_weights_take_two_passes(fake, client, local):
     assert set(named.data[0].loss_fn_inputs) == {"target_tokens", "logprobs", "advantages"}
 
 
-def test_forward_gives_the_loss_and_leaves_no_trace(fake, client, local):
+def test_forward_gives_the_loss_without_side_effects(fake, client, local):
     data = make_random_data(3)
     here, there = (c.forward(data, "cross_entropy").result(60) for c in (client, local))
     assert here.loss == pytest.approx(there.loss, rel=1e-5)
@@ -216,7 +219,7 @@ def test_forward_gives_the_loss_and_leaves_no_trace(fake, client, local):
 
 
 def test_two_pass_driver_over_the_client(client, local):
-    """What the tests of the local backend use as an oracle runs over a service as well."""
+    """The oracle of the local backend's tests runs over a service too."""
     data = make_random_data(2)
     output = forward_backward_two_pass(client, data, squared)
     assert output.loss == pytest.approx(
@@ -281,7 +284,7 @@ def test_a_failed_loss_stops_the_step_after_it(fake, client):
 
 
 def test_bad_input_is_refused_before_anything_is_sent(fake, remote, model_folder, tmp_path):
-    """A local folder of the model's name says how large the vocabulary is."""
+    """A local folder of the model's name gives the size of the vocabulary."""
     (tmp_path / "tiny-random").symlink_to(model_folder("qwen3"))
     client = remote.create_lora_training_client(str(tmp_path / "tiny-random"), rank=4).result(60)
     assert client.get_info().model_name == fake.name
@@ -290,8 +293,8 @@ def test_bad_input_is_refused_before_anything_is_sent(fake, remote, model_folder
     n = good.model_input.length
     beyond = with_inputs(good, target_tokens=[VOCAB] * n)
     long = tinker.Datum(tinker.ModelInput.from_ints([5] * 65), {"target_tokens": [5] * 65})
-    for datum, said in ((beyond, "outside the vocabulary"), (long, "longer than the model's")):
-        with pytest.raises(DatumError, match=said):
+    for datum, text in ((beyond, "outside the vocabulary"), (long, "longer than the model's")):
+        with pytest.raises(DatumError, match=text):
             client.forward_backward_custom([datum], squared)
     with pytest.raises(DatumError, match="missing"):
         client.forward_backward([tinker.Datum(good.model_input)], "cross_entropy")
@@ -301,7 +304,7 @@ def test_bad_input_is_refused_before_anything_is_sent(fake, remote, model_folder
 
 
 MOODS = {
-    "nan": r"data\[1\] at \[0\]: the service answered \"success\" with a logprob",
+    "nan": r"data\[1\] at \[0\]: the service reported success with a logprob",
     "short": "not one per datum",
     "fail": r"forward_backward.* at http\S+: IndexError: index out of range in self\.",
 }
@@ -309,7 +312,7 @@ MOODS = {
 
 @pytest.mark.parametrize("mood", MOODS)
 @pytest.mark.parametrize("by_name", [True, False])
-def test_what_a_service_gets_wrong_is_an_error(fake, client, mood, by_name):
+def test_an_invalid_result_is_an_error(fake, client, mood, by_name):
     fake.mood, data = mood, make_random_data(2)
     backward = (
         client.forward_backward(data, "cross_entropy")
@@ -331,22 +334,22 @@ def test_flattened_candidates_are_an_error(fake, client):
         client.forward_backward_custom(make_random_data(2, k=2), squared).result(60)
 
 
-def test_a_mean_instead_of_a_sum_is_said(fake, client, caplog):
+def test_a_mean_instead_of_a_sum_is_a_warning(fake, client, caplog):
     fake.mood = "mean"
     client.forward_backward(make_random_data(2), "cross_entropy").result(60)
     assert "may divide gradients" in caplog.text
 
 
-def test_a_service_that_refuses_all_after_a_failure(fake, client):
+def test_a_service_that_refuses_everything_after_a_failure(fake, client):
     fake.mood, data = "poisoned", make_random_data(2)
-    for said in ("IndexError", "another version of tinker"):
-        with pytest.raises(RequestError, match=said):
+    for text in ("IndexError", "another version of tinker"):
+        with pytest.raises(RequestError, match=text):
             client.forward_backward(data, "cross_entropy").result(60)
 
 
 @pytest.mark.parametrize("mood", ["hang", "500"])
-def test_waiting_is_said_and_ends(fake, client, mood, caplog, monkeypatch):
-    monkeypatch.setattr(connection, "SAY_SECONDS", 0.2)
+def test_waiting_is_logged_and_ends(fake, client, mood, caplog, monkeypatch):
+    monkeypatch.setattr(connection, "LOG_SECONDS", 0.2)
     monkeypatch.setattr(connection, "WAIT_SECONDS", 1.5)
     monkeypatch.setattr(training, "WAIT_SECONDS", 1.5)
     fake.mood, data = mood, make_random_data(1)
@@ -369,12 +372,12 @@ def test_unknown_models_and_silent_addresses(fake, remote, make_service, tmp_pat
     with pytest.raises(ConfigError, match="org/tiny-random"):
         remote.create_lora_training_client(str(tmp_path / "elsewhere")).result(60)
     gone = make_service(base_url="http://127.0.0.1:9")
-    with pytest.raises(ConfigError, match="nothing answers there"):
+    with pytest.raises(ConfigError, match="no service answers"):
         gone.create_lora_training_client("org/tiny-random").result(60)
     assert [m.model_name for m in remote.get_server_capabilities().supported_models] == [fake.name]
 
 
-def test_a_wrong_key_is_said_as_such(fake, make_service):
+def test_a_wrong_key_is_an_error(fake, make_service):
     fake.mood = "locked"
     client = make_service(base_url=fake.url, api_key="tml-wrong").create_lora_training_client(
         fake.name, rank=4
@@ -383,15 +386,15 @@ def test_a_wrong_key_is_said_as_such(fake, make_service):
         client.result()
 
 
-def test_checks_tell_whose_refusal_it_is(fake, client):
+def test_checks_name_who_refused(fake, client):
     fake.mood = "nan"
-    subject = Subject(lambda: client, below=True, patience=20)
+    subject = Subject(lambda: client, below=True, timeout=20)
     good = datum_from_prompt_completion([5, 6, 7], [8, 9])
     accepted = refuses(lambda s: [good])(subject)
     assert accepted.result == "fail", accepted
     assert accepted.figure.startswith("accepted; this package refuses the answer")
     fake.mood = ""
-    subject = Subject(lambda: client, below=True, patience=20)
+    subject = Subject(lambda: client, below=True, timeout=20)
     for bad, field in ((no_targets, "target_tokens"), (short_weights, "weights")):
         outcome = refuses(bad)(subject)
         assert outcome.result == "pass"
@@ -401,8 +404,24 @@ def test_checks_tell_whose_refusal_it_is(fake, client):
     assert not nan.figure.startswith("not sent")
 
 
+def test_a_service_is_listed_without_torch_or_transformers(fake):
+    """Bug: both were imported before it was clear that they are needed."""
+    code = """
+import sys
+sys.modules.update(torch=None, transformers=None, peft=None)  # importing one is an ImportError
+from cookbook_core import tinker
+service = tinker.ServiceClient(base_url=sys.argv[1])
+assert "tinker" not in sys.modules  # the SDK imports torch where it can
+print(service.get_server_capabilities().supported_models[0].model_name)
+future = service.create_lora_training_client("org/other")  # its queue may need them; this call not
+"""
+    command = [sys.executable, "-c", code, fake.url]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout.strip() == fake.name, done.stderr
+
+
 def test_a_service_without_the_extras(fake, make_service, caplog):
-    """Neither capabilities nor heartbeats; nothing is reported to it either."""
+    """Neither capabilities nor heartbeats; no telemetry is sent to it either."""
     fake.mood = "no extras"
     service = make_service(base_url=fake.url)
     client = service.create_lora_training_client(fake.name, rank=4).result(60)
@@ -417,51 +436,70 @@ def test_a_service_without_the_extras(fake, make_service, caplog):
 # ---- trust ---------------------------------------------------------------------------------------
 
 
-def test_a_service_with_wrong_arithmetic_trains_no_custom_loss(fake, core, remote, make_service):
+def test_a_service_with_wrong_gradients_trains_no_custom_loss(fake, core, remote, make_service):
     core["problems"] = ["gradients are divided by the batch"]
     data = make_random_data(2)
     for _ in range(2):
         client = remote.create_lora_training_client(fake.name, rank=4).result(60)
-        with pytest.raises(RequestError, match=r"divided by the batch\n.*trust_service=True"):
+        with pytest.raises(RequestError, match=r"divided by the batch\. .*trust_service=True"):
             client.forward_backward_custom(data, squared).result(60)
     assert core["calls"] == 1  # once per service and model
     assert core["training"].info.model_id not in ("", client.model_id)
     assert not fake.sent("forward_backward")
-    client.forward_backward(data, "cross_entropy").result(60)  # what it does by name is its own
+    client.forward_backward(data, "cross_entropy").result(60)  # built in
     trusted = make_service(base_url=fake.url, trust_service=True)
     other = trusted.create_lora_training_client(fake.name, rank=4).result(60)
     other.forward_backward_custom(data, squared).result(60)
     assert core["calls"] == 1
 
 
-def test_the_look_itself_can_train(fake, client, monkeypatch):
-    """It runs while a request is being served, on a backend of its own."""
+def test_the_check_itself_can_train(fake, client, monkeypatch):
+    """It runs while a request is served, on an adapter and a queue of its own."""
     losses, before = [], len(fake.models)
 
-    def look(make_training):
+    def core_problems(make_training):
         scratch = make_training()
         loss = builtin_loss("cross_entropy")
         output = scratch.forward_backward(make_random_data(2), squared).result(60)
         losses.append((output.loss, scratch.forward(make_random_data(2), loss).result(60).loss))
         return []
 
-    monkeypatch.setattr(backend, "_core_problems", look)
+    monkeypatch.setattr(session, "core_problems", core_problems)
     client.forward_backward_custom(make_random_data(2), squared).result(60)
     assert len(losses) == 1
     assert len(fake.models) == before + 1
 
 
-def test_the_real_look_finds_a_mean(fake, remote, monkeypatch, model_folder, tmp_path):
-    monkeypatch.setattr(backend, "_core_problems", LOOK)
-    (tmp_path / "tiny-random").symlink_to(model_folder("qwen3"))  # says the vocabulary is small
+def test_the_real_check_finds_a_mean(fake, remote, monkeypatch, model_folder, tmp_path):
+    monkeypatch.setattr(session, "core_problems", CORE_PROBLEMS)
+    (tmp_path / "tiny-random").symlink_to(model_folder("qwen3"))  # gives the small vocabulary
     client = remote.create_lora_training_client(str(tmp_path / "tiny-random"), rank=4).result(60)
     client.forward_backward_custom(make_random_data(2), squared).result(100)
     fake.mood = "mean"
     remote._service.verdicts.clear()
-    with pytest.raises(RequestError, match="would train it wrongly") as caught:
+    with pytest.raises(RequestError, match="computes wrong gradients") as caught:
         client.forward_backward_custom(make_random_data(2), squared).result(100)
     assert "negative weights" in str(caught.value)
     assert "trust_service=True" in str(caught.value)
+
+
+def test_a_timeout_is_no_verdict(fake, remote, monkeypatch, model_folder, tmp_path):
+    """Bug: a check that timed out was remembered as "trains it wrongly" for good."""
+    (tmp_path / "tiny-random").symlink_to(model_folder("qwen3"))
+    client = remote.create_lora_training_client(str(tmp_path / "tiny-random"), rank=4).result(60)
+
+    def core_problems(make_training):
+        scratch = make_training()
+        fake.mood = "hang"
+        return CORE_PROBLEMS(lambda: scratch, 1.0)
+
+    monkeypatch.setattr(session, "core_problems", core_problems)
+    data = make_random_data(2)
+    with pytest.raises(RequestError, match=r"could not be checked.*no answer in time"):
+        client.forward_backward_custom(data, squared).result(60)
+    fake.mood = ""
+    monkeypatch.setattr(session, "core_problems", lambda make_training: [])
+    client.forward_backward_custom(data, squared).result(60)
 
 
 # ---- sampling, saving ----------------------------------------------------------------------------
@@ -490,7 +528,7 @@ def test_samples_and_logprobs_equal_the_local_backend(fake, client, local):
         here.sample(prompt, 1, warm).result(60)
 
 
-def test_saved_weights_come_back(fake, remote, client):
+def test_saved_weights_are_restored(fake, remote, client):
     data = make_random_data(3)
     client.forward_backward(data, "cross_entropy")
     client.optim_step(ADAM).result(60)
@@ -500,7 +538,7 @@ def test_saved_weights_come_back(fake, remote, client):
     before = clients.score(client, data)
     restored = remote.create_training_client_from_state_with_optimizer(path, fake.name).result(60)
     close(clients.score(restored, data), before)
-    for one in (client, restored):  # Adam's moments came along
+    for one in (client, restored):  # Adam's moments are restored too
         one.forward_backward(data, "cross_entropy")
         one.optim_step(ADAM).result(60)
     close(clients.score(restored, data), clients.score(client, data))
@@ -515,6 +553,25 @@ def test_saved_weights_come_back(fake, remote, client):
     assert remote.create_sampling_client(base_model=fake.name).result(60)
 
 
+def test_metadata_of_checkpoints(remote, client):
+    with pytest.raises(RequestError, match="status 404"):
+        remote.get_checkpoint_metadata("tinker://none/weights/x")
+    plain = client.save_state("plain").result(60).path
+    if OLDEST:
+        with pytest.raises(RequestError, match=r"get_checkpoint_metadata at .*tinker>=0.38"):
+            remote.get_checkpoint_metadata(plain)
+        with pytest.raises(RequestError, match="pip install -U tinker"):
+            client.save_state("two", user_metadata={"verdict": " yes"}).result(60)
+        return
+    path = client.save_weights_for_sampler("one", user_metadata={"verdict": " yes"}).result(60).path
+    assert remote.get_checkpoint_metadata(path) == {"verdict": " yes"}
+    assert remote.get_checkpoint_metadata(plain) == {}
+    with pytest.raises(CheckpointError, match=r"no such checkpoint at the service"):
+        remote.get_checkpoint_metadata(plain + "x")
+    with pytest.raises(CheckpointError, match="not a service's checkpoint"):
+        remote.get_checkpoint_metadata("checkpoints/model-0/one")
+
+
 def test_what_cannot_be_loaded(client, remote, tmp_path):
     with pytest.raises(CheckpointError, match="not a service's checkpoint"):
         client.load_state(str(tmp_path))
@@ -526,7 +583,6 @@ def test_what_cannot_be_loaded(client, remote, tmp_path):
 
 # ---- recipes -------------------------------------------------------------------------------------
 
-OLDEST = metadata.version("tinker").startswith("0.25.")
 SMALL = {
     "sft": {"batch_size": 2, "max_tokens": 4},
     "dpo": {"batch_size": 2},
@@ -537,8 +593,8 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_recipes_run_unchanged_and_go_on(name, tmp_path, core, monkeypatch):
-    """The bundled model behind a service; a run cut off in its second step of three goes on."""
+def test_the_recipes_run_unchanged_and_resume(name, tmp_path, core, monkeypatch):
+    """The bundled model behind a service; a run cut off in its second step of three resumes."""
     if OLDEST and name != "dpo":
         pytest.skip("one recipe is enough for the older SDK")
     recipe = importlib.import_module(f"recipes.{name}")
@@ -546,8 +602,8 @@ def test_the_recipes_run_unchanged_and_go_on(name, tmp_path, core, monkeypatch):
     small = tmp_path / "rows.jsonl"
     lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)[:8]
     small.write_text("".join(lines), encoding="utf-8")
-    goes_on = name in ("sft", "dpo")
-    steps = 3 if goes_on else 2
+    resumes = name in ("sft", "dpo")
+    steps = 3 if resumes else 2
     settings = {"num_steps": steps, "eval_every": 2, "test_rows": 2, "dataset": str(small)}
 
     def config(folder: str):
@@ -564,12 +620,12 @@ def test_the_recipes_run_unchanged_and_go_on(name, tmp_path, core, monkeypatch):
     monkeypatch.setattr(runs.run, "draw_panels", lambda *_: "plot.png")  # takes seconds
     with Fake(str(TINY), tmp_path / "served", name="tiny", context=512) as fake:
         flags = RunFlags(save_every=1, keep_last=1, base_url=fake.url)
-        if goes_on:
+        if resumes:
             monkeypatch.setattr(tinker.TrainingClient, "optim_step", cut)
             with pytest.raises(KeyboardInterrupt):
                 recipe.train(config("cut"), flags)
             monkeypatch.setattr(tinker.TrainingClient, "optim_step", optim_step)
-        found = recipe.train(config("cut"), flags)
+        summary = recipe.train(config("cut"), flags)
     expected = recipe.train(config("here"), RunFlags(save_every=9))
     losses = [
         [row["loss"] for row in read_metrics(tmp_path / folder) if "loss" in row]
@@ -577,7 +633,7 @@ def test_the_recipes_run_unchanged_and_go_on(name, tmp_path, core, monkeypatch):
     ]
     if name != "grpo":  # whose samples are drawn with folded seeds
         assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-        assert {k: found[k] for k in expected} == pytest.approx(expected, abs=1e-3)
+        assert {k: summary[k] for k in expected} == pytest.approx(expected, abs=1e-3)
     record = json.loads((tmp_path / "cut" / "progress.json").read_text(encoding="utf-8"))
     assert record["finished"]
     assert all(entry["path"].startswith("tinker://") for entry in record["checkpoints"])
@@ -588,7 +644,7 @@ def test_the_recipes_run_unchanged_and_go_on(name, tmp_path, core, monkeypatch):
 
 
 def keys(reply):
-    """The names in a reply, at every depth; null and missing are alike."""
+    """The names in a reply, at every depth; null counts as missing."""
     if isinstance(reply, dict):
         return {(k, *inner) for k, v in reply.items() if v is not None for inner in keys(v)}
     if isinstance(reply, list):

@@ -1,4 +1,4 @@
-"""What needs the SDK is collected where it can be imported: see test_sdks.py."""
+"""Collect the tests that need the SDK only where it can be imported: see test_sdks.py."""
 
 from importlib import util
 

@@ -1,7 +1,7 @@
 """A Tinker service for tests: the SDK's wire protocol on loopback, numbers from our LocalBackend.
 
-Requests and replies have the form of recorded exchanges with a real self-hosted service
-(recorded.json). `Fake.mood` makes it misbehave as real ones were seen to.
+Requests and replies have the form of exchanges recorded with a real self-hosted service
+(recorded.json). `Fake.mood` makes it misbehave as real services did.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Fake:
         self._folder = model
         self._local = ServiceClient(device="cpu", dtype="float32", checkpoint_dir=checkpoints)
         self._saved: dict[str, tuple[str, str]] = {}
+        self._metadata: dict[str, Any] = {}
         self._samplers: dict[str, Any] = {}
         self._results: dict[str, Any] = {}
         self._ids = itertools.count()
@@ -131,11 +132,13 @@ class Fake:
             return 200, {"sampler_id": endpoint.split("/")[1], "base_model": self.name}
         if endpoint.startswith("sessions/"):
             return 200, {}
-        found = getattr(self, "_" + endpoint.replace("/", "_"), None)
+        if endpoint.startswith("training_runs/"):
+            return self._list_checkpoints(endpoint.split("/")[1])
+        handler = getattr(self, "_" + endpoint.replace("/", "_"), None)
         lacking = ("session_heartbeat", "get_server_capabilities")
-        if found is None or (self.mood == "no extras" and endpoint in lacking):
+        if handler is None or (self.mood == "no extras" and endpoint in lacking):
             raise Refused(404, "Not Found")
-        return found(body)
+        return handler(body)
 
     def _client_config(self, body: Any) -> tuple[int, Any]:
         return 200, {"pjwt_auth_enabled": False, "parallel_fwdbwd_chunks": False}
@@ -179,7 +182,7 @@ class Fake:
             data = [_mean(datum, len(data)) for datum in data]
         config = dict(body.loss_fn_config) or None
         run = client.forward if body.forward_only else client.forward_backward
-        # every logprob is wanted, those of weight 0 too
+        # compute every logprob, those of weight 0 too
         bare = [
             Datum(d.model_input, {**d.loss_fn_inputs, "score_mask": np.ones(d.model_input.length)})
             for d in data
@@ -211,8 +214,21 @@ class Fake:
         more = {"overwrite": True} if kind == "weights" else {}
         path = f"tinker://{model_id}/{kind}/{body['path']}"
         self._saved[path] = (model_id, save(body["path"], **more).result().path)
+        self._metadata[path] = body.get("user_metadata")
         sampler = {} if kind == "weights" else {"sampling_session_id": None}
         return self._later(model_id, {"path": path, "type": None, **sampler})
+
+    def _list_checkpoints(self, model_id: str) -> tuple[int, Any]:
+        if model_id not in self.models:
+            raise Refused(404, f"no training run {model_id}")
+        kinds = {"weights": "training", "sampler_weights": "sampler"}
+        listed = []
+        for path in (p for p, (of, _) in self._saved.items() if of == model_id):
+            _, kind, name = path.removeprefix("tinker://").split("/")
+            about = {"checkpoint_id": f"{kind}/{name}", "checkpoint_type": kinds[kind]}
+            about |= {"tinker_path": path, "time": "2026-11-24T00:00:00Z"}
+            listed.append({**about, "user_metadata": self._metadata[path]})
+        return 200, {"checkpoints": listed}
 
     def _load_weights(self, body: Any) -> tuple[int, Any]:
         if body["path"] not in self._saved:
@@ -248,8 +264,9 @@ class Fake:
         tokens = [t for chunk in body["prompt"]["chunks"] for t in chunk["tokens"]]
         params = SamplingParams(**body["sampling_params"])
         sampler = self._samplers[body["sampling_session_id"]]
-        asked = bool(body.get("prompt_logprobs"))
-        future = sampler.sample(ModelInput.from_ints(tokens), body["num_samples"], params, asked)
+        prompt_logprobs = bool(body.get("prompt_logprobs"))
+        prompt, count = ModelInput.from_ints(tokens), body["num_samples"]
+        future = sampler.sample(prompt, count, params, prompt_logprobs)
         status, reply = self._later("", future.future(), self._encode_sample)
         names = [f"sequence{next(self._ids)}" for _ in range(body["num_samples"])]
         return status, {**reply, "sample_sequence_ids": names}
@@ -332,7 +349,7 @@ def _datum(message: Any) -> Datum:
 
 
 def _mean(datum: Datum, count: int) -> Datum:
-    """What one service's training loop does: a mean over tokens, then over the batch."""
+    """One service's training loop: a mean over tokens, then over the batch."""
     weights = datum.loss_fn_inputs["weights"].to_numpy()
     inputs = {**datum.loss_fn_inputs, "weights": weights / max(weights.sum(), 1e-9) / count}
     return Datum(datum.model_input, inputs)

@@ -1,4 +1,4 @@
-"""What the remote backend does before, and without, an SDK."""
+"""The remote backend before, and without, an SDK."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cookbook_core.backend.remote import backend, connection, convert
+from cookbook_core.backend.remote import connection, convert, session
 from cookbook_core.errors import ConfigError, RequestError
 from cookbook_core.runs.run_folder import newest, sweep
 from cookbook_core.tinker import Datum, ModelInput, ServiceClient, TensorData
+
+
+def installed(monkeypatch, version):
+    """As if this version of the SDK were installed."""
+    monkeypatch.setattr(connection.importlib.util, "find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setattr(connection, "sdk_version", lambda: version)
 
 
 def test_without_the_sdk_the_extra_is_named(monkeypatch):
@@ -23,14 +29,13 @@ def test_without_the_sdk_the_extra_is_named(monkeypatch):
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.9.3"])
 def test_an_sdk_that_is_too_old_is_refused(monkeypatch, version):
-    monkeypatch.setitem(sys.modules, "tinker", SimpleNamespace(types=None))
-    monkeypatch.setattr(connection, "sdk_version", lambda: version)
+    installed(monkeypatch, version)
     with pytest.raises(ConfigError, match=f"too old.*{version}"):
         ServiceClient(base_url="http://localhost:1")
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", 8000])
-def test_what_is_no_url(monkeypatch, url):
+def test_an_invalid_url_is_an_error(monkeypatch, url):
     with pytest.raises(ConfigError, match=r"base_url: not a URL"):
         ServiceClient(base_url=url)
 
@@ -45,30 +50,29 @@ OFFERED = [SimpleNamespace(model_name=name) for name in ("Qwen/Qwen3-8B", "org/m
 
 def test_a_local_folder_stands_for_the_model_of_its_name(tmp_path, model_folder):
     (tmp_path / "mine").symlink_to(model_folder("qwen3"))
-    found = backend.describe_model(str(tmp_path / "mine"), OFFERED)
-    assert (found.model_name, found.tokenizer_id) == ("org/mine", str(tmp_path / "mine"))
-    assert (found.vocab_size, found.max_context_length) == (100, 256)
+    model = session.describe_model(str(tmp_path / "mine"), OFFERED)
+    assert (model.model_name, model.tokenizer_id) == ("org/mine", str(tmp_path / "mine"))
+    assert (model.vocab_size, model.max_context_length) == (100, 256)
     (tmp_path / "other").mkdir()
     with pytest.raises(ConfigError, match="Known: /srv/tiny, Qwen/Qwen3-8B, org/mine"):
-        backend.describe_model(str(tmp_path / "other"), OFFERED)
-    by_name = backend.describe_model("Qwen/Qwen3-8B", OFFERED)
+        session.describe_model(str(tmp_path / "other"), OFFERED)
+    by_name = session.describe_model("Qwen/Qwen3-8B", OFFERED)
     assert (by_name.model_name, by_name.tokenizer_id) == ("Qwen/Qwen3-8B",) * 2
-    variant = backend.describe_model("org/mine/v2:long", OFFERED)
+    variant = session.describe_model("org/mine/v2:long", OFFERED)
     assert (variant.model_name, variant.tokenizer_id) == ("org/mine/v2:long", "org/mine")
 
 
-def in_our_words(monkeypatch, error):
-    monkeypatch.setitem(sys.modules, "tinker", SimpleNamespace(types=None))
-    monkeypatch.setattr(connection, "sdk_version", lambda: "0.38.0")
-    return connection.Connection("http://localhost:1/").in_our_words("forward", error)
+def translated(monkeypatch, error):
+    installed(monkeypatch, "0.38.0")
+    return connection.Connection("http://localhost:1/").translate_error("forward", error)
 
 
 def test_a_servers_traceback_is_cut_to_its_last_line(monkeypatch):
     text = "Request failed: Server error: \x1b[36mray::f()\x1b[39m\n  File \"a.py\", line 1\n" \
         "IndexError: out of range for self.request_id='r1' and expected type X"  # fmt: skip
-    ours = in_our_words(monkeypatch, ValueError(text))
+    ours = translated(monkeypatch, ValueError(text))
     assert isinstance(ours, RequestError)
-    assert str(ours).startswith("forward at http://localhost:1: IndexError: out of range. Expected")
+    assert str(ours) == "forward at http://localhost:1: IndexError: out of range. Got ValueError."
 
 
 def failed_with(status):
@@ -77,35 +81,35 @@ def failed_with(status):
     return error
 
 
-STATUS_MENDS = [(401, "TINKER_API_KEY"), (409, "last checkpoint"), (422, "")]
+STATUS_FIXES = [(401, "TINKER_API_KEY"), (409, "last checkpoint"), (422, "")]
 
 
-@pytest.mark.parametrize(("status", "mend"), STATUS_MENDS)
-def test_a_status_brings_its_mend(monkeypatch, status, mend):
+@pytest.mark.parametrize(("status", "fix"), STATUS_FIXES)
+def test_a_status_brings_its_fix(monkeypatch, status, fix):
     wrapped = ValueError("Error retrieving result")
     wrapped.__cause__ = failed_with(status)
-    text = str(in_our_words(monkeypatch, wrapped))
-    for part in ("forward at", "what was wrong", f"status {status}", mend):
+    text = str(translated(monkeypatch, wrapped))
+    for part in ("forward at", "what was wrong", f"status {status}", fix):
         assert part in text
     assert "another version" not in text
 
 
 def test_a_request_in_an_unknown_form_names_the_sdk(monkeypatch):
-    assert "another version of tinker" in str(in_our_words(monkeypatch, failed_with(422)))
+    assert "another version of tinker" in str(translated(monkeypatch, failed_with(422)))
 
 
-def test_heartbeats_that_fail_are_said_once():
-    notices = connection._Once()
+def test_failing_heartbeats_are_logged_once():
+    notices = connection._FirstOnly()
     logger = logging.Logger("test")
-    said = [
+    passed = [
         notices.filter(logger.makeRecord("n", 30, "f", 1, f"{text} {n} s", (), None))
         for n in range(3)
         for text in ("Session heartbeat failed for", "try again because of try_again", "other")
     ]
-    assert said == [True, False, True, False, False, True, False, False, True]
+    assert passed == [True, False, True, False, False, True, False, False, True]
 
 
-def test_only_what_runs_there_leaves():
+def test_only_inputs_of_the_services_loss_are_sent():
     data = [
         Datum(
             ModelInput.from_ints([1, 2]),
@@ -133,10 +137,10 @@ def test_masked_logprobs_read_zero_and_have_no_gradient():
     inputs = {"target_tokens": [2, 3], "score_mask": [0.0, 1.0]}
     datum = Datum(ModelInput.from_ints([1, 2]), inputs)
     tensor = TensorData(np.array([-1.0, -2.0]), dtype="float32")
-    found = SimpleNamespace(
+    response = SimpleNamespace(
         loss_fn_outputs=[{"logprobs": tensor}], metrics=None, loss_fn_output_type="x"
     )
-    output = convert.output_in("here", found, [datum])
+    output = convert.output_in("here", response, [datum])
     assert output.loss_fn_outputs[0]["logprobs"].tolist() == [0.0, -2.0]
     assert convert.mask_grads([datum], [torch.ones(2)])[0].tolist() == [0.0, 1.0]
 

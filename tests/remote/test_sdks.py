@@ -1,7 +1,7 @@
 """The remote backend over the oldest and the newest SDK it supports, and the objects of each.
 
-`make test` puts the two into the environment's folder sdk/VERSION, beside its packages, as only
-one of them can be imported by a process.
+`make test` installs the two into the environment's folder sdk/VERSION, beside its packages, since
+a process can import only one of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VERSIONS = ("0.25.0", "0.38.0")
 SUITES = (
     "tests/remote/against_sdk.py",
     "tests/test_sdk_objects.py",
-    "tests/test_tinker_cookbook.py",  # skipped by the older, which tinker-cookbook does not take
+    "tests/test_tinker_cookbook.py",  # needs the newer SDK
 )
 
 

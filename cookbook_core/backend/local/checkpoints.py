@@ -381,3 +381,20 @@ def base_model_of(path: str | Path) -> str:
             str(file), "names no base model", expected="base_model_name_or_path", got=None
         )
     return name
+
+
+def metadata_of(folder: Path) -> dict[str, str]:
+    """The user_metadata of a checkpoint; empty for a LoRA folder that peft wrote.
+
+    Raises:
+        CheckpointError: state.json is damaged.
+    """
+    file = folder / "state.json"
+    if not file.is_file():
+        return {}
+    try:
+        metadata = json.loads(file.read_text(encoding="utf-8"))["user_metadata"]
+        return {str(key): str(value) for key, value in metadata.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fix = "The file is damaged: use another checkpoint."
+        raise CheckpointError(str(file), "cannot be read", got=repr(error), fix=fix) from error

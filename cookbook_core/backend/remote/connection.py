@@ -1,12 +1,14 @@
-"""The `tinker` SDK, opened on one URL: found, told to be quiet, its errors in our words.
+"""Connect to a service through the `tinker` SDK: check its version, filter its logs, translate its
+errors.
 
-The SDK retries for minutes what a self-hosted service will never answer, and polls for ever. So a
-URL where nothing listens is refused at once, and whoever waits is told, and freed in the end.
+The SDK retries an unreachable URL for minutes and polls for a result without end. Here unreachable
+URLs fail at once, and requests time out after an hour.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -26,16 +28,25 @@ from cookbook_core.errors import ConfigError, CookbookError, RequestError, neare
 
 OLDEST_SDK = (0, 25)
 HOSTED = ("thinkingmachines.dev", "thinkingmachines.ai")
-SAY_SECONDS = 60.0
-"""How long a request waits before that is said; said again after each such time."""
+LOG_SECONDS = 60.0
+"""Seconds between warnings about a request that has no result yet."""
 WAIT_SECONDS = 3600.0
-"""How long a request may wait in all; then it fails, and whatever waits for it goes on."""
+"""Seconds after which a request without a result fails."""
 
 log = logging.getLogger("cookbook_core")
 
 
 class Connection:
-    """One service: the SDK's client, made when first needed, and who waits for an answer."""
+    """One service: the SDK's client, made when first needed, and the requests still unanswered.
+
+    Args:
+        url: of the service.
+        api_key: None takes TINKER_API_KEY or, unless the service is the hosted one, a placeholder.
+        user_metadata, project_id, headers: passed to the service.
+
+    Raises:
+        ConfigError: not a URL; or the SDK is not installed, or too old.
+    """
 
     def __init__(
         self,
@@ -48,30 +59,35 @@ class Connection:
     ) -> None:
         self.url = _checked_url(url)
         self.verdicts: dict[str | None, list[str]] = {}
-        """What `core_problems` found, by base model."""
+        """The problems that `core_problems` listed, by base model."""
         self._key = api_key or os.environ.get("TINKER_API_KEY")
         self._options: dict[str, Any] = {"user_metadata": user_metadata, "project_id": project_id}
         self._headers = headers
         self._client: Any = None
         self._connecting, self._lock = threading.Lock(), threading.Lock()
         self._pending: list[_Pending] = []
-        self.types = _import_sdk().types
+        _check_sdk()
+
+    @property
+    def types(self) -> Any:
+        """The SDK's module of types; importing the SDK takes seconds, and may import torch."""
+        return _import_sdk().types
 
     def client(self) -> Any:
-        """The SDK's ServiceClient. Blocks when it is made (not for the caller's thread)."""
+        """The SDK's ServiceClient. The first call blocks while it connects."""
         with self._connecting:
             if self._client is None:
                 _refuse_silent_address(self.url)
                 host = urllib.parse.urlsplit(self.url).hostname or ""
                 key = self._key
                 if not host.endswith(HOSTED):
-                    # its reports go to the service, which may have no place for them
+                    # telemetry is sent to the service, which may not accept it
                     os.environ.setdefault("TINKER_TELEMETRY", "0")
-                    key = key or "tml-self-hosted"  # the SDK wants one of this form
-                _quieten()
+                    key = key or "tml-self-hosted"  # the SDK requires this prefix
+                _filter_logs()
                 sdk = _import_sdk()
                 options = {"base_url": self.url, "api_key": key, **self._options}
-                if self._headers:  # called otherwise in 0.25
+                if self._headers:  # has another name in SDK 0.25
                     named = inspect.signature(sdk.ServiceClient).parameters
                     new, old = "default_headers_overrides", "default_headers"
                     options[new if new in named else old] = self._headers
@@ -79,56 +95,56 @@ class Connection:
             return self._client
 
     def models(self) -> list[Any]:
-        """The models the service says it has; empty where it does not say.
+        """The models the service lists; empty if it cannot list them.
 
         Raises:
-            RequestError: it lets nobody in with this key.
+            RequestError: the service refuses the API key.
         """
         try:
             return list(self.client().get_server_capabilities().supported_models)
         except CookbookError:
             raise
         except Exception as error:
-            if getattr(error, "status_code", None) in (401, 403):  # nothing else will work either
-                raise self.in_our_words("get_server_capabilities", error) from error
-            log.debug("%s names no models: %s", self.url, error)
+            if getattr(error, "status_code", None) in (401, 403):  # so will all other requests
+                raise self.translate_error("get_server_capabilities", error) from error
+            log.debug("%s lists no models: %s", self.url, error)
             return []
 
     def close(self) -> None:
-        """End the session; a service that knows no such request is left as it is."""
+        """End the session; errors of services without such a request are ignored."""
         client, self._client = self._client, None
         if client is not None and hasattr(client, "close"):
             with contextlib.suppress(Exception):
                 client.close("success").result(timeout=5)
 
-    # ---- answers ---------------------------------------------------------------------------------
+    # ---- results ---------------------------------------------------------------------------------
 
     def answer(self, label: str, sdk_future: Any, convert: Callable[[Any], Any]) -> Future[Any]:
-        """A future of `convert(result)` of one of the SDK's futures, errors in our words."""
+        """A future of `convert(result)` of one of the SDK's futures, with its errors translated."""
         out: Future[Any] = Future()
         inner: Future[Any] = sdk_future.future() if hasattr(sdk_future, "future") else sdk_future
 
-        def done(found: Future[Any]) -> None:
+        def done(finished: Future[Any]) -> None:
             try:
-                settle(out, convert(found.result()))
-            except BaseException as error:  # handed to whoever waits for the result
-                settle(out, error=self.in_our_words(label, error))
+                settle(out, convert(finished.result()))
+            except BaseException as error:  # raised by out.result()
+                settle(out, error=self.translate_error(label, error))
 
         inner.add_done_callback(done)
         return out
 
     def watch(self, label: str, future: Future[Any]) -> Future[Any]:
-        """The same future, which says so while it waits long, and fails after WAIT_SECONDS."""
+        """The same future, with a warning each LOG_SECONDS, and a failure after WAIT_SECONDS."""
         with self._lock:
             self._pending.append(_Pending(label, future))
             if len(self._pending) == 1:
-                threading.Thread(target=self._say, name="cookbook-waiting", daemon=True).start()
+                threading.Thread(target=self._watch, name="cookbook-waiting", daemon=True).start()
         return future
 
-    def _say(self) -> None:
-        """Runs in a thread of its own while anything is pending."""
+    def _watch(self) -> None:
+        """Run in a thread of its own while anything is pending."""
         while True:
-            time.sleep(min(0.5, SAY_SECONDS / 4))
+            time.sleep(min(0.5, LOG_SECONDS / 4))
             with self._lock:
                 self._pending = [p for p in self._pending if not p.future.done()]
                 pending = list(self._pending)
@@ -137,55 +153,60 @@ class Connection:
             for p in pending:
                 waited = time.monotonic() - p.since
                 if waited > WAIT_SECONDS:
-                    what = f"no answer within {WAIT_SECONDS:g} s"
-                    mend = "Look at the service's log; go on from the last checkpoint."
                     error = RequestError(
-                        f"{p.label} at {self.url}", what, expected="an answer", got="none", fix=mend
+                        f"{p.label} at {self.url}",
+                        f"no answer within {WAIT_SECONDS:g} s",
+                        fix="Read the service's log, then resume from the last checkpoint.",
                     )
                     settle(p.future, error=error)
-                elif waited > SAY_SECONDS * (p.said + 1):
-                    p.said += 1
+                elif waited > LOG_SECONDS * (p.warnings + 1):
+                    p.warnings += 1
                     log.warning(
                         "%s: still waiting for %s after %d s", p.label, self.url, round(waited)
                     )
 
-    def in_our_words(self, label: str, error: BaseException) -> BaseException:
-        """An error of the SDK, or of the service through it, as one of ours."""
+    def translate_error(self, label: str, error: BaseException) -> BaseException:
+        """An error of the SDK, or of the service through it, as a RequestError with a fix."""
         if isinstance(error, (CookbookError, KeyboardInterrupt, SystemExit)):
             return error
-        said = error if hasattr(error, "status_code") else error.__cause__  # what polling got
-        status, body = getattr(said, "status_code", None), getattr(said, "body", None)
+        # the SDK's error of a request, or of polling for its result, whose cause has the status
+        source = error if hasattr(error, "status_code") else error.__cause__
+        status, body = getattr(source, "status_code", None), getattr(source, "body", None)
         detail = body.get("detail") or body.get("message") if isinstance(body, dict) else None
-        text = _last_line(str(detail or error) or type(error).__name__)
+        text = _one_line(str(detail or error) or type(error).__name__)
         if isinstance(error, CancelledError):
             text = "the request was cancelled"
         got = f"status {status}" if status else type(error).__name__
-        mend = _MENDS.get(status or 0, "")
-        if status == 422 and said is error:  # refused as it came; later it is an error like others
-            mend = _UNKNOWN_FORM
-        elif mend == "" and isinstance(error, (TypeError, AttributeError)):
-            mend = f"The tinker SDK installed here is {sdk_version()}; another may know this."
-        ours = RequestError(f"{label} at {self.url}", text, expected="success", got=got, fix=mend)
-        ours.__cause__ = error
-        return ours
+        fix = _FIXES.get(status or 0, "")
+        if status == 422 and source is error:  # the request itself; while polling, its execution
+            fix = _UNKNOWN_FORM
+        elif fix == "" and isinstance(error, (TypeError, AttributeError)):
+            fix = (
+                f"tinker {sdk_version()} is installed here; a newer one may support this: "
+                "pip install -U tinker."
+            )
+        translated = RequestError(f"{label} at {self.url}", text, got=got, fix=fix)
+        translated.__cause__ = error
+        return translated
 
 
 class _Pending:
     def __init__(self, label: str, future: Future[Any]) -> None:
         self.label, self.future = label, future
-        self.since, self.said = time.monotonic(), 0
+        self.since, self.warnings = time.monotonic(), 0
 
 
-_MENDS = {
-    401: "Give an api_key, or set TINKER_API_KEY.",
-    403: "Give an api_key that may do this, or set TINKER_API_KEY.",
+_FIXES = {
+    401: "Pass api_key, or set TINKER_API_KEY.",
+    403: "Pass an api_key that may do this, or set TINKER_API_KEY.",
     404: "The service does not offer this, or has no such model or checkpoint.",
-    409: "Some services refuse everything after one failed request: make a new client from the "
-    "last checkpoint.",
+    409: "Some services refuse every request after a failed one: make a new client from the last "
+    "checkpoint.",
 }
+_INSTALL = 'Install it: pip install "cookbook-core[remote]" (Python 3.11 or newer).'
 _UNKNOWN_FORM = (
-    "The service does not know the request in the form of the SDK installed here: another version "
-    "of tinker may fit it."
+    "The service does not understand the request as the installed SDK writes it: install another "
+    "version of tinker."
 )
 
 
@@ -199,7 +220,7 @@ def settle(future: Future[Any], value: Any = None, error: BaseException | None =
 
 
 def sdk_version() -> str:
-    """Of the installed SDK; "none" where there is none."""
+    """Version of the installed SDK; "none" if it is not installed."""
     try:
         return metadata.version("tinker")
     except metadata.PackageNotFoundError:
@@ -208,34 +229,30 @@ def sdk_version() -> str:
 
 def unknown_model(base_model: str, names: list[str]) -> ConfigError:
     """The error for a base model the service does not have."""
-    what = "the service has no such model"
-    return ConfigError(
-        "base_model",
-        what,
-        expected="one it names",
-        got=repr(base_model),
-        fix=nearest(base_model, names),
-    )
+    fix = nearest(base_model, names)
+    return ConfigError("base_model", "unknown to the service", got=repr(base_model), fix=fix)
+
+
+def _check_sdk() -> None:
+    """Find the SDK without importing it, which takes seconds.
+
+    Raises:
+        ConfigError: it is not installed, or too old.
+    """
+    rule, version = "tinker >= 0.25", sdk_version()
+    if importlib.util.find_spec("tinker") is None:
+        raise ConfigError("base_url", "needs the tinker SDK", expected=rule, fix=_INSTALL)
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < OLDEST_SDK:
+        what = "the tinker SDK is too old"
+        raise ConfigError("base_url", what, expected=rule, got=version, fix=_INSTALL)
 
 
 def _import_sdk() -> Any:
-    """The SDK.
-
-    Raises:
-        ConfigError: it is not installed, or older than it must be.
-    """
-    mend = 'Install it: pip install "cookbook-core[remote]" (Python 3.11 or newer).'
     try:
         import tinker
     except ImportError as error:
-        what = "needs the tinker SDK"
-        raise ConfigError(
-            "base_url", what, expected="tinker >= 0.25", got=error, fix=mend
-        ) from error
-    found = tuple(int(n) for n in re.findall(r"\d+", sdk_version())[:2])
-    if found < OLDEST_SDK:
-        what = "the tinker SDK is too old"
-        raise ConfigError("base_url", what, expected="tinker >= 0.25", got=sdk_version(), fix=mend)
+        what = "the tinker SDK cannot be imported"
+        raise ConfigError("base_url", what, got=error, fix=_INSTALL) from error
     return tinker
 
 
@@ -243,13 +260,13 @@ def _checked_url(url: object) -> str:
     parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
-            "base_url", "not a URL", expected="such as http://localhost:8000", got=url
+            "base_url", "not a URL", expected="one such as http://localhost:8000", got=url
         )
     return str(url).rstrip("/")
 
 
 def _refuse_silent_address(url: str) -> None:
-    """Fail at once where nothing listens: the SDK would try for five minutes."""
+    """Fail at once if nothing listens at the URL: the SDK would retry for five minutes."""
     parts = urllib.parse.urlsplit(url)
     host, proxies = parts.hostname or "", urllib.request.getproxies()
     if (parts.scheme in proxies or "all" in proxies) and not urllib.request.proxy_bypass(host):
@@ -258,26 +275,27 @@ def _refuse_silent_address(url: str) -> None:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((host, port), timeout=10).close()
     except OSError as error:
-        mend = "Start the service, or mend the URL."
-        got = f"{url} ({error})"
         raise ConfigError(
-            "base_url", "nothing answers there", expected="a running service", got=got, fix=mend
+            "base_url",
+            "no service answers at this URL",
+            got=f"{url} ({error})",
+            fix="Start the service, or correct the URL.",
         ) from error
 
 
-def _last_line(text: str) -> str:
-    """What an error says, without the SDK's own tail and without a server's traceback."""
+def _one_line(text: str) -> str:
+    """An error's text, without the suffix the SDK adds and without a server's traceback."""
     text = re.sub(r" for self\.request_id=.*", "", text, flags=re.DOTALL)
     text = re.sub(r"\x1b\[[0-9;]*m", "", text).removeprefix("Request failed: ")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) > 1 and any(line.startswith(("Traceback", 'File "')) for line in lines):
         lines = lines[-1:]
-    said = " ".join(lines).rstrip(".")
-    return said if len(said) <= 400 else f"{said[:400]}..."
+    line = " ".join(lines).rstrip(".")
+    return line if len(line) <= 400 else f"{line[:400]}..."
 
 
-class _Once(logging.Filter):
-    """Lets each kind of repeated notice of the SDK through once."""
+class _FirstOnly(logging.Filter):
+    """Pass the first of the SDK's repeated heartbeat warnings; drop those that `watch` replaces."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,7 +303,7 @@ class _Once(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        # the first is said by `watch`, with the URL and the time; the second: see _quieten
+        # `watch` logs the first, with URL and time; for the second see _filter_logs
         if "because of try_again" in text or "DEPRECATED" in text:
             return False
         if "heartbeat failed" not in text:
@@ -296,12 +314,12 @@ class _Once(logging.Filter):
         return first
 
 
-_once = _Once()
+_first_only = _FirstOnly()
 
 
-def _quieten() -> None:
-    """The SDK's notices of every poll and every missed heartbeat, once each."""
+def _filter_logs() -> None:
+    """Thin out the SDK's log lines about each poll and each missed heartbeat."""
     for name in ("internal_client_holder", "api_future_impl", "public_interfaces.training_client"):
-        logging.getLogger(f"tinker.lib.{name}").addFilter(_once)
-    # what later SDKs call otherwise has no other name in 0.25
+        logging.getLogger(f"tinker.lib.{name}").addFilter(_first_only)
+    # SDK 0.25 has only the names that later SDKs deprecate
     warnings.filterwarnings("ignore", r"DEPRECATED: \w+Client\.", FutureWarning)

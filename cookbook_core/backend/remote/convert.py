@@ -1,7 +1,8 @@
-"""The one boundary between our types and the `tinker` SDK's, both ways.
+"""Convert between this package's types and the `tinker` SDK's.
 
-Out: token ids, target_tokens, and what the loss that runs *there* needs; nothing else of a datum.
-In: results, checked before anybody computes with them, since a service may answer "success" with
+Out: token ids, target_tokens, and the inputs of a loss that runs at the service; no other input of
+a datum is sent.
+In: results, checked before anything is computed from them, since a service may report success with
 fewer outputs than datums, flattened ones, or NaN.
 """
 
@@ -16,7 +17,7 @@ import numpy as np
 from cookbook_core.builtin_losses import BuiltinLoss, needed_inputs
 from cookbook_core.custom_loss import LossFn, logprobs_from_output
 from cookbook_core.datums import SCORE_MASK
-from cookbook_core.errors import AnswerError, CheckpointError, DatumError, raise_all
+from cookbook_core.errors import AnswerError, CheckpointError, DatumError, RequestError, raise_all
 from cookbook_core.storage.paths import is_on_service
 from cookbook_core.types import (
     AdamParams,
@@ -34,17 +35,17 @@ if TYPE_CHECKING:
     import torch
 
 LARGEST_SEED = 2**31 - 1
-"""Seeds are folded to what every engine behind a service takes (int32)."""
+"""Seeds are taken modulo this, since some services accept int32 only."""
 
 
 # ---- out -----------------------------------------------------------------------------------------
 
 
 def named_loss(loss_fn: LossFn, data: Sequence[Datum]) -> BuiltinLoss | None:
-    """The built-in loss a service can run by its name, in one pass; None: two passes.
+    """The built-in loss that a service can run by name in one pass; None for two passes.
 
-    The SDK's reinforcement-learning losses know no weights: with weights they go in two passes,
-    with our formulas.
+    The SDK's reinforcement-learning losses take no weights: with weights they need two passes and
+    this package's formulas.
     """
     if not isinstance(loss_fn, BuiltinLoss):
         return None
@@ -53,7 +54,7 @@ def named_loss(loss_fn: LossFn, data: Sequence[Datum]) -> BuiltinLoss | None:
 
 
 def bare_datums(data: Sequence[Datum]) -> list[Datum]:
-    """Datums to score: target_tokens, and weights of 0, since there is no loss to compute."""
+    """Datums to score: target_tokens, and weights of 0, since no loss is computed."""
     out = []
     for datum in data:
         targets = datum.loss_fn_inputs["target_tokens"]
@@ -65,19 +66,18 @@ def bare_datums(data: Sequence[Datum]) -> list[Datum]:
 def named_datums(data: Sequence[Datum], loss: BuiltinLoss) -> list[Datum]:
     """Datums with the inputs that a built-in loss needs, and no other.
 
-    Weights get the shape of target_tokens: `(N,)` beside `(N, K)` stands for every candidate, and
-    without weights each target weighs 1.
+    Weights are broadcast to the shape of target_tokens, `(N,)` or `(N, K)`; missing weights are 1.
 
     Raises:
-        DatumError: an input is missing, or weights do not fit target_tokens. The client checks all
-            this and more; who calls the backend itself hears of it here.
+        DatumError: an input is missing, or weights do not fit target_tokens. The client has checked
+            this; the error is for direct callers of the backend.
     """
     out = []
     for i, datum in enumerate(data):
         missing = [key for key in needed_inputs(loss.name) if key not in datum.loss_fn_inputs]
         if missing:
-            rule = f"what {loss.name} needs"
-            raise DatumError(f'data[{i}]["{missing[0]}"]', "missing", expected=rule, got="nothing")
+            fix = f"{loss.name} needs {', '.join(needed_inputs(loss.name))}."
+            raise DatumError(f'data[{i}]["{missing[0]}"]', "missing", fix=fix)
         inputs = {key: datum.loss_fn_inputs[key] for key in needed_inputs(loss.name)}
         if loss.name == "cross_entropy":
             shape = tuple(inputs["target_tokens"].shape)
@@ -85,15 +85,16 @@ def named_datums(data: Sequence[Datum], loss: BuiltinLoss) -> list[Datum]:
             weights = np.ones(shape[:1], np.float32) if given is None else given.to_numpy()
             rows = weights.reshape(weights.shape + (1,) * (len(shape) - weights.ndim))
             if rows.shape[:1] != shape[:1]:
-                where, what = f'data[{i}]["weights"]', "not one per target"
-                raise DatumError(where, what, expected=shape, got=weights.shape)
+                where, what = f'data[{i}]["weights"]', "shape does not fit target_tokens"
+                fix = "Build datums with datum_from_tokens_weights()."
+                raise DatumError(where, what, expected=shape, got=weights.shape, fix=fix)
             inputs["weights"] = np.broadcast_to(rows, shape)
         out.append(Datum(datum.model_input, inputs))
     return out
 
 
 def datums_out(types: Any, data: Sequence[Datum]) -> list[Any]:
-    """The SDK's datums; every input of ours goes, so strip first (`bare_datums` and the like)."""
+    """The SDK's datums, with all inputs: strip them first (`bare_datums`, `named_datums`)."""
     return [
         types.Datum(
             model_input=prompt_out(types, datum.model_input),
@@ -104,18 +105,18 @@ def datums_out(types: Any, data: Sequence[Datum]) -> list[Any]:
 
 
 def _tensor_out(types: Any, tensor: TensorData) -> Any:
-    dtype = "int64" if tensor.dtype == "int64" else "float32"  # the wire has no other
+    dtype = "int64" if tensor.dtype == "int64" else "float32"  # the protocol's two dtypes
     array = np.ascontiguousarray(tensor.to_numpy(), dtype=dtype)
     return types.TensorData(data=array, dtype=dtype, shape=list(array.shape))
 
 
 def prompt_out(types: Any, prompt: ModelInput) -> Any:
-    """The SDK's ModelInput of the same token ids."""
+    """The SDK's ModelInput with the same token ids."""
     return types.ModelInput.from_ints([int(token) for token in prompt.to_ints()])
 
 
 def adam_out(types: Any, params: AdamParams) -> Any:
-    """The SDK's AdamParams; names and meaning are the same."""
+    """The SDK's AdamParams, whose fields have the same names and meanings."""
     return types.AdamParams(**vars(params))
 
 
@@ -129,34 +130,34 @@ def sampling_params_out(types: Any, params: SamplingParams) -> Any:
 
 
 def check_path(path: object) -> None:
-    """Refuse, with a CheckpointError, what no service can load: a folder of this machine."""
+    """Raise CheckpointError for a folder on this machine, which no service can load."""
     if not isinstance(path, str) or not is_on_service(path):
-        mend = "Weights saved on this machine cannot be sent: start without them, or train locally."
+        fix = "Local weights cannot be uploaded: start without them, or train locally."
         raise CheckpointError(
-            "path", "not a service's checkpoint", expected="tinker://...", got=repr(path), fix=mend
+            "path", "not a service's checkpoint", expected="tinker://...", got=repr(path), fix=fix
         )
 
 
 # ---- in ------------------------------------------------------------------------------------------
 
 
-def output_in(where: str, found: Any, data: Sequence[Datum]) -> ForwardBackwardOutput:
-    """Our output of a forward or forward_backward, checked against the datums it is of.
+def output_in(where: str, response: Any, data: Sequence[Datum]) -> ForwardBackwardOutput:
+    """The output of a forward or forward_backward, checked against its datums.
 
-    Positions at which a datum's "score_mask" is 0 read 0.0, as they do locally.
+    Logprobs are 0.0 where a datum's "score_mask" is 0, as they are locally.
 
     Raises:
         AnswerError: not one output per datum, logprobs missing, of another shape than
             target_tokens, or not finite; the message names the datum.
     """
-    outputs = [{key: _tensor_in(value) for key, value in o.items()} for o in found.loss_fn_outputs]
-    metrics = {str(k): float(v) for k, v in (found.metrics or {}).items()}
-    output = ForwardBackwardOutput(str(found.loss_fn_output_type), outputs, metrics)
+    outputs = [{k: _tensor_in(v) for k, v in o.items()} for o in response.loss_fn_outputs]
+    metrics = {str(k): float(v) for k, v in (response.metrics or {}).items()}
+    output = ForwardBackwardOutput(str(response.loss_fn_output_type), outputs, metrics)
     try:
         logprobs_from_output(output, data)
     except DatumError as error:
         what = f"the service's answer does not fit the request: {error.where} {error.what}"
-        fix = "`cookbook check` lists what else the service does differently."
+        fix = "Run `cookbook check --base_url URL` to list what else the service does differently."
         raise AnswerError(where, what, expected=error.expected, got=error.got, fix=fix) from error
     problems = []
     for i, (out, datum) in enumerate(zip(outputs, data, strict=True)):
@@ -168,11 +169,11 @@ def output_in(where: str, found: Any, data: Sequence[Datum]) -> ForwardBackwardO
             problems.append(
                 AnswerError(
                     f"{where}: logprobs of data[{i}] at {list(at)}",
-                    'the service answered "success" with a logprob that is not finite',
+                    "the service reported success with a logprob that is not finite",
                     expected="a finite log p",
                     got=f"{float(logprobs[at])} for token {token}",
-                    fix="Look for token ids outside the model's vocabulary. The service may hold a "
-                    "broken gradient: go on from the last checkpoint.",
+                    fix="Look for token ids outside the model's vocabulary. Its gradient may be "
+                    "broken too: resume from the last checkpoint.",
                 )
             )
         out["logprobs"] = _masked(out["logprobs"], datum)
@@ -181,7 +182,7 @@ def output_in(where: str, found: Any, data: Sequence[Datum]) -> ForwardBackwardO
 
 
 def mask_grads(data: Sequence[Datum], grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Gradients of logprobs, 0 where "score_mask" is 0: those logprobs were constants."""
+    """Gradients of logprobs, set to 0 where "score_mask" is 0: those logprobs are constants."""
     return [
         grad if (mask := datum.loss_fn_inputs.get(SCORE_MASK)) is None
         # mask is (N,), grad (N,) or (N, K)
@@ -194,36 +195,37 @@ def _masked(logprobs: TensorData, datum: Datum) -> TensorData:
     mask = datum.loss_fn_inputs.get(SCORE_MASK)
     if mask is None:
         return logprobs
-    kept = logprobs.to_numpy().copy()
-    kept[mask.to_numpy() == 0] = 0.0
-    return TensorData(kept, dtype=logprobs.dtype)
+    array = logprobs.to_numpy().copy()
+    array[mask.to_numpy() == 0] = 0.0
+    return TensorData(array, dtype=logprobs.dtype)
 
 
-def _tensor_in(found: Any) -> TensorData:
-    array = np.asarray(found.to_numpy())
-    if found.shape is not None:
-        array = array.reshape(found.shape)
+def _tensor_in(tensor: Any) -> TensorData:
+    array = np.asarray(tensor.to_numpy())
+    if tensor.shape is not None:
+        array = array.reshape(tensor.shape)
     return TensorData(array, dtype="int64" if array.dtype.kind == "i" else "float32")
 
 
-def optim_in(found: Any, params: AdamParams) -> OptimStepResponse:
-    """The service's metrics, and the learning rate that was asked for as "lr"."""
-    metrics = {str(k): float(v) for k, v in (found.metrics or {}).items()}
+def optim_in(response: Any, params: AdamParams) -> OptimStepResponse:
+    """The service's metrics, and the learning rate of the request as "lr"."""
+    metrics = {str(k): float(v) for k, v in (response.metrics or {}).items()}
     return OptimStepResponse({**metrics, "lr": params.learning_rate})
 
 
-def sampled_in(where: str, found: Any, num_samples: int) -> SampleResponse:
-    """Our response to a request to sample.
+def sampled_in(where: str, response: Any, num_samples: int) -> SampleResponse:
+    """The completions of one prompt.
 
     Raises:
-        AnswerError: another count of completions than asked for, or a completion whose logprobs
-            are not one finite number per token.
+        AnswerError: not `num_samples` completions, or one whose logprobs are not a finite number
+            per token.
     """
-    if len(found.sequences) != num_samples:
-        what = "the service gave another number of completions"
-        raise AnswerError(where, what, expected=num_samples, got=len(found.sequences))
+    if len(response.sequences) != num_samples:
+        what = "the service returned another number of completions"
+        fix = "Run `cookbook check --base_url URL` to list what else the service does differently."
+        raise AnswerError(where, what, expected=num_samples, got=len(response.sequences), fix=fix)
     sequences = []
-    for i, s in enumerate(found.sequences):
+    for i, s in enumerate(response.sequences):
         tokens = np.asarray(s.tokens, dtype=np.int64)
         logprobs = None if s.logprobs is None else np.asarray(s.logprobs, dtype=np.float32)
         if logprobs is not None and (
@@ -233,19 +235,37 @@ def sampled_in(where: str, found: Any, num_samples: int) -> SampleResponse:
             raise AnswerError(
                 f"{where}: sequences[{i}].logprobs",
                 "not one finite number per token",
-                expected=f"{len(tokens)} of them",
+                expected=f"{len(tokens)} finite numbers",
                 got=f"{len(logprobs)}, {finite} of them finite",
+                fix="Run `cookbook check --base_url URL`; do not train on these samples.",
             )
         name = getattr(s, "sequence_id", None) or str(i)
         sequences.append(SampledSequence(s.stop_reason, name, tokens, logprobs))
-    return SampleResponse(sequences, found.prompt_logprobs, found.topk_prompt_logprobs)
+    return SampleResponse(sequences, response.prompt_logprobs, response.topk_prompt_logprobs)
+
+
+def metadata_in(where: str, checkpoints: Sequence[Any], path: str) -> dict[str, str]:
+    """The user_metadata of the checkpoint at `path`, out of the SDK's list of a run's checkpoints.
+
+    Raises:
+        CheckpointError: the list has no such path. RequestError: the SDK's checkpoints have no
+            user_metadata (before 0.38).
+    """
+    checkpoint = next((c for c in checkpoints if c.tinker_path == path), None)
+    if checkpoint is None:
+        fix = "Pass a path that save_state or save_weights_for_sampler returned."
+        raise CheckpointError("path", "no such checkpoint at the service", got=path, fix=fix)
+    if not hasattr(checkpoint, "user_metadata"):
+        what = "the installed tinker SDK does not read user_metadata of checkpoints"
+        raise RequestError(where, what, fix='Install a newer one: pip install "tinker>=0.38".')
+    return dict(checkpoint.user_metadata or {})
 
 
 def without_service_loss(metrics: Mapping[str, float]) -> dict[str, float]:
-    """A service's metrics without its own value of the loss, which is computed here instead."""
+    """A service's metrics without its value of the loss, which is computed here."""
     return {key: value for key, value in metrics.items() if key not in ("loss", "loss:sum")}
 
 
 def disagrees(theirs: float | None, ours: float) -> bool:
-    """Whether a service's "loss:sum" is another than that of its own logprobs."""
+    """Whether a service's "loss:sum" differs from the loss of its own logprobs."""
     return theirs is not None and not math.isclose(theirs, ours, rel_tol=1e-2, abs_tol=1e-4)

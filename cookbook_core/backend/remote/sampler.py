@@ -1,28 +1,27 @@
-"""Generation and logprobs from weights that a service holds."""
+"""Generation and logprobs from weights at a service."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cookbook_core.backend.interface import SamplingBackend
 from cookbook_core.backend.remote import convert
+from cookbook_core.backend.remote.session import Session
 from cookbook_core.backend.sampling_requests import prompt_datum, sampling_request
 from cookbook_core.types import ModelInput, SampleResponse, SamplingParams
 
-if TYPE_CHECKING:
-    from cookbook_core.backend.remote.backend import RemoteBackend
-
 
 class RemoteSampler:
-    """One fixed set of weights at a service. Requests go at once, side by side."""
+    """One fixed set of weights at a service. Requests are sent at once and run side by side."""
 
-    def __init__(self, backend: RemoteBackend, client: Any) -> None:
-        self._backend, self._client = backend, client
-        self.model_data = backend.model()
+    def __init__(self, session: Session, client: Any) -> None:
+        self._session, self._client = session, client
+        self.model_data = session.model_data()
 
     def tokenizer(self) -> Any:
-        return self._backend.tokenizer()
+        return self._session.tokenizer()
 
     def sample(
         self,
@@ -32,19 +31,19 @@ class RemoteSampler:
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
     ) -> Future[SampleResponse]:
-        told = include_prompt_logprobs, topk_prompt_logprobs
-        # what cannot work is refused on this side
-        sampling_request(self.model_data, prompt, num_samples, params, *told)
-        connection = self._backend.connection
+        options = include_prompt_logprobs, topk_prompt_logprobs
+        # refuse what cannot work before it is sent
+        sampling_request(self.model_data, prompt, num_samples, params, *options)
+        connection = self._session.connection
         sent = self._client.sample(
             convert.prompt_out(connection.types, prompt),
             num_samples,
             convert.sampling_params_out(connection.types, params),
-            *told,
+            *options,
         )
         where = f"sample at {connection.url}"
         answer = connection.answer(
-            "sample", sent, lambda found: convert.sampled_in(where, found, num_samples)
+            "sample", sent, lambda response: convert.sampled_in(where, response, num_samples)
         )
         return connection.watch("sample", answer)
 
@@ -55,9 +54,21 @@ class RemoteSampler:
         return [self.sample(prompt, num_samples, p) for prompt, p in pairs]
 
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
-        prompt_datum(self.model_data, prompt)  # refused on this side
-        connection = self._backend.connection
+        prompt_datum(self.model_data, prompt)  # refuse what cannot work before it is sent
+        label, connection = "compute_logprobs", self._session.connection
         sent = self._client.compute_logprobs(convert.prompt_out(connection.types, prompt))
-        return connection.watch(
-            "compute_logprobs", connection.answer("compute_logprobs", sent, list)
-        )
+        return connection.watch(label, connection.answer(label, sent, list))
+
+
+def create_sampler(session: Session, path: str | None) -> Future[SamplingBackend]:
+    """A sampler of weights saved at `path`, or of the bare base model."""
+    if path is not None:
+        convert.check_path(path)
+
+    def create() -> Any:
+        base = {"base_model": session.model_data().model_name} if path is None else {}
+        return session.connection.client().create_sampling_client(model_path=path, **base)
+
+    return session.submit_client(
+        "create_sampling_client", create, lambda client: RemoteSampler(session, client)
+    )

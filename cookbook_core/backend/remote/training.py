@@ -1,4 +1,4 @@
-"""One adapter in training at a service: losses by name in one pass, one's own in two."""
+"""One adapter in training at a service: built-in losses in one pass, custom losses in two."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cookbook_core.backend.interface import SamplingBackend
+from cookbook_core.backend.interface import SamplingBackend, TrainingBackend
 from cookbook_core.backend.remote import convert
 from cookbook_core.backend.remote.connection import WAIT_SECONDS
-from cookbook_core.backend.remote.sampler import RemoteSampler
+from cookbook_core.backend.remote.sampler import RemoteSampler, create_sampler
+from cookbook_core.backend.remote.session import Session
 from cookbook_core.backend.worker import refuse_after_failure
 from cookbook_core.builtin_losses import BuiltinLoss
 from cookbook_core.custom_loss import (
@@ -29,23 +30,30 @@ from cookbook_core.types import (
     Datum,
     ForwardBackwardOutput,
     GetInfoResponse,
+    LoraConfig,
     OptimStepResponse,
 )
 
-if TYPE_CHECKING:
-    from cookbook_core.backend.remote.backend import RemoteBackend
-
 log = logging.getLogger("cookbook_core")
 CUSTOM = "forward_backward_custom"
+SCRATCH = LoraConfig(rank=8, seed=0, train_unembed=False)
+"""The adapter on which a service's gradients are checked."""
 
 
 class RemoteTraining:
-    """One adapter in training at a service."""
+    """One adapter in training at a service.
 
-    def __init__(self, backend: RemoteBackend, client: Any, rank: int | None) -> None:
-        self._backend, self._client, self._types = backend, client, backend.connection.types
+    Args:
+        session: of its base model.
+        client: the SDK's TrainingClient.
+        rank: of the adapter, for services whose get_info does not state it.
+    """
+
+    def __init__(self, session: Session, client: Any, rank: int | None) -> None:
+        self._session, self._client = session, client
+        self._connection, self._types = session.connection, session.connection.types
         info = client.get_info()
-        data = backend.learn(info)
+        data = session.adopt_model_of(info)
         self.info = GetInfoResponse(
             model_data=data,
             model_id=str(client.model_id),
@@ -54,12 +62,12 @@ class RemoteTraining:
             model_name=data.model_name,
         )
         self._gradients: list[Future[Any]] = []
-        """forward_backward requests since the last optim_step that was done."""
+        """forward_backward requests since the last optim_step that succeeded."""
         self._lock = threading.Lock()
-        self._said_disagreement = backend.trusted
+        self._warned_of_loss = session.trusted
 
     def tokenizer(self) -> Any:
-        return self._backend.tokenizer()
+        return self._session.tokenizer()
 
     # ---- forward and backward --------------------------------------------------------------------
 
@@ -69,7 +77,7 @@ class RemoteTraining:
             metrics = merge_metrics(result, convert.without_service_loss(output.metrics))
             return ForwardBackwardOutput("ArrayRecord", output.loss_fn_outputs, metrics)
 
-        return self._backend.submit("forward", lambda: self._forward("forward", data, answer))
+        return self._session.submit("forward", lambda: self._forward("forward", data, answer))
 
     def forward_backward(
         self,
@@ -80,70 +88,71 @@ class RemoteTraining:
         if loss_type_input != "logprobs":
             raise ConfigError(
                 "loss_type_input",
-                "a service gives logprobs of target tokens only",
+                "services return logprobs of target tokens only",
                 expected='"logprobs"',
                 got=repr(loss_type_input),
                 fix="Name the tokens the loss needs as target_tokens (N, K), or train locally.",
             )
         named = convert.named_loss(loss_fn, data)
         if named is not None:
-            future = self._backend.submit("forward_backward", lambda: self._one_pass(data, named))
+            future = self._session.submit("forward_backward", lambda: self._one_pass(data, named))
         else:
-            future = self._backend.submit(CUSTOM, lambda: self._two_passes(data, loss_fn))
+            future = self._session.submit(CUSTOM, lambda: self._two_passes(data, loss_fn))
         with self._lock:
             self._gradients.append(future)
         return future
 
     def _one_pass(self, data: Sequence[Datum], loss: BuiltinLoss) -> Future[Any]:
-        def answer(found: Any) -> ForwardBackwardOutput:
-            output = convert.output_in(where, found, data)
+        def answer(response: Any) -> ForwardBackwardOutput:
+            output = convert.output_in(where, response, data)
             try:
                 result = evaluate(loss, data, logprobs_from_output(output, data))
             except LossError as error:
-                what = f"the service accepted what has no loss: {error.where} {error.what}"
-                raise AnswerError(where, what, expected=error.expected, got=error.got) from error
+                what = f"the service accepted data without a loss: {error.where} {error.what}"
+                slots = {"expected": error.expected, "got": error.got, "fix": error.fix}
+                raise AnswerError(where, what, **slots) from error
             theirs = output.metrics.get("loss:sum")
-            if convert.disagrees(theirs, result.loss) and not self._said_disagreement:
-                self._said_disagreement = True
+            if convert.disagrees(theirs, result.loss) and not self._warned_of_loss:
+                self._warned_of_loss = True
                 log.warning(
-                    "%s: the service reports loss:sum %.6g, its logprobs give %.6g: it may divide "
-                    "gradients by something, too. `cookbook check` tells.",
+                    "%s: the service reports loss:sum %.6g, but its logprobs give %.6g; it may "
+                    "divide gradients as well. Run `cookbook check --base_url URL`.",
                     where,
                     theirs,
                     result.loss,
                 )
             return self._output(output, result, data, passes=1.0)
 
-        where = f"forward_backward at {self._backend.connection.url}"
+        where = f"forward_backward at {self._connection.url}"
         datums = convert.datums_out(self._types, convert.named_datums(data, loss))
         config = dict(loss.config) or None
         sent = self._client.forward_backward(datums, loss.name, config)
-        return self._backend.connection.answer("forward_backward", sent, answer)
+        return self._connection.answer("forward_backward", sent, answer)
 
     def _two_passes(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[Any]:
-        self._backend.require_core()
+        self._session.require_correct_gradients(CUSTOM, lambda s: create_training(s, SCRATCH))
         scored = self._forward(CUSTOM, data, lambda output: output).result(WAIT_SECONDS)
         result = differentiate(loss_fn, data, logprobs_from_output(scored, data))
-        merge_metrics(result, {})  # what is refused is refused before anything accumulates
+        merge_metrics(result, {})  # refuse bad metrics before a gradient accumulates
         surrogates = surrogate_datums(data, convert.mask_grads(data, result.grads))
 
-        def answer(found: Any) -> ForwardBackwardOutput:
-            backward = convert.output_in(where, found, surrogates)
-            kept = ForwardBackwardOutput("", scored.loss_fn_outputs, backward.metrics)
-            return self._output(kept, result, data, passes=2.0)
+        def answer(response: Any) -> ForwardBackwardOutput:
+            backward = convert.output_in(where, response, surrogates)
+            output = ForwardBackwardOutput("", scored.loss_fn_outputs, backward.metrics)
+            return self._output(output, result, data, passes=2.0)
 
-        where = f"{CUSTOM} at {self._backend.connection.url}"
+        where = f"{CUSTOM} at {self._connection.url}"
         datums = convert.datums_out(self._types, surrogates)
         sent = self._client.forward_backward(datums, "cross_entropy")
-        return self._backend.connection.answer(CUSTOM, sent, answer)
+        return self._connection.answer(CUSTOM, sent, answer)
 
     def _forward(self, label: str, data: Sequence[Datum], then: Callable[..., Any]) -> Future[Any]:
-        """Logprobs there; `then` of our checked output."""
-        where = f"{label} at {self._backend.connection.url}"
+        """A future of `then(output)`: the service's logprobs of the data, checked."""
+        where = f"{label} at {self._connection.url}"
         datums = convert.datums_out(self._types, convert.bare_datums(data))
         sent = self._client.forward(datums, "cross_entropy")
-        return self._backend.connection.answer(
-            label, sent, lambda found: then(convert.output_in(where, found, data))
+        return self._connection.answer(
+            label, sent, lambda response: then(convert.output_in(where, response, data))
         )
 
     def _output(
@@ -161,7 +170,7 @@ class RemoteTraining:
             before = list(self._gradients)
 
         def step() -> Future[OptimStepResponse]:
-            refuse_after_failure(after)  # waits: a service steps whatever became of them
+            refuse_after_failure(after)  # waits, since a service would step in spite of a failure
             for future in before:
                 if not future.cancelled():
                     future.exception()
@@ -169,16 +178,16 @@ class RemoteTraining:
                 good = [f for f in before if f in self._gradients and _succeeded(f)]
             if not good:
                 what = "no gradient has been accumulated"
-                mend = "Call forward_backward first; every step uses its gradient up."
-                raise RequestError("optim_step", what, expected="a gradient", got="none", fix=mend)
+                fix = "Call forward_backward first; every step uses its gradient up."
+                raise RequestError("optim_step", what, fix=fix)
             sent = self._client.optim_step(convert.adam_out(self._types, params))
             with self._lock:
                 self._gradients = [f for f in self._gradients if f not in before]
-            return self._backend.connection.answer(
-                "optim_step", sent, lambda found: convert.optim_in(found, params)
+            return self._connection.answer(
+                "optim_step", sent, lambda response: convert.optim_in(response, params)
             )
 
-        return self._backend.submit("optim_step", step)
+        return self._session.submit("optim_step", step)
 
     # ---- saving, loading, sampling ---------------------------------------------------------------
 
@@ -197,9 +206,9 @@ class RemoteTraining:
 
         def save() -> Future[str]:
             sent = getattr(self._client, label)(name, **options)
-            return self._backend.connection.answer(label, sent, lambda found: str(found.path))
+            return self._connection.answer(label, sent, lambda response: str(response.path))
 
-        return self._backend.submit(label, save)
+        return self._session.submit(label, save)
 
     def load(self, path: str, *, with_optimizer: bool) -> Future[None]:
         label = "load_state_with_optimizer" if with_optimizer else "load_state"
@@ -209,21 +218,55 @@ class RemoteTraining:
             sent = getattr(self._client, label)(path)
             with self._lock:
                 self._gradients.clear()
-            return self._backend.connection.answer(label, sent, lambda found: None)
+            return self._connection.answer(label, sent, lambda _: None)
 
-        return self._backend.submit(label, load)
+        return self._session.submit(label, load)
 
     def open_sampler(self, path: str) -> Future[SamplingBackend]:
-        return self._backend.create_sampler(path)
+        return create_sampler(self._session, path)
 
     def snapshot(self) -> Future[SamplingBackend]:
-        label = "save_weights_and_get_sampling_client"
+        return self._session.submit_client(
+            "save_weights_and_get_sampling_client",
+            self._client.save_weights_and_get_sampling_client,
+            lambda client: RemoteSampler(self._session, client),
+        )
 
-        def snapshot() -> Future[SamplingBackend]:
-            made = self._client.save_weights_and_get_sampling_client()
-            return self._backend.made(label, made, lambda c: RemoteSampler(self._backend, c))
 
-        return self._backend.submit(label, snapshot)
+def create_training(
+    session: Session, lora: LoraConfig, user_metadata: dict[str, str] | None = None
+) -> Future[TrainingBackend]:
+    """A fresh adapter at the service."""
+
+    def create() -> Any:
+        return session.connection.client().create_lora_training_client(
+            session.model_data().model_name,
+            rank=lora.rank,
+            seed=lora.seed,
+            train_mlp=lora.train_mlp,
+            train_attn=lora.train_attn,
+            train_unembed=lora.train_unembed,
+            user_metadata=user_metadata,
+        )
+
+    return session.submit_client(
+        "create_lora_training_client",
+        create,
+        lambda client: RemoteTraining(session, client, lora.rank),
+    )
+
+
+def restore_training(
+    session: Session, path: str, *, with_optimizer: bool
+) -> Future[TrainingBackend]:
+    """An adapter as saved at `path`; its rank is the checkpoint's."""
+    label = "create_training_client_from_state" + "_with_optimizer" * with_optimizer
+    convert.check_path(path)
+    return session.submit_client(
+        label,
+        lambda: getattr(session.connection.client(), label)(path),
+        lambda client: RemoteTraining(session, client, None),
+    )
 
 
 def _succeeded(future: Future[Any]) -> bool:
