@@ -98,9 +98,7 @@ class LocalBackend:
 
     def checkpoint_metadata(self, path: str) -> Future[dict[str, str]]:
         folder = usable_path("path", path, CheckpointError)
-        return self.worker.submit(
-            "get_checkpoint_metadata", lambda: checkpoints.metadata_of(folder)
-        )
+        return self.worker.submit("get_checkpoint_metadata", checkpoints.metadata_of, folder)
 
     def close(self) -> None:
         self.worker.close()

@@ -190,7 +190,7 @@ class _Builder:
 
 
 def micro_batches(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
-    """Groups of indices whose rows have about `budget` tokens at most; sequences that share a prefix
+    """Groups of indices whose rows have at most about `budget` tokens; sequences that share a prefix
     are adjacent. A function of the tokens alone."""
     arrays = [np.asarray(s, dtype=np.int64) for s in sequences]
     batch: list[int] = []
