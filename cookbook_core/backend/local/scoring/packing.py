@@ -190,8 +190,8 @@ class _Builder:
 
 
 def micro_batches(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
-    """Groups of indices whose rows have at most about `budget` tokens; sequences that share a prefix
-    are adjacent. A function of the tokens alone."""
+    """Groups of indices, each a row of about `budget` tokens; sequences that share a prefix are
+    adjacent. A function of the tokens alone."""
     arrays = [np.asarray(s, dtype=np.int64) for s in sequences]
     batch: list[int] = []
     filled = 0
