@@ -192,6 +192,7 @@ def differentiate(
             where,
             "the loss uses no datum",
             expected="a loss computed from logprobs_list",
+            got=f"{loss.item():.6g}, computed from other tensors",
             fix="Use the tensors of logprobs_list, the second argument.",
         )
     leaf_grads = [

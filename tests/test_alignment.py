@@ -1,4 +1,4 @@
-"""Weights against logprobs: equal lengths or a loud word; sums and means."""
+"""Weights against logprobs: equal lengths or an error; sums and means."""
 
 from __future__ import annotations
 
@@ -166,9 +166,11 @@ def test_check_alignment_reports_every_fault_with_datum_field_and_lengths() -> N
         check_alignment(data, [LP, LP, LP], "ref_logprobs", "target_tokens")
     assert str(caught.value).splitlines() == [
         'data[1].loss_fn_inputs["ref_logprobs"]: length does not match logprobs. '
-        "Expected 3 (len of logprobs), got 2.",
+        "Expected 3 (len of logprobs), got 2. "
+        "Pass ref_logprobs=values to datum_from_prompt_completion(), which shifts them.",
         'data[2].loss_fn_inputs["ref_logprobs"]: missing. '
-        "Expected an array of this name, got target_tokens.",
+        "Expected an array under this name, got target_tokens. "
+        "Pass ref_logprobs=values to datum_from_prompt_completion().",
     ]
 
 

@@ -12,7 +12,7 @@ from cookbook_core.types.model_input import ModelInput, own_input, require_type
 from cookbook_core.types.tensors import TensorData, to_array
 
 _INTEGER_KEYS = frozenset({"target_tokens"})
-_FLOAT_KEYS = frozenset({"weights", "advantages", "logprobs"})
+_FLOAT_KEYS = frozenset({"weights", "advantages", "logprobs", "sampling_logprobs"})
 
 LossFnInputs: TypeAlias = dict[str, TensorData]
 
