@@ -133,7 +133,7 @@ def label_distribution(
             raise DataError(
                 f"{where}.answer",
                 "not a label",
-                expected=f"one of {', '.join(names)}",
+                expected=f"one of {names}",
                 got=repr(answer),
                 fix="Add it to --labels, or drop the row.",
             )
