@@ -101,7 +101,9 @@ class LossError(CookbookError, ValueError):
         """The error to raise `from error`, an exception that escaped from the user's function."""
         frames = traceback.extract_tb(cut_own_frames(error).__traceback__)
         own = [frame for frame in frames if frame.filename == frames[0].filename]
-        fix = f"See line {own[-1].lineno} of {Path(own[-1].filename).name}." if own else ""
+        fix = "Check the arguments it takes and the value it returns."
+        if own:
+            fix = f"See line {own[-1].lineno} of {Path(own[-1].filename).name}."
         return cls(where, f"raised {type(error).__name__}: {error}", fix=fix)
 
 
@@ -126,11 +128,11 @@ class ModelError(CookbookError, ValueError):
 
 
 class CheckpointError(CookbookError, ValueError):
-    """A checkpoint cannot be written, found or verified, or does not fit this model."""
+    """A checkpoint cannot be written, read or verified, or does not fit this model."""
 
 
 class RequestError(CookbookError, RuntimeError):
-    """A request cannot be served at this point: out of order, after close, or refused."""
+    """A request cannot be served: out of order, after close, or rejected by a service."""
 
 
 class AnswerError(RequestError):
@@ -145,11 +147,12 @@ class ProcessError(CookbookError, RuntimeError):
 def check_choice(
     error: type[CookbookError], where: str, what: str, name: object, known: Iterable[str]
 ) -> None:
-    """Raise `error`, naming the nearest match, unless `name` is one of the names `known`."""
+    """Raise `error` with the nearest match as its fix, unless `name` is one of `known`."""
     names = sorted(known)
     if not isinstance(name, str) or name not in names:
         expected = f"one of {', '.join(names)}" if names else None
-        raise error(where, what, expected=expected, got=repr(name), fix=_hint(str(name), names))
+        fix = _hint(str(name), names) if names else "Leave it out."
+        raise error(where, what, expected=expected, got=repr(name), fix=fix)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -214,7 +217,7 @@ def _is_ours(filename: str) -> bool:
 
 
 def _shortened(text: str) -> str:
-    """At most LONGEST_GOT characters of `text`; the count of the others is said in their place."""
+    """Cut `text` to LONGEST_GOT characters, the last of which give its length."""
     if len(text) <= LONGEST_GOT:
         return text
     count = f"... ({len(text)} characters)"
