@@ -184,8 +184,7 @@ def differentiate(
                 "no gradient can be taken of what it returned",
                 expected="a loss that autograd can differentiate",
                 got=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
-                fix="Return the loss without calling .backward() on it, and change no tensor in "
-                "place.",
+                fix="Do not call .backward() inside the loss, and change no tensor in place.",
             ) from cut_own_frames(error)
     if all(g is None for g in grads[: len(leaves)]):
         raise NoGradientError(
@@ -294,10 +293,7 @@ def _metric(where: str, key: Any, value: Any) -> float:
 def _check_finite_gradients(
     where: str, grads: Sequence[torch.Tensor], logprobs: Sequence[torch.Tensor] | None
 ) -> None:
-    """Raise a NotFiniteError that names the first bad position of each datum.
-
-    logprobs: shown beside the position; None where the gradients are of something else.
-    """
+    """Raise a NotFiniteError with the first bad position of each datum, and the logprob there."""
     import torch
 
     problems = []

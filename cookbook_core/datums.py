@@ -14,7 +14,7 @@ by hand in several places is an old and silent bug of this field; here it is don
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -47,13 +47,9 @@ def shift_tokens(tokens: Sequence[int]) -> tuple[list[int], list[int]]:
     """
     ids = ModelInput.from_ints(tokens).to_ints()
     if len(ids) < 2:
-        raise DatumError(
-            "tokens",
-            "too short to predict anything",
-            expected="at least 2 tokens",
-            got=len(ids),
-            fix="Leave out empty rows.",
-        )
+        rule, fix = "at least 2 tokens", "Leave out empty rows."
+        what = "too short to predict anything"
+        raise DatumError("tokens", what, expected=rule, got=len(ids), fix=fix)
     return ids[:-1], ids[1:]
 
 
@@ -283,142 +279,120 @@ def check_data(
             got=0,
             fix="Check what filtered the rows, such as a maximum length.",
         )
-    problems: list[DatumError] = []
-    for i, datum in enumerate(data):
-        if not isinstance(datum, Datum):
-            problems.append(
-                DatumError(f"data[{i}]", "wrong type", expected="Datum", got=type(datum).__name__)
-            )
-            continue
-        problems += _datum_problems(f"data[{i}]", datum, vocab_size, max_context, needs)
-    raise_all(problems)
+    raise_all(
+        [
+            problem
+            for i, datum in enumerate(data)
+            for problem in _datum_problems(f"data[{i}]", datum, vocab_size, max_context, needs)
+        ]
+    )
 
 
 def _datum_problems(
-    where: str, datum: Datum, vocab_size: int | None, max_context: int | None, needs: Sequence[str]
-) -> list[DatumError]:
-    problems: list[DatumError] = []
+    where: str, datum: Any, vocab_size: int | None, max_context: int | None, needs: Sequence[str]
+) -> Iterator[DatumError]:
+    if not isinstance(datum, Datum):
+        yield DatumError(where, "wrong type", expected="Datum", got=type(datum).__name__)
+        return
     n = datum.model_input.length
     if n == 0:
-        return [DatumError(f"{where}.model_input", "empty", expected="at least one token", got=0)]
+        yield DatumError(f"{where}.model_input", "empty", expected="at least one token", got=0)
+        return
     if max_context is not None and n > max_context:
-        problems.append(
-            DatumError(
-                f"{where}.model_input",
-                "longer than the model's context",
-                expected=f"<= {max_context} tokens",
-                got=n,
-                fix="Truncate with max_length when building the datum.",
-            )
+        yield DatumError(
+            f"{where}.model_input",
+            "longer than the model's context",
+            expected=f"<= {max_context} tokens",
+            got=n,
+            fix="Truncate with max_length when building the datum.",
         )
-    problems += input_problems(f"{where}.model_input", datum.model_input.to_ints(), vocab_size)
+    yield from input_problems(f"{where}.model_input", datum.model_input.to_ints(), vocab_size)
     for key in (input_key(datum, needed) for needed in needs):
         if key not in datum.loss_fn_inputs:
-            problems.append(missing_input(where, datum, key))
+            yield missing_input(where, datum, key)
         elif key != "target_tokens" and datum.loss_fn_inputs[key].shape[:1] != [n]:
-            problems.append(
-                DatumError(
-                    f'{where}.loss_fn_inputs["{key}"]',
-                    "length does not match model_input",
-                    expected=f"({n},)",
-                    got=tuple(datum.loss_fn_inputs[key].shape),
-                    fix=f"Pass {key}=values to datum_from_prompt_completion(), which shifts them.",
-                )
+            yield DatumError(
+                f'{where}.loss_fn_inputs["{key}"]',
+                "length does not match model_input",
+                expected=f"({n},)",
+                got=tuple(datum.loss_fn_inputs[key].shape),
+                fix=f"Pass {key}=values to datum_from_prompt_completion(), which shifts them.",
             )
-    return problems + _target_problems(where, datum, vocab_size)
+    yield from _target_problems(where, datum, vocab_size)
 
 
-def _target_problems(where: str, datum: Datum, vocab_size: int | None) -> list[DatumError]:
-    """Faults of target_tokens, weights and score_mask."""
-    problems: list[DatumError] = []
+def _target_problems(where: str, datum: Datum, vocab_size: int | None) -> Iterator[DatumError]:
+    """Check target_tokens, weights and score_mask."""
     n = datum.model_input.length
     targets = datum.loss_fn_inputs.get("target_tokens")
     if targets is not None:
         field = f'{where}.loss_fn_inputs["target_tokens"]'
         if len(targets.shape) not in (1, 2) or targets.shape[0] != n or 0 in targets.shape:
-            problems.append(
-                DatumError(
-                    field,
-                    "length does not match model_input",
-                    expected=f"({n},) or ({n}, K)",
-                    got=tuple(targets.shape),
-                    fix=_BUILD,
-                )
+            yield DatumError(
+                field,
+                "length does not match model_input",
+                expected=f"({n},) or ({n}, K)",
+                got=tuple(targets.shape),
+                fix=_BUILD,
             )
         else:
-            problems += token_problems(field, targets.to_numpy(), vocab_size)
-            problems += _weight_problems(where, datum, targets)
+            yield from token_problems(field, targets.to_numpy(), vocab_size)
+            yield from _weight_problems(where, datum, targets)
     mask = datum.loss_fn_inputs.get(SCORE_MASK)
     if mask is not None and mask.shape != [n]:
-        field = f'{where}.loss_fn_inputs["{SCORE_MASK}"]'
-        problems.append(
-            DatumError(
-                field,
-                "not one per position",
-                expected=f"({n},)",
-                got=tuple(mask.shape),
-                fix="Leave it out, or pass score_prompt=False to datum_from_prompt_completion().",
-            )
+        yield DatumError(
+            f'{where}.loss_fn_inputs["{SCORE_MASK}"]',
+            "not one per position",
+            expected=f"({n},)",
+            got=tuple(mask.shape),
+            fix="Leave it out, or pass score_prompt=False to datum_from_prompt_completion().",
         )
-    return problems
+
+
+def _weight_problems(where: str, datum: Datum, targets: TensorData) -> Iterator[DatumError]:
+    weights = datum.loss_fn_inputs.get("weights")
+    if weights is None:
+        return
+    field = f'{where}.loss_fn_inputs["weights"]'
+    if weights.shape not in (targets.shape, targets.shape[:1]):
+        yield DatumError(
+            field,
+            "length does not match target_tokens",
+            expected=f"{tuple(targets.shape)} (that of target_tokens)",
+            got=tuple(weights.shape),
+            fix=_BUILD,
+        )
+        return
+    values = weights.to_numpy()
+    for at in np.argwhere(~np.isfinite(values))[:1].tolist():
+        got = values[tuple(at)]
+        yield DatumError(f"{field}{at}", "not finite", expected="a finite number", got=got)
 
 
 def input_problems(field: str, ids: list[int], vocab_size: int | None) -> list[DatumError]:
-    """Report the first id that is not an integer or outside the vocabulary: at most one error."""
+    """Check that ids are integers within the vocabulary; report the first that is not."""
     for at, token in enumerate(ids):  # EncodedTextChunk does not check its items
         if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
-            return [
-                DatumError(
-                    f"{field}[{at}]", "not a token id", expected="an integer", got=repr(token)
-                )
-            ]
+            where, rule = f"{field}[{at}]", "an integer"
+            return [DatumError(where, "not a token id", expected=rule, got=repr(token))]
     return token_problems(field, np.asarray(ids), vocab_size)
 
 
 def token_problems(field: str, ids: np.ndarray, vocab_size: int | None) -> list[DatumError]:
-    """Report the first id outside the vocabulary: at most one error; vocab_size None: not known."""
+    """Check that 0 <= id < vocab_size (None: unknown); report the first id that is not."""
     bad = np.argwhere((ids < 0) | (ids >= (math.inf if vocab_size is None else vocab_size)))
     if not len(bad):
         return []
     at = tuple(int(j) for j in bad[0])
+    fix = "Encode text with client.get_tokenizer()."
+    if ids[at] < 0:
+        fix = "Use any valid id where there is no loss, with a weight of 0."
     return [
         DatumError(
             f"{field}{list(at)}",
             "token id outside the vocabulary",
             expected="an id >= 0" if vocab_size is None else f"0 <= id < {vocab_size}",
             got=int(ids[at]),
-            fix="Encode with client.get_tokenizer()."
-            if ids[at] >= 0
-            else "Pass weights of 0 where there is no loss; -100 is no token.",
-        )
-    ]
-
-
-def _weight_problems(where: str, datum: Datum, targets: TensorData) -> list[DatumError]:
-    """Faults of the weights beside `targets`: at most one."""
-    weights = datum.loss_fn_inputs.get("weights")
-    if weights is None:
-        return []
-    field = f'{where}.loss_fn_inputs["weights"]'
-    if weights.shape not in (targets.shape, targets.shape[:1]):
-        return [
-            DatumError(
-                field,
-                "length does not match target_tokens",
-                expected=f"{tuple(targets.shape)} (that of target_tokens)",
-                got=tuple(weights.shape),
-                fix=_BUILD,
-            )
-        ]
-    bad = np.argwhere(~np.isfinite(weights.to_numpy()))
-    if not len(bad):
-        return []
-    at = [int(j) for j in bad[0]]
-    return [
-        DatumError(
-            f"{field}{at}",
-            "not finite",
-            expected="a finite number",
-            got=weights.to_numpy()[tuple(at)],
+            fix=fix,
         )
     ]
