@@ -328,7 +328,11 @@ def builtin_loss(name: str, config: Mapping[str, float | str] | None = None) -> 
     check_choice(ConfigError, "loss_fn", "unknown loss", name, BUILTIN_LOSSES)
     if not isinstance(config, Mapping | None):
         raise ConfigError(
-            "loss_fn_config", "wrong type", expected="a dict or None", got=repr(config)
+            "loss_fn_config",
+            "wrong type",
+            expected="a dict or None",
+            got=repr(config),
+            fix='Pass options by name, such as {"clip_low_threshold": 0.8}.',
         )
     options = _options(name)
     for key, value in (config or {}).items():

@@ -104,7 +104,7 @@ class LossError(CookbookError, ValueError):
         fix = "Check the arguments it takes and the value it returns."
         if own:
             fix = f"See line {own[-1].lineno} of {Path(own[-1].filename).name}."
-        return cls(where, f"raised {type(error).__name__}: {error}", fix=fix)
+        return cls(where, f"raised {type(error).__name__}: {_shortened(str(error))}", fix=fix)
 
 
 class NotFiniteError(LossError):

@@ -208,6 +208,12 @@ def test_a_failing_loss_shows_the_users_lines_first() -> None:
     )
 
 
+def test_a_long_exception_of_a_loss_is_shortened() -> None:
+    error = LossError.caused_by("my_loss()", ValueError("x" * 10_000))
+    assert len(str(error)) < LONGEST_GOT + 200
+    assert "(10000 characters)" in str(error)
+
+
 def test_a_loss_that_cannot_be_called_has_no_lines_to_show() -> None:
     """The arguments do not fit: the only frame is ours, and it would mislead."""
     from cookbook_core.custom_loss import differentiate
