@@ -1,8 +1,8 @@
-"""Weights against logprobs: same length, or a loud word; then sums and means.
+"""Check that weights and logprobs have equal length, then sum or average them.
 
 Guides teach to cut weights and logprobs to the shorter of the two. That hides the shift bug it
-was written for: a weight falls off one end and the objective changes without a sound. Here equal
-lengths are the rule, and cutting is allowed only where nothing with a weight is lost.
+was written for: a weight falls off one end and the objective changes silently. Here unequal
+lengths are an error, and cutting is an option that refuses to drop a non-zero weight.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from cookbook_core.datums import missing_input
 from cookbook_core.errors import ConfigError, DatumError, check_choice, raise_all
 from cookbook_core.types import Datum, TensorData
 from cookbook_core.types.tensors import to_array
@@ -26,30 +27,22 @@ def input_tensor(datum: Datum, key: str, like: torch.Tensor) -> torch.Tensor:
     """`datum.loss_fn_inputs[key]` as a tensor of the dtype and device of `like`.
 
     Raises:
-        DatumError: the datum has no such input; the message lists those it has.
+        DatumError: the datum has no such input; names those it has.
     """
     value = datum.loss_fn_inputs.get(key)
     if value is None:
-        have = ", ".join(datum.loss_fn_inputs) or "nothing"
-        raise DatumError(
-            f'loss_fn_inputs["{key}"]', "missing", expected="an array of this name", got=have
-        )
+        raise missing_input("", datum, key)
     return _tensor(value, like, f'loss_fn_inputs["{key}"]')
 
 
 def input_tensors(data: Sequence[Datum], key: str) -> list[torch.Tensor]:
-    """`loss_fn_inputs[key]` of every datum as tensors of the shapes and dtypes they have.
+    """`loss_fn_inputs[key]` of every datum as CPU tensors, shape and dtype unchanged.
 
     Raises:
         DatumError: a datum has no such input.
     """
     missing = [
-        DatumError(
-            f'data[{i}].loss_fn_inputs["{key}"]',
-            "missing",
-            expected="an array of this name",
-            got=", ".join(datum.loss_fn_inputs) or "nothing",
-        )
+        missing_input(f"data[{i}]", datum, key)
         for i, datum in enumerate(data)
         if key not in datum.loss_fn_inputs
     ]
@@ -68,9 +61,9 @@ def align_weights(
     """Pair logprobs `(N,)` or `(N, K)` with weights of the same length.
 
     Args:
-        logprobs: nats; gradient flows through what is returned.
+        logprobs: nats; gradient flows through the returned tensor.
         weights: TensorData, tensor, array or list; `(N,)`, or `(N, K)` beside `(N, K)` logprobs.
-        mode: "strict" wants equal lengths; "min_length" cuts both to the shorter from the end.
+        mode: "strict" requires equal lengths; "min_length" cuts the end of the longer one.
         allow_dropped_weights: let "min_length" cut off weights that are not zero.
         where: how to name the weights in an error.
     Returns:
@@ -83,7 +76,11 @@ def align_weights(
     w = _tensor(weights, logprobs, where)
     if w.dim() == 0:
         raise DatumError(
-            where, "not one per logprob", expected=f"{len(logprobs)} values", got="a single number"
+            where,
+            "not one per logprob",
+            expected=f"{len(logprobs)} values",
+            got="a single number",
+            fix="Pass one weight per token; multiply the loss by a number instead.",
         )
     n = min(len(w), len(logprobs))
     if len(w) != len(logprobs) and mode == "strict":
@@ -102,7 +99,7 @@ def align_weights(
             "cutting to the shorter length would drop a non-zero weight",
             expected=f"zeros after position {n - 1}",
             got=float(w[at].reshape(-1)[0]),
-            fix="That token would leave the objective unnoticed: fix the shift, or pass "
+            fix="That token would silently leave the objective: fix the shift, or pass "
             "allow_dropped_weights=True.",
         )
     if w.dim() > 1 and w[:n].shape != logprobs[:n].shape:
@@ -111,6 +108,7 @@ def align_weights(
             "shape does not match logprobs",
             expected=tuple(logprobs.shape),
             got=tuple(w.shape),
+            fix="Pass one weight per position, or one per candidate.",
         )
     return logprobs[:n], w[:n]
 
@@ -121,31 +119,35 @@ def check_alignment(
     """Check that each named input of each datum has one entry per logprob.
 
     Raises:
-        DatumError: for every misaligned or missing input (first five): datum, field, lengths.
+        DatumError: no datum, another number of logprobs than datums, or the misaligned and missing
+            inputs of all datums, with index, field and lengths. Five are listed.
     """
     problems = []
     if not data:
-        raise DatumError("data", "empty", expected="at least one Datum", got=0)
+        fix = "Skip the step if no datum is left."
+        raise DatumError("data", "empty", expected="at least one Datum", got=0, fix=fix)
     if len(data) != len(logprobs_list):
         raise DatumError(
-            "logprobs_list", "not one per datum", expected=len(data), got=len(logprobs_list)
+            "logprobs_list",
+            "not one per datum",
+            expected=len(data),
+            got=len(logprobs_list),
+            fix="Pass both lists as the loss receives them.",
         )
     for i, (datum, logprobs) in enumerate(zip(data, logprobs_list, strict=True)):
         for key in keys:
-            where = f'data[{i}].loss_fn_inputs["{key}"]'
             value = datum.loss_fn_inputs.get(key)
+            fix = f"Pass {key}=values to datum_from_prompt_completion(), which shifts them."
             if value is None:
-                have = ", ".join(datum.loss_fn_inputs) or "nothing"
-                problems.append(
-                    DatumError(where, "missing", expected="an array of this name", got=have)
-                )
+                problems.append(missing_input(f"data[{i}]", datum, key))
             elif (shape := value.to_numpy().shape)[:1] != (len(logprobs),):
                 problems.append(
                     DatumError(
-                        where,
+                        f'data[{i}].loss_fn_inputs["{key}"]',
                         "length does not match logprobs",
                         expected=f"{len(logprobs)} (len of logprobs)",
                         got=shape[0] if shape else "a single number",
+                        fix=fix,
                     )
                 )
     raise_all(problems)
@@ -154,14 +156,23 @@ def check_alignment(
 def columns(
     data: Sequence[Datum], values: Sequence[torch.Tensor] | str, *keys: str
 ) -> list[torch.Tensor]:
-    """All values end to end, then each named input likewise: 1 + len(keys) tensors `(sum N_i,)`.
+    """Concatenate the values of all datums, then each named input in the same way.
 
     Args:
         data: D datums.
-        values: D tensors `(N_i,)`, such as the logprobs a loss is given, or an input's name.
+        values: D tensors `(N_i,)`, such as the logprobs of a loss, or the name of an input.
         keys: names of inputs, each `(N_i,)`.
+    Returns:
+        1 + len(keys) tensors `(sum of N_i,)` in the dtype of the values; gradient flows through
+        the first.
     Raises:
-        DatumError: an input missing or not as long as the values: datum, field, lengths.
+        DatumError: an input is missing, or has another length than the values.
+
+    >>> from cookbook_core import datum_from_tokens_weights
+    >>> import torch
+    >>> data = [datum_from_tokens_weights([1, 2, 3], w) for w in ([0, 1, 1], [0, 0, 2])]
+    >>> columns(data, [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -4.0])], "weights")
+    [tensor([-1., -2., -3., -4.]), tensor([1., 1., 0., 2.])]
     """
     import torch
 
@@ -173,9 +184,19 @@ def columns(
 
 
 def weighted_sum(logprobs: torch.Tensor, weights: Any, **align: Any) -> torch.Tensor:
-    """sum_t weights[t] * logprobs[t]: 0-d, nats. Keywords go to `align_weights`.
+    """Sum logprobs under their weights.
 
-    Positions of weight 0 give exactly no gradient, even where logprobs is -inf.
+        sum_t weights[t] * logprobs[t]
+
+    Args:
+        logprobs: `(N,)` or `(N, K)`, nats; gradient flows here. A position of weight 0 gets exactly
+            none, even where its logprob is -inf.
+        weights: see `align_weights`; `(N,)` beside `(N, K)` weighs all candidates alike.
+        **align: keywords of `align_weights`.
+    Returns:
+        0-d, nats.
+    Raises:
+        DatumError, ConfigError: as `align_weights` does.
     """
     logprobs, w = align_weights(logprobs, weights, **align)
     w = w.reshape(w.shape + (1,) * (logprobs.dim() - w.dim())).expand_as(logprobs)
@@ -185,15 +206,19 @@ def weighted_sum(logprobs: torch.Tensor, weights: Any, **align: Any) -> torch.Te
 def weighted_sums(
     data: Sequence[Datum], values: Sequence[torch.Tensor] | str, weights: str = "weights"
 ) -> torch.Tensor:
-    """sum_t weights[t] * values[t] of every datum: `(D,)`, nats for logprobs.
+    """Sum the values of each datum under its weights.
+
+        result[i] = sum_t weights[i][t] * values[i][t]
 
     Args:
-        data: D datums that carry an input named `weights`.
-        values: D tensors `(N_i,)` or `(N_i, K)`, such as the logprobs a loss is given; or the name
-            of an input of the datums, such as "ref_logprobs".
+        data: D datums that have an input named `weights`.
+        values: D tensors `(N_i,)` or `(N_i, K)`, such as the logprobs of a loss; or the name of an
+            input of the datums, such as "ref_logprobs".
         weights: the name of the input to weigh by.
+    Returns:
+        `(D,)`, in the unit of the values (nats for logprobs); sum over tokens.
     Raises:
-        DatumError: an input that is missing or not as long as the values: datum, field, lengths.
+        DatumError: an input is missing, or has another length than the values.
 
     >>> from cookbook_core import datum_from_tokens_weights
     >>> import torch
@@ -211,19 +236,32 @@ def weighted_sums(
 
 
 def weighted_mean(logprobs: torch.Tensor, weights: Any, **align: Any) -> torch.Tensor:
-    """weighted_sum / sum of weights: 0-d, nats per token.
+    """Average logprobs under their weights: `weighted_sum` divided by the sum of weights.
 
+    Args:
+        logprobs: `(N,)` or `(N, K)`, nats; gradient flows here.
+        weights: see `align_weights`.
+        **align: keywords of `align_weights`.
+    Returns:
+        0-d, nats per token.
     Raises:
-        DatumError: the weights sum to zero.
+        DatumError: the weights sum to zero, or as `align_weights` does.
     """
     logprobs, w = align_weights(logprobs, weights, **align)
     total = w.sum()
     if float(total) == 0:
-        raise DatumError("weights", "no mean exists", expected="a non-zero sum of weights", got=0.0)
+        raise DatumError(
+            "weights",
+            "no mean exists",
+            expected="a non-zero sum of weights",
+            got=0.0,
+            fix="Leave out datums without weights, or use weighted_sum().",
+        )
     return weighted_sum(logprobs, w) / total
 
 
 def _tensor(values: Any, like: torch.Tensor, where: str) -> torch.Tensor:
+    """`values` as a tensor in the dtype and on the device of `like`."""
     import torch
 
     if isinstance(values, TensorData):

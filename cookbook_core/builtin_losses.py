@@ -1,10 +1,21 @@
-"""The losses `forward_backward` knows by name, as ordinary functions of logprobs.
+"""The losses that `forward_backward` knows by name, as ordinary functions of logprobs.
 
-They reach the model through the same driver as a user's own loss: the backend knows none of them.
-All sum over the tokens of all datums, so gradients add up over calls.
+They reach the model through the same driver as a user's own loss; the backend knows none of them.
+All sum over the tokens of all datums, so gradients add up over calls. With i over datums and t
+over positions (and candidates, where target_tokens is `(N, K)`):
 
-Source of every formula: Thinking Machines' "Loss Functions" page for the `tinker` API. Differs:
-log-ratios are capped at 20 (a ratio of 4.9e8) before exp, so one stray token cannot give inf.
+    p[i][t]      logprobs, nats: log p of the target token under the current policy
+    q[i][t]      sampling_logprobs, nats: the same under the policy that sampled it
+    A[i][t]      advantages, reward units
+    w[i][t]      weights, 1 where a datum has none; a position of weight 0 touches neither the
+                 value nor the gradient, whatever stands there, NaN included
+    ratio        exp(min(p - q, 20)): capped at 4.9e8, so one stray token cannot give inf
+
+On a datum q is "sampling_logprobs" or, as the SDK names it, "logprobs". Options have the SDK's
+names in `loss_fn_config`: "clip_low_threshold" and "clip_high_threshold" are clip_low, clip_high.
+
+Source of the set and of its defaults: Thinking Machines' "Loss Functions" page for the `tinker`
+API. Differs: the cap of the ratio, and weights in the four policy losses.
 """
 
 from __future__ import annotations
@@ -14,8 +25,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cookbook_core.alignment import align_weights, input_tensor, weighted_sum
-from cookbook_core.errors import ConfigError, DatumError, check_choice, is_finite
+from cookbook_core.alignment import (
+    align_weights,
+    check_alignment,
+    input_tensor,
+    input_tensors,
+    weighted_sum,
+)
+from cookbook_core.datums import input_key, missing_input
+from cookbook_core.errors import ConfigError, DatumError, check_choice, is_finite, raise_all
 from cookbook_core.types import Datum
 
 if TYPE_CHECKING:
@@ -29,21 +47,60 @@ Returned = tuple["torch.Tensor", dict[str, float]]
 
 
 def cross_entropy(data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> Returned:
-    """L = -sum_i sum_t weights[i][t] * logprobs[i][t], nats; weights default to 1.
+    """Negative weighted log-likelihood of the target tokens; with `(N, K)`, against soft labels.
 
-    `(N, K)` targets with `(N, K)` weights give the cross-entropy against soft labels.
+        L = -sum_i sum_t w[i][t] * p[i][t]
+
+    Source: the log-likelihood itself. Differs: nothing.
+
+    Args:
+        data: D datums; "weights" `(N_i,)` or, beside `(N_i, K)` targets, `(N_i, K)`.
+        logprobs: D tensors in the shape of target_tokens, nats; gradient flows here.
+    Returns:
+        loss: 0-d, nats; sum over tokens and datums.
+        metrics: none.
+    Raises:
+        DatumError: no datum, or weights that do not have the length of the logprobs.
+
+    >>> import torch
+    >>> from cookbook_core import datum_from_prompt_completion
+    >>> data = [datum_from_prompt_completion([1, 2], [3])]
+    >>> cross_entropy(data, [torch.tensor([-9.0, -0.5])])
+    (tensor(0.5000), {})
     """
     import torch
 
+    check_alignment(data, logprobs)
     terms = [
-        weighted_sum(lp, datum.loss_fn_inputs.get("weights", torch.ones_like(lp)))
-        for datum, lp in zip(data, logprobs, strict=True)
+        weighted_sum(lp, _weights(datum, lp), where=f'data[{i}].loss_fn_inputs["weights"]')
+        for i, (datum, lp) in enumerate(zip(data, logprobs, strict=True))
     ]
     return -torch.stack(terms).sum(), {}
 
 
 def importance_sampling(data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> Returned:
-    """L = -sum ratio * A, with ratio = exp(logprobs - sampling logprobs), A the advantages."""
+    """Policy gradient, corrected for tokens that another policy sampled.
+
+        L = -sum_i sum_t w[i][t] * ratio[i][t] * A[i][t]
+
+    Source: Schulman et al. 2017, arXiv 1707.06347, equation 6. Differs: a sum instead of a mean,
+    and the cap of the ratio.
+
+    Args:
+        data: D datums; "sampling_logprobs" and "advantages" in the shape of target_tokens.
+        logprobs: D tensors, each `(N_i,)` or `(N_i, K)`, nats; gradient flows here.
+    Returns:
+        loss: 0-d, reward units; sum over tokens and datums.
+        metrics: none.
+    Raises:
+        DatumError: an input is missing, or has another shape than target_tokens.
+
+    >>> import torch
+    >>> from cookbook_core import datum_from_prompt_completion
+    >>> data = [datum_from_prompt_completion([1], [2], sampling_logprobs=-1.0, advantages=3.0)]
+    >>> importance_sampling(data, [torch.tensor([-0.5])])  # -exp(0.5) * 3
+    (tensor(-4.9462), {})
+    """
     return _sum_over_tokens(data, logprobs, lambda lp, log_ratio, a: -_ratio(log_ratio) * a)
 
 
@@ -51,17 +108,39 @@ def ppo(
     data: Sequence[Datum],
     logprobs: Sequence[torch.Tensor],
     *,
-    clip_low_threshold: float = 0.8,
-    clip_high_threshold: float = 1.2,
+    clip_low: float = 0.8,
+    clip_high: float = 1.2,
 ) -> Returned:
-    """L = -sum min(ratio * A, clip(ratio, low, high) * A). Schulman et al. 2017, 1707.06347."""
+    """PPO's clipped policy gradient: no gradient once a token's ratio has moved far enough.
+
+        L = -sum_i sum_t w[i][t] * min(ratio * A, clip(ratio, clip_low, clip_high) * A)[i][t]
+
+    Source: Schulman et al. 2017, arXiv 1707.06347, equation 7. Differs: a sum instead of a mean,
+    and the cap of the ratio.
+
+    Args:
+        data: D datums; "sampling_logprobs" and "advantages" in the shape of target_tokens.
+        logprobs: D tensors, each `(N_i,)` or `(N_i, K)`, nats; gradient flows here.
+        clip_low: lower bound of the ratio, absolute (0.8, not 0.2).
+        clip_high: upper bound of the ratio, absolute.
+    Returns:
+        loss: 0-d, reward units; sum over tokens and datums.
+        metrics: none.
+    Raises:
+        DatumError: an input is missing, or has another shape than target_tokens.
+
+    >>> import torch
+    >>> from cookbook_core import datum_from_prompt_completion
+    >>> data = [datum_from_prompt_completion([1], [2], sampling_logprobs=-1.0, advantages=3.0)]
+    >>> ppo(data, [torch.tensor([-0.5])])  # -1.2 * 3, since exp(0.5) > 1.2
+    (tensor(-3.6000), {})
+    """
     import torch
 
     def term(lp: torch.Tensor, log_ratio: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         del lp
         ratio = _ratio(log_ratio)
-        clipped = ratio.clamp(clip_low_threshold, clip_high_threshold)
-        return -torch.minimum(ratio * a, clipped * a)
+        return -torch.minimum(ratio * a, ratio.clamp(clip_low, clip_high) * a)
 
     return _sum_over_tokens(data, logprobs, term)
 
@@ -70,22 +149,65 @@ def cispo(
     data: Sequence[Datum],
     logprobs: Sequence[torch.Tensor],
     *,
-    clip_low_threshold: float = 0.8,
-    clip_high_threshold: float = 1.2,
+    clip_low: float = 0.8,
+    clip_high: float = 1.2,
 ) -> Returned:
-    """L = -sum stopgrad(clip(ratio, low, high)) * logprobs * A. MiniMax 2025, 2506.13585."""
+    """CISPO: the clipped ratio as a constant weight, so that every token keeps a gradient.
+
+        L = -sum_i sum_t w[i][t] * stopgrad(clip(ratio, clip_low, clip_high))[i][t] * p * A[i][t]
+
+    Source: MiniMax 2025 (MiniMax-M1), arXiv 2506.13585, equations 4 and 5. Differs: a sum instead
+    of a mean over tokens, absolute bounds, and a lower bound by default, which the paper leaves
+    open (clip_low=0).
+
+    Args:
+        data: D datums; "sampling_logprobs" and "advantages" in the shape of target_tokens.
+        logprobs: D tensors, each `(N_i,)` or `(N_i, K)`, nats; gradient flows here.
+        clip_low: lower bound of the ratio, absolute (0.8, not 0.2).
+        clip_high: upper bound of the ratio, absolute.
+    Returns:
+        loss: 0-d, reward units times nats; sum over tokens and datums.
+        metrics: none.
+    Raises:
+        DatumError: an input is missing, or has another shape than target_tokens.
+
+    >>> import torch
+    >>> from cookbook_core import datum_from_prompt_completion
+    >>> data = [datum_from_prompt_completion([1], [2], sampling_logprobs=-1.0, advantages=3.0)]
+    >>> cispo(data, [torch.tensor([-0.5])])  # -1.2 * -0.5 * 3
+    (tensor(1.8000), {})
+    """
 
     def term(lp: torch.Tensor, log_ratio: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        ratio = _ratio(log_ratio.detach()).clamp(clip_low_threshold, clip_high_threshold)
-        return -ratio * lp * a
+        return -_ratio(log_ratio.detach()).clamp(clip_low, clip_high) * lp * a
 
     return _sum_over_tokens(data, logprobs, term)
 
 
 def dro(data: Sequence[Datum], logprobs: Sequence[torch.Tensor], *, beta: float = 0.05) -> Returned:
-    """L = -sum (logprobs * A - beta/2 * (logprobs - sampling logprobs)^2).
+    """DRO: policy gradient with a quadratic penalty on the distance to the sampling policy.
 
-    Richemond et al. 2024, 2405.19107. beta in reward units per nat.
+        L = -sum_i sum_t w[i][t] * (p * A - beta / 2 * (p - q)^2)[i][t]
+
+    Source: Richemond et al. 2024, arXiv 2405.19107 (the policy's loss of DRO-V). Differs: token by
+    token as in the `tinker` API, a sum instead of a mean, and advantages in the place of reward
+    minus a learnt value.
+
+    Args:
+        data: D datums; "sampling_logprobs" and "advantages" in the shape of target_tokens.
+        logprobs: D tensors, each `(N_i,)` or `(N_i, K)`, nats; gradient flows here.
+        beta: >= 0, reward units per nat. Larger stays closer to the sampling policy.
+    Returns:
+        loss: 0-d, reward units times nats; sum over tokens and datums.
+        metrics: none.
+    Raises:
+        DatumError: an input is missing, or has another shape than target_tokens.
+
+    >>> import torch
+    >>> from cookbook_core import datum_from_prompt_completion
+    >>> data = [datum_from_prompt_completion([1], [2], sampling_logprobs=-1.0, advantages=3.0)]
+    >>> dro(data, [torch.tensor([-0.5])], beta=2.0)  # -(-0.5 * 3 - 0.5^2)
+    (tensor(1.7500), {})
     """
 
     def term(lp: torch.Tensor, log_ratio: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -98,48 +220,86 @@ def _ratio(log_ratio: torch.Tensor) -> torch.Tensor:
     return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
 
+def _weights(datum: Datum, like: torch.Tensor) -> Any:
+    """The datum's weights, 1 for each position of `like` where it has none."""
+    weights = datum.loss_fn_inputs.get("weights")
+    return like.new_ones(like.shape) if weights is None else weights
+
+
 def _sum_over_tokens(
     data: Sequence[Datum], logprobs: Sequence[torch.Tensor], term: Any
 ) -> Returned:
-    """Sum `term(logprobs, log_ratio, advantages)` over every token with a non-zero weight.
-
-    What stands at a token without weight, NaN included, touches neither value nor gradient.
+    """Sum w * term(p, p - q, A) over every token with a non-zero weight.
 
     Raises:
-        DatumError: an input that has not the shape of the logprobs.
+        DatumError: an input is missing, or has another shape than the logprobs.
     """
     import torch
 
-    total = []
-    for i, (datum, lp) in enumerate(zip(data, logprobs, strict=True)):
-        inputs = [input_tensor(datum, key, lp) for key in ("logprobs", "advantages")]
-        for key, value in zip(("logprobs", "advantages"), inputs, strict=True):
-            if value.shape != lp.shape:
-                where = f'data[{i}].loss_fn_inputs["{key}"]'
-                what = "shape does not match target_tokens"
-                raise DatumError(where, what, expected=tuple(lp.shape), got=tuple(value.shape))
-        weights = datum.loss_fn_inputs.get("weights", torch.ones_like(lp))
-        _, w = align_weights(lp, weights)
+    check_alignment(data, logprobs)
+    pairs = list(zip(data, logprobs, strict=True))
+    raise_all([one for i, pair in enumerate(pairs) for one in _input_problems(f"data[{i}]", *pair)])
+    sums = []
+    for i, (datum, lp) in enumerate(pairs):
+        where = f'data[{i}].loss_fn_inputs["weights"]'
+        _, w = align_weights(lp, _weights(datum, lp), where=where)
         idle = (w == 0).reshape(w.shape + (1,) * (lp.dim() - w.dim()))
-        lp, sampled, advantages = (x.masked_fill(idle, 0.0) for x in (lp, *inputs))
-        total.append(weighted_sum(term(lp, lp - sampled, advantages), w))
-    return torch.stack(total).sum(), {}
+        inputs = (lp, *(input_tensor(datum, key, lp) for key in _policy_inputs(datum)))
+        lp, sampled, advantages = (x.masked_fill(idle, 0.0) for x in inputs)
+        sums.append(weighted_sum(term(lp, lp - sampled, advantages), w))
+    return torch.stack(sums).sum(), {}
+
+
+def _policy_inputs(datum: Datum) -> tuple[str, str]:
+    return input_key(datum, "logprobs"), "advantages"
+
+
+def _input_problems(where: str, datum: Datum, lp: torch.Tensor) -> list[DatumError]:
+    """Errors of the inputs that a policy loss needs: one for each missing or misshapen one."""
+    problems = []
+    for key in _policy_inputs(datum):
+        value = datum.loss_fn_inputs.get(key)
+        if value is None:
+            problems.append(missing_input(where, datum, key))
+        elif list(value.shape) != list(lp.shape):
+            problems.append(
+                DatumError(
+                    f'{where}.loss_fn_inputs["{key}"]',
+                    "shape does not match target_tokens",
+                    expected=tuple(lp.shape),
+                    got=tuple(value.shape),
+                    fix="Give every target token its own value.",
+                )
+            )
+    return problems
 
 
 BUILTIN_LOSSES: dict[str, Any] = {
     f.__name__: f for f in (cross_entropy, importance_sampling, ppo, cispo, dro)
 }
-_NEEDS_RL = ("target_tokens", "logprobs", "advantages")
+_SDK_OPTIONS = {"clip_low": "clip_low_threshold", "clip_high": "clip_high_threshold"}
 
 
 def needed_inputs(name: str) -> tuple[str, ...]:
-    """The loss_fn_inputs the built-in loss `name` cannot do without."""
-    return ("target_tokens",) if name == "cross_entropy" else _NEEDS_RL
+    """The loss_fn_inputs that the built-in loss `name` needs, under the SDK's names."""
+    if name == "cross_entropy":
+        return ("target_tokens",)
+    return ("target_tokens", "logprobs", "advantages")
+
+
+def _options(name: str) -> dict[str, str]:
+    """The options of a built-in loss: the SDK's names, each with the name of our argument."""
+    arguments = inspect.signature(BUILTIN_LOSSES[name]).parameters.values()
+    names = [p.name for p in arguments if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return {_SDK_OPTIONS.get(own, own): own for own in names}
 
 
 @dataclass(frozen=True)
 class BuiltinLoss:
-    """A built-in loss with its options bound. A service may be sent its name instead."""
+    """A built-in loss with its options bound; a service can run it by name instead.
+
+    config: options under the SDK's names, as `loss_fn_config` has them.
+    """
 
     name: str
     config: Mapping[str, float] = field(default_factory=dict)
@@ -151,26 +311,30 @@ class BuiltinLoss:
 
     def __call__(self, data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> Returned:
         """The loss, and no metrics."""
-        return self.func(data, logprobs, **self.config)
+        arguments = _options(self.name)
+        return self.func(data, logprobs, **{arguments[k]: v for k, v in self.config.items()})
 
 
 def builtin_loss(name: str, config: Mapping[str, float | str] | None = None) -> BuiltinLoss:
-    """Look up a built-in loss and bind its configuration.
+    """Look up a built-in loss and bind its options.
 
+    Args:
+        name: a key of BUILTIN_LOSSES.
+        config: options under the SDK's names, such as {"clip_low_threshold": 0.8}.
     Raises:
-        ConfigError: unknown loss, or an option the loss does not have (nearest match suggested).
+        ConfigError: an unknown loss or option (names the nearest match), or a value that is not a
+            finite number.
     """
     check_choice(ConfigError, "loss_fn", "unknown loss", name, BUILTIN_LOSSES)
     if not isinstance(config, Mapping | None):
         raise ConfigError(
-            "loss_fn_config", "wrong type", expected="a dict or None", got=repr(config)
+            "loss_fn_config",
+            "wrong type",
+            expected="a dict or None",
+            got=repr(config),
+            fix='Pass options by name, such as {"clip_low_threshold": 0.8}.',
         )
-    loss = BUILTIN_LOSSES[name]
-    options = [
-        p.name
-        for p in inspect.signature(loss).parameters.values()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
+    options = _options(name)
     for key, value in (config or {}).items():
         where = f'loss_fn_config["{key}"]'
         what = f"unknown option of {name}" if options else f"{name} has no options"
@@ -181,32 +345,40 @@ def builtin_loss(name: str, config: Mapping[str, float | str] | None = None) -> 
 
 
 def with_entropy_bonus(loss_fn: LossFn, entropy_coef: float) -> LossFn:
-    """`loss_fn` minus entropy_coef * sum_t weights[t] * H[t], for "vocab_logprobs".
+    """Add an exact entropy bonus to a loss, for `loss_type_input="vocab_logprobs"`.
 
-    H[t] is the exact entropy (nats) of the model's distribution at position t, computed where
-    "weights" is not 0; `loss_fn` gets the logprobs of target_tokens there, and 0 elsewhere. Pass
-    what comes back with `loss_type_input="vocab_logprobs"`; it adds the metric "entropy", the mean
-    of H over those positions.
+        L = loss_fn - entropy_coef * sum_i sum_t w[i][t] * H[i][t]
+        H[i][t] = -sum_v exp(l[v]) * l[v], nats, with l the V logprobs at position t of datum i
+
+    Source: the entropy bonus of Mnih et al. 2016, arXiv 1602.01783, section 4. Differs: summed
+    under the datums' weights.
+
+    Args:
+        loss_fn: gets the logprobs of target_tokens `(N_i,)` where weights are not 0, and 0.0
+            elsewhere.
+        entropy_coef: the loss's unit per nat; > 0 spreads the distribution.
+    Returns:
+        A loss of vocab_logprobs that reports the metric "entropy": the mean of H, nats, over
+        positions whose weight is not 0. No other row of the vocabulary is computed.
+    Raises:
+        DatumError: from the loss, where a datum has no weights or target_tokens.
     """
 
-    def loss_of_vocab(data: list[Datum], vocab_logprobs: list[Any]) -> Any:
+    def loss_with_entropy(data: list[Datum], vocab_logprobs: list[Any]) -> Any:
         import torch
 
         logprobs: list[torch.Tensor] = []
         entropies: list[torch.Tensor] = []
-        weights: list[torch.Tensor] = []
-        for datum, rows in zip(data, vocab_logprobs, strict=True):
-            w = datum.loss_fn_inputs["weights"].to_torch()
+        targets, weights = (input_tensors(data, key) for key in ("target_tokens", "weights"))
+        for target, w, rows in zip(targets, weights, vocab_logprobs, strict=True):
             on = w.nonzero()[:, 0]
-            chosen = rows[on]  # (C, V): the prompt's rows are never computed
-            targets = datum.loss_fn_inputs["target_tokens"].to_torch()[on]
-            picked = chosen.gather(1, targets[:, None])[:, 0]
+            weighted_rows = rows[on]  # (C, V): the prompt's rows are never computed
+            picked = weighted_rows.gather(1, target[on][:, None])[:, 0]
             logprobs.append(picked.new_zeros(len(w)).index_put((on,), picked))
-            entropies.append(-(chosen.exp() * chosen).sum(dim=1))
-            weights.append(w[on])
+            entropies.append(-(weighted_rows.exp() * weighted_rows).sum(dim=1))
         loss, metrics = loss_fn(data, logprobs)
-        entropy = torch.cat(entropies)
-        bonus = entropy_coef * (torch.cat(weights).to(entropy) * entropy).sum()
+        entropy, w = torch.cat(entropies), torch.cat([w[w != 0] for w in weights])
+        bonus = entropy_coef * (w.to(entropy) * entropy).sum()
         return loss - bonus, {**metrics, "entropy": entropy.mean()}
 
-    return loss_of_vocab
+    return loss_with_entropy

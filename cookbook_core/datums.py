@@ -1,20 +1,20 @@
-"""Tokens and weights in, datums out: the shift by one position, truncation, and the checks.
+"""Build and validate datums: the shift by one position, truncation, side data for the loss.
 
-A datum predicts token t+1 at position t. So a sequence of T tokens gives N = T - 1 positions:
+A datum predicts token t+1 at position t, so a sequence of T tokens gives N = T - 1 positions:
 
     tokens         t0 t1 t2 ... t(T-1)
     model_input    t0 t1 ...    t(T-2)      tokens[:-1]
     target_tokens     t1 t2 ... t(T-1)      tokens[1:]
     weights           w1 w2 ... w(T-1)      weights[1:]; 0 = no loss at that position
 
-Everything that belongs to a token (weights, advantages, ref_logprobs) is shifted with it. Doing
-that by hand, in several places, is the field's oldest silent bug; here it is done once.
+Everything that belongs to a token (weights, advantages, ref_logprobs) is shifted with it. A shift
+by hand in several places is an old and silent bug of this field; here it is done in one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -26,12 +26,16 @@ from cookbook_core.types.tensors import TensorData, to_array
 Reduction = Literal["none", "mean"]
 
 SCORE_MASK = "score_mask"
-"""Loss input `(N,)`: positions where it is 0 are not put through the unembedding; their logprobs
-read 0.0 and get no gradient."""
+"""Loss input `(N,)`: the unembedding skips positions where it is 0; their logprobs read 0.0 and get
+no gradient."""
+
+_OWN_KEYS = {"logprobs": "sampling_logprobs"}
+"""Loss inputs that have another name in the SDK: its name, then ours."""
+_BUILD = "Build datums with datum_from_tokens_weights(), which shifts both together."
 
 
 def shift_tokens(tokens: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Split T tokens into what the model reads and what it must predict.
+    """Split T tokens into the model's input and its targets.
 
     Returns:
         `(tokens[:-1], tokens[1:])`, each T - 1 long.
@@ -43,9 +47,9 @@ def shift_tokens(tokens: Sequence[int]) -> tuple[list[int], list[int]]:
     """
     ids = ModelInput.from_ints(tokens).to_ints()
     if len(ids) < 2:
-        raise DatumError(
-            "tokens", "too short to predict anything", expected="at least 2 tokens", got=len(ids)
-        )
+        rule, fix = "at least 2 tokens", "Leave out empty rows."
+        what = "too short to predict anything"
+        raise DatumError("tokens", what, expected=rule, got=len(ids), fix=fix)
     return ids[:-1], ids[1:]
 
 
@@ -66,12 +70,12 @@ def datum_from_tokens_weights(
     reduction: Reduction = "none",
     allow_zero_weights: bool = False,
 ) -> Datum:
-    """Build the datum that predicts each token from those before it.
+    """Build a datum that predicts each token from those before it.
 
     Args:
         tokens: T token ids (list, numpy or torch).
         weights: T numbers; `weights[t]` is the loss weight of *token* t (0: no loss). The first
-            is dropped with the first token, which nothing predicts.
+            is dropped, since no position predicts the first token.
         max_length: keep only the first `max_length` tokens; None keeps all.
         reduction: "none" leaves weights as they are (losses sum over tokens); "mean" divides
             them by their sum, so that the datum's cross-entropy is a mean in nats per token.
@@ -83,8 +87,8 @@ def datum_from_tokens_weights(
         DatumError: unequal lengths, fewer than 2 tokens, a weight that is not finite, all weights
             zero after truncation, or reduction="mean" over weights that sum to zero.
         ConfigError: max_length below 2, or an unknown reduction.
-    Source: name and layout as in tinker-cookbook's helper of this name. Differs: it refuses what
-        that one lets through.
+    Source: name and layout of tinker-cookbook's helper. Differs: it raises for unequal lengths,
+        weights that are not finite and weights that are all zero.
 
     >>> datum = datum_from_tokens_weights([5, 6, 7], [0, 0, 1])
     >>> datum.model_input.to_ints(), datum.loss_fn_inputs["weights"].tolist()
@@ -93,36 +97,52 @@ def datum_from_tokens_weights(
     whole = isinstance(max_length, (int, np.integer)) and max_length >= 2
     if max_length is not None and not whole:
         rule = "None or an integer >= 2"
-        raise ConfigError("max_length", "leaves nothing to predict", expected=rule, got=max_length)
+        raise ConfigError(
+            "max_length",
+            "leaves nothing to predict",
+            expected=rule,
+            got=max_length,
+            fix="Leave it out to keep all tokens.",
+        )
     check_choice(ConfigError, "reduction", "unknown", reduction, ("none", "mean"))
     tokens = ModelInput.from_ints(tokens).to_ints()
     given = to_array("weights", weights, np.dtype("float64"))
     if given.shape != (len(tokens),):
         raise DatumError(
-            "weights", "not one per token", expected=f"shape ({len(tokens)},)", got=given.shape
+            "weights",
+            "not one per token",
+            expected=f"shape ({len(tokens)},)",
+            got=given.shape,
+            fix="Pass one weight for every token, the first included.",
         )
     inputs, targets = shift_tokens(tokens[:max_length])
-    kept = given[1 : len(targets) + 1]
-    if not np.isfinite(kept).all():
-        at = int(np.flatnonzero(~np.isfinite(kept))[0]) + 1
+    shifted = given[1 : len(targets) + 1]
+    if not np.isfinite(shifted).all():
+        at = int(np.flatnonzero(~np.isfinite(shifted))[0]) + 1
         raise DatumError(f"weights[{at}]", "not finite", expected="a finite number", got=given[at])
-    if not kept.any() and not allow_zero_weights:
+    if not shifted.any() and not allow_zero_weights:
         cut = bool(given[len(targets) + 1 :].any())
         raise DatumError(
             "weights",
             "all zero, so nothing would be trained",
-            expected="a non-zero weight among the kept tokens",
+            expected="a non-zero weight within max_length",
             got=f"zeros at all {len(targets)} targets",
             fix=f"max_length={max_length} cut off every weighted token: raise it, or drop and "
             "count this row."
             if cut
-            else "Pass allow_zero_weights=True if that is meant.",
+            else "Pass allow_zero_weights=True to keep such a datum.",
         )
     if reduction == "mean":
-        if kept.sum() == 0:
-            raise DatumError("weights", "cannot be normalised", expected="a non-zero sum", got=0.0)
-        kept = kept / kept.sum()
-    return Datum(ModelInput.from_ints(inputs), {"target_tokens": targets, "weights": kept})
+        if shifted.sum() == 0:
+            raise DatumError(
+                "weights",
+                "cannot be normalised",
+                expected="a non-zero sum",
+                got=0.0,
+                fix='Use reduction="none" for weights that cancel.',
+            )
+        shifted = shifted / shifted.sum()
+    return Datum(ModelInput.from_ints(inputs), {"target_tokens": targets, "weights": shifted})
 
 
 def datum_from_prompt_completion(
@@ -141,22 +161,28 @@ def datum_from_prompt_completion(
             of re-encoded text.
         max_length: keep the first `max_length` of the P + C tokens.
         score_prompt: False adds "score_mask", 1 on the completion: logprobs of prompt tokens are
-            then not computed and read 0.0, which saves most of the time where prompts are long
-            and vocabularies large.
+            then not computed and read 0.0, which saves most of the time if prompts are long and
+            the vocabulary is large.
         per_token: more loss inputs by name, one value per completion token `(C,)` or one number
             for all; placed on the positions that predict those tokens, 0 on the prompt.
     Returns:
         Datum with `target_tokens`, `weights` and each name of `per_token`, all `(N,)`,
         N = min(P + C, max_length) - 1.
     Raises:
-        DatumError: an empty part, a per_token array of another length, or a completion that
-            max_length cuts off whole.
+        DatumError: an empty part, a per_token array of another length, or a max_length that
+            leaves no token of the completion.
+
+    >>> datum = datum_from_prompt_completion([5, 6], [7, 8], advantages=[1.0, 2.0])
+    >>> datum.loss_fn_inputs["weights"].tolist(), datum.loss_fn_inputs["advantages"].tolist()
+    ([0.0, 1.0, 1.0], [0.0, 1.0, 2.0])
     """
     prompt = ModelInput.from_ints(prompt_tokens).to_ints()
     completion = ModelInput.from_ints(completion_tokens).to_ints()
     if not prompt or not completion:
         name = "completion_tokens" if prompt else "prompt_tokens"
-        raise DatumError(name, "empty", expected="at least one token", got=0)
+        raise DatumError(
+            name, "empty", expected="at least one token", got=0, fix="Leave out such rows."
+        )
     weights = [0.0] * len(prompt) + [1.0] * len(completion)
     datum = datum_from_tokens_weights(prompt + completion, weights, max_length)
     extra: dict[str, Any] = {}
@@ -170,6 +196,7 @@ def datum_from_prompt_completion(
                 "not one value per completion token",
                 expected=f"shape ({len(completion)},)",
                 got=array.shape,
+                fix="Add other arrays with with_inputs().",
             )
         row = np.zeros(len(weights), dtype=np.float32)
         row[len(prompt) :] = array
@@ -178,8 +205,10 @@ def datum_from_prompt_completion(
 
 
 def score_where_weighted(datum: Datum) -> Datum:
-    """The datum with a "score_mask" where any weight is not 0; as it is, if it has no weights or
-    already a mask."""
+    """Add a "score_mask" that is 1 where any weight is not 0.
+
+    A datum that has no weights, or already a mask, is returned unchanged.
+    """
     weights = datum.loss_fn_inputs.get("weights")
     if weights is None or SCORE_MASK in datum.loss_fn_inputs:
         return datum
@@ -188,8 +217,31 @@ def score_where_weighted(datum: Datum) -> Datum:
 
 
 def with_inputs(datum: Datum, **loss_fn_inputs: Any) -> Datum:
-    """A copy of `datum` that also carries these arrays for its loss (model_input untouched)."""
+    """Copy `datum` and add these arrays for its loss; a name that it has already is replaced."""
     return Datum(datum.model_input, {**datum.loss_fn_inputs, **loss_fn_inputs})
+
+
+def input_key(datum: Datum, key: str) -> str:
+    """The name under which `datum` has the input that the SDK calls `key`.
+
+    The SDK calls the logprobs of the sampling policy "logprobs"; recipes call them
+    "sampling_logprobs", since "logprobs" are those of the current policy.
+    """
+    own = _OWN_KEYS.get(key, key)
+    return own if own in datum.loss_fn_inputs else key
+
+
+def missing_input(where: str, datum: Datum, key: str) -> DatumError:
+    """The error that `datum`, called `where`, has no loss input of this name."""
+    built = key in ("target_tokens", "weights")
+    own = _OWN_KEYS.get(key, key)
+    return DatumError(
+        f'{where}.loss_fn_inputs["{key}"]'.removeprefix("."),
+        "missing",
+        expected="an array under this name",
+        got=", ".join(datum.loss_fn_inputs) or "no loss inputs",
+        fix=_BUILD if built else f"Pass {own}=values to datum_from_prompt_completion().",
+    )
 
 
 def check_data(
@@ -199,153 +251,148 @@ def check_data(
     max_context: int | None = None,
     needs: Sequence[str] = ("target_tokens",),
 ) -> None:
-    """Refuse a batch that cannot be trained on, before anything has changed.
+    """Validate a batch before anything is computed.
 
-    Checks every datum and reports the first five faults: type, empty input, missing inputs
-    (`needs`), token ids outside [0, vocab_size) (below 0, where it is None: not known), context
-    length, lengths of target_tokens and of weights, weights that are not finite.
-
+    Args:
+        data: D datums.
+        vocab_size: token ids must be below it; None (not known) checks that they are >= 0.
+        max_context: the most tokens that a model_input may have; None for no limit.
+        needs: names of loss inputs that every datum must have, with N rows each.
     Raises:
-        DatumError: naming datum index and field for each fault; also for an empty batch.
+        DatumError: an empty batch, or the faults of all datums with index and field: type, empty
+            or too long input, missing inputs, token ids out of range, lengths of target_tokens and
+            weights, weights that are not finite. Five are listed, the others counted.
     """
     if isinstance(data, Datum) or not isinstance(data, Sequence):
-        raise DatumError("data", "not a batch", expected="a list of Datum", got=type(data).__name__)
+        raise DatumError(
+            "data",
+            "not a batch",
+            expected="a list of Datum",
+            got=type(data).__name__,
+            fix="Pass [datum] for a single one.",
+        )
     if not data:
-        raise DatumError("data", "empty", expected="at least one Datum", got=0)
-    problems: list[DatumError] = []
-    for i, datum in enumerate(data):
-        if not isinstance(datum, Datum):
-            problems.append(
-                DatumError(f"data[{i}]", "wrong type", expected="Datum", got=type(datum).__name__)
-            )
-            continue
-        problems += _datum_problems(f"data[{i}]", datum, vocab_size, max_context, needs)
-    raise_all(problems)
+        raise DatumError(
+            "data",
+            "empty",
+            expected="at least one Datum",
+            got=0,
+            fix="Check what filtered the rows, such as a maximum length.",
+        )
+    raise_all(
+        [
+            problem
+            for i, datum in enumerate(data)
+            for problem in _datum_problems(f"data[{i}]", datum, vocab_size, max_context, needs)
+        ]
+    )
 
 
 def _datum_problems(
-    where: str, datum: Datum, vocab_size: int | None, max_context: int | None, needs: Sequence[str]
-) -> list[DatumError]:
-    problems: list[DatumError] = []
+    where: str, datum: Any, vocab_size: int | None, max_context: int | None, needs: Sequence[str]
+) -> Iterator[DatumError]:
+    if not isinstance(datum, Datum):
+        yield DatumError(where, "wrong type", expected="Datum", got=type(datum).__name__)
+        return
     n = datum.model_input.length
     if n == 0:
-        return [DatumError(f"{where}.model_input", "empty", expected="at least one token", got=0)]
+        yield DatumError(f"{where}.model_input", "empty", expected="at least one token", got=0)
+        return
     if max_context is not None and n > max_context:
-        problems.append(
-            DatumError(
-                f"{where}.model_input",
-                "longer than the model's context",
-                expected=f"<= {max_context} tokens",
-                got=n,
-                fix="Truncate with max_length when building the datum.",
-            )
+        yield DatumError(
+            f"{where}.model_input",
+            "longer than the model's context",
+            expected=f"<= {max_context} tokens",
+            got=n,
+            fix="Truncate with max_length when building the datum.",
         )
-    problems += input_problems(f"{where}.model_input", datum.model_input.to_ints(), vocab_size)
-    for key in needs:
+    yield from input_problems(f"{where}.model_input", datum.model_input.to_ints(), vocab_size)
+    for key in (input_key(datum, needed) for needed in needs):
         if key not in datum.loss_fn_inputs:
-            have = ", ".join(datum.loss_fn_inputs) or "nothing"
-            problems.append(
-                DatumError(
-                    f'{where}.loss_fn_inputs["{key}"]',
-                    "missing",
-                    expected="an array of this name",
-                    got=have,
-                    fix="Build datums with datum_from_tokens_weights(), then with_inputs().",
-                )
-            )
+            yield missing_input(where, datum, key)
         elif key != "target_tokens" and datum.loss_fn_inputs[key].shape[:1] != [n]:
-            problems.append(
-                DatumError(
-                    f'{where}.loss_fn_inputs["{key}"]',
-                    "length does not match model_input",
-                    expected=f"({n},)",
-                    got=tuple(datum.loss_fn_inputs[key].shape),
-                )
+            yield DatumError(
+                f'{where}.loss_fn_inputs["{key}"]',
+                "length does not match model_input",
+                expected=f"({n},)",
+                got=tuple(datum.loss_fn_inputs[key].shape),
+                fix=f"Pass {key}=values to datum_from_prompt_completion(), which shifts them.",
             )
-    return problems + _target_problems(where, datum, vocab_size)
+    yield from _target_problems(where, datum, vocab_size)
 
 
-def _target_problems(where: str, datum: Datum, vocab_size: int | None) -> list[DatumError]:
-    """Faults of target_tokens, weights and score_mask."""
-    problems: list[DatumError] = []
+def _target_problems(where: str, datum: Datum, vocab_size: int | None) -> Iterator[DatumError]:
+    """Check target_tokens, weights and score_mask."""
     n = datum.model_input.length
     targets = datum.loss_fn_inputs.get("target_tokens")
     if targets is not None:
         field = f'{where}.loss_fn_inputs["target_tokens"]'
         if len(targets.shape) not in (1, 2) or targets.shape[0] != n or 0 in targets.shape:
-            problems.append(
-                DatumError(
-                    field,
-                    "length does not match model_input",
-                    expected=f"({n},) or ({n}, K)",
-                    got=tuple(targets.shape),
-                    fix="Build datums with datum_from_tokens_weights(); it shifts both together.",
-                )
+            yield DatumError(
+                field,
+                "length does not match model_input",
+                expected=f"({n},) or ({n}, K)",
+                got=tuple(targets.shape),
+                fix=_BUILD,
             )
         else:
-            problems += token_problems(field, targets.to_numpy(), vocab_size)
-            problems += _weight_problems(where, datum, targets)
+            yield from token_problems(field, targets.to_numpy(), vocab_size)
+            yield from _weight_problems(where, datum, targets)
     mask = datum.loss_fn_inputs.get(SCORE_MASK)
     if mask is not None and mask.shape != [n]:
-        field = f'{where}.loss_fn_inputs["{SCORE_MASK}"]'
-        problems.append(
-            DatumError(field, "not one per position", expected=f"({n},)", got=tuple(mask.shape))
+        yield DatumError(
+            f'{where}.loss_fn_inputs["{SCORE_MASK}"]',
+            "not one per position",
+            expected=f"({n},)",
+            got=tuple(mask.shape),
+            fix="Leave it out, or pass score_prompt=False to datum_from_prompt_completion().",
         )
-    return problems
+
+
+def _weight_problems(where: str, datum: Datum, targets: TensorData) -> Iterator[DatumError]:
+    weights = datum.loss_fn_inputs.get("weights")
+    if weights is None:
+        return
+    field = f'{where}.loss_fn_inputs["weights"]'
+    if weights.shape not in (targets.shape, targets.shape[:1]):
+        yield DatumError(
+            field,
+            "length does not match target_tokens",
+            expected=f"{tuple(targets.shape)} (that of target_tokens)",
+            got=tuple(weights.shape),
+            fix=_BUILD,
+        )
+        return
+    values = weights.to_numpy()
+    for at in np.argwhere(~np.isfinite(values))[:1].tolist():
+        got = values[tuple(at)]
+        yield DatumError(f"{field}{at}", "not finite", expected="a finite number", got=got)
 
 
 def input_problems(field: str, ids: list[int], vocab_size: int | None) -> list[DatumError]:
-    """The first id that is no integer or outside the vocabulary: zero or one messages."""
-    for at, token in enumerate(ids):  # chunks take whatever list they are given
+    """Check that ids are integers within the vocabulary; report the first that is not."""
+    for at, token in enumerate(ids):  # EncodedTextChunk does not check its items
         if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
-            return [
-                DatumError(
-                    f"{field}[{at}]", "not a token id", expected="an integer", got=repr(token)
-                )
-            ]
+            where, rule = f"{field}[{at}]", "an integer"
+            return [DatumError(where, "not a token id", expected=rule, got=repr(token))]
     return token_problems(field, np.asarray(ids), vocab_size)
 
 
 def token_problems(field: str, ids: np.ndarray, vocab_size: int | None) -> list[DatumError]:
-    """The first id outside the vocabulary, as a list of zero or one messages."""
+    """Check that 0 <= id < vocab_size (None: unknown); report the first id that is not."""
     bad = np.argwhere((ids < 0) | (ids >= (math.inf if vocab_size is None else vocab_size)))
     if not len(bad):
         return []
     at = tuple(int(j) for j in bad[0])
+    fix = "Encode text with client.get_tokenizer()."
+    if ids[at] < 0:
+        fix = "Use any valid id where there is no loss, with a weight of 0."
     return [
         DatumError(
             f"{field}{list(at)}",
             "token id outside the vocabulary",
             expected="an id >= 0" if vocab_size is None else f"0 <= id < {vocab_size}",
             got=int(ids[at]),
-        )
-    ]
-
-
-def _weight_problems(where: str, datum: Datum, targets: TensorData) -> list[DatumError]:
-    weights = datum.loss_fn_inputs.get("weights")
-    if weights is None:
-        return []
-    field = f'{where}.loss_fn_inputs["weights"]'
-    if weights.shape not in (targets.shape, targets.shape[:1]):
-        return [
-            DatumError(
-                field,
-                "length does not match target_tokens",
-                expected=f"{tuple(targets.shape)} (that of target_tokens)",
-                got=tuple(weights.shape),
-                fix="Build datums with datum_from_tokens_weights(); it shifts both together.",
-            )
-        ]
-    bad = np.argwhere(~np.isfinite(weights.to_numpy()))
-    if not len(bad):
-        return []
-    at = [int(j) for j in bad[0]]
-    return [
-        DatumError(
-            f"{field}{at}",
-            "not finite",
-            expected="a finite number",
-            got=weights.to_numpy()[tuple(at)],
+            fix=fix,
         )
     ]

@@ -1,11 +1,11 @@
-"""A fixed set of K candidate tokens at one position: which tokens, and the datum that scores them.
+"""Score a fixed set of K candidate tokens as the next token after a prompt.
 
     model_input    t0 t1 ... t(N-1)         the prompt, generation prompt included
     target_tokens  [c1 ... cK] at each position, (N, K)
-    weights        0 0 ... 0 1              (N,): only the last position is meant
+    weights        0 0 ... 0 1              (N,): only the last position counts
 
-The logprobs a loss is given are `(N, K)`; row `[-1]` holds log p of each candidate as the next
-token. `log_softmax` over it renormalises within the set.
+The loss gets logprobs `(N, K)`, nats; row `[-1]` is log p of each candidate as the next token, and
+`log_softmax` over that row renormalises it within the set.
 """
 
 from __future__ import annotations
@@ -20,15 +20,25 @@ from cookbook_core.types import Datum, ModelInput
 
 
 def single_tokens(tokenizer: Any, labels: Sequence[str]) -> list[int]:
-    """The id of each label, which must be one token as it stands, its leading space included.
+    """Encode labels that are one token each, a leading space included.
 
+    Args:
+        tokenizer: of the model that will score them.
+        labels: K >= 2 texts.
+    Returns:
+        K token ids, all different.
     Raises:
-        ConfigError: fewer than 2 labels, or labels that are several tokens, none, or the same
-            token as another; all offenders are listed with their pieces.
+        ConfigError: fewer than 2 labels, a label that is not exactly one token (lists all of them
+            with their tokens), or two labels that are the same token.
     """
     if not isinstance(labels, (list, tuple)) or len(labels) < 2:
-        rule = "a list of at least 2 words"
-        raise ConfigError("labels", "nothing to choose from", expected=rule, got=repr(labels))
+        raise ConfigError(
+            "labels",
+            "nothing to choose from",
+            expected="a list of at least 2 words",
+            got=repr(labels),
+            fix='Pass a list, such as [" yes", " no"].',
+        )
     for i, label in enumerate(labels):
         check_text(ConfigError, f"labels[{i}]", label)
     encoded = [list(tokenizer.encode(label, add_special_tokens=False)) for label in labels]
@@ -48,24 +58,30 @@ def single_tokens(tokenizer: Any, labels: Sequence[str]) -> list[int]:
     ids = [one for (one,) in encoded]
     if len(set(ids)) < len(ids):
         twice = sorted({label for label, i in zip(labels, ids, strict=True) if ids.count(i) > 1})
-        raise ConfigError("labels", "the same token", expected="different tokens", got=twice)
+        raise ConfigError(
+            "labels",
+            "the same token",
+            expected="different tokens",
+            got=twice,
+            fix="Leave out all but one of them.",
+        )
     return ids
 
 
 def datum_from_token_set(
     tokens: Sequence[int], token_ids: Sequence[int], **loss_fn_inputs: Any
 ) -> Datum:
-    """Build the datum that scores K candidates for the token after `tokens`.
+    """Build a datum that scores K candidates for the token after `tokens`.
 
     Args:
         tokens: N >= 1 ids, the prompt.
         token_ids: K >= 2 candidate ids.
         loss_fn_inputs: more arrays for the loss, of any shape.
     Returns:
-        Datum with target_tokens `(N, K)`, weights and score_mask `(N,)`, 1 at the last position
-        and 0 before: logprobs are computed there alone, and read 0.0 before.
+        Datum with target_tokens `(N, K)`, and weights and score_mask `(N,)` that are 1 at the last
+        position and 0 before it: logprobs before it are not computed and read 0.0.
     Raises:
-        DatumError: no prompt, or fewer than 2 candidates.
+        DatumError: an empty prompt, or fewer than 2 candidates.
 
     >>> datum = datum_from_token_set([5, 6], [8, 9])
     >>> datum.loss_fn_inputs["target_tokens"].tolist(), datum.loss_fn_inputs["weights"].tolist()
@@ -77,8 +93,9 @@ def datum_from_token_set(
         raise DatumError(
             "datum_from_token_set",
             "too few tokens",
-            expected="N >= 1 and K >= 2",
-            got=(n, len(ids)),
+            expected="N >= 1 tokens and K >= 2 token_ids",
+            got=f"N = {n} and K = {len(ids)}",
+            fix="Render the prompt, and encode the labels with single_tokens().",
         )
     weights = [0.0] * (n - 1) + [1.0]
     inputs = {"target_tokens": [ids] * n, "weights": weights, SCORE_MASK: weights, **loss_fn_inputs}
@@ -93,40 +110,54 @@ def label_distribution(
     smoothing: float = 0.0,
     zeros: bool = True,
 ) -> list[float]:
-    """The row's target over K labels: K shares that sum to 1.
+    """Read a row's target distribution over K labels.
 
     Args:
-        row: with "label_probs", K numbers; or "answer", the label that gets all, with or without
-            its leading space.
+        row: has "label_probs", K probabilities, or "answer", the label whose probability is 1, with
+            or without its leading space.
         labels: K label words.
-        where: how errors call the row.
-        smoothing: this share of the result is spread evenly over the labels.
-        zeros: whether a share may be 0; KL(model || target) is infinite then.
+        where: the name of the row in errors.
+        smoothing: this share, in [0, 1], of the result is spread evenly over the labels.
+        zeros: whether a probability may be 0, which makes KL(model || target) infinite.
+    Returns:
+        K probabilities that sum to 1.
     Raises:
-        DataError: no such label; not K non-negative numbers that sum to 1 (to 1e-3); a 0 that is
-            not allowed.
+        DataError: an unknown label; label_probs that are not K numbers >= 0 with sum 1 (to 1e-3);
+            a 0 although `zeros` is False.
     """
     k = len(labels)
     if "answer" in row:
         names = [label.strip() for label in labels]
         answer = str(row["answer"]).strip()
         if answer not in names:
-            raise DataError(f"{where}.answer", "not a label", expected=names, got=repr(answer))
+            raise DataError(
+                f"{where}.answer",
+                "not a label",
+                expected=f"one of {names}",
+                got=repr(answer),
+                fix="Add it to --labels, or drop the row.",
+            )
         probs = [float(name == answer) for name in names]
     else:
         given = row["label_probs"]
         listed = isinstance(given, (list, tuple)) and all(map(is_finite, given))
         probs = [float(p) for p in given] if listed else []
         if len(probs) != k or not all(p >= 0 for p in probs) or not abs(sum(probs) - 1) < 1e-3:
-            rule = f"{k} numbers >= 0 that sum to 1, one per label"
             raise DataError(
-                f"{where}.label_probs", "no distribution", expected=rule, got=repr(given)
+                f"{where}.label_probs",
+                "no distribution",
+                expected=f"{k} numbers >= 0 that sum to 1, one per label",
+                got=repr(given),
+                fix="Divide counts by their sum.",
             )
     total = math.fsum(probs)
     probs = [(1 - smoothing) * p / total + smoothing / k for p in probs]
     if not zeros and min(probs) == 0:
-        rule, mend = "every share above 0", "Pass --smoothing 0.01, or another --divergence."
         raise DataError(
-            where, "KL(model || target) is infinite", expected=rule, got=probs, fix=mend
+            where,
+            "KL(model || target) is infinite",
+            expected="every probability above 0",
+            got=probs,
+            fix="Pass --smoothing 0.01, or another --divergence.",
         )
     return probs

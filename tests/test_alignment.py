@@ -1,4 +1,4 @@
-"""Weights against logprobs: equal lengths or a loud word; sums and means."""
+"""Weights against logprobs: equal lengths or an error; sums and means."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_strict_refuses_unequal_lengths(weights: list[float]) -> None:
 
 
 def test_min_length_cuts_from_the_end() -> None:
-    """The longer one loses its end, whichever it is; kept values stay in place."""
+    """The longer one loses its end, whichever it is; the other values stay in place."""
     logprobs, weights = align_weights(LP, [1.0, 2.0], "min_length")
     assert (logprobs.tolist(), weights.tolist()) == ([-1.0, -2.0], [1.0, 2.0])
     logprobs, weights = align_weights(LP, [1.0, 2.0, 3.0, 0.0, 0.0], "min_length")
@@ -65,8 +65,8 @@ def test_min_length_refuses_to_drop_a_weight() -> None:
     weights = [0.0, 1.0, 1.0, 0.0, 2.0]
     with pytest.raises(DatumError, match=r"data\[7\]\[4\]:.*after position 2, got 2\.0"):
         align_weights(LP, weights, "min_length", where="data[7]")
-    _, kept = align_weights(LP, weights, "min_length", allow_dropped_weights=True)
-    assert kept.tolist() == [0.0, 1.0, 1.0]
+    _, aligned = align_weights(LP, weights, "min_length", allow_dropped_weights=True)
+    assert aligned.tolist() == [0.0, 1.0, 1.0]
 
 
 def test_min_length_refuses_to_drop_a_row_with_a_weight() -> None:
@@ -127,7 +127,7 @@ def test_weighted_mean_by_hand() -> None:
 
 
 def test_weighted_mean_over_what_is_kept() -> None:
-    """Cut to 3: (1 * -1 + 1 * -3) / 2 = -2, however heavy the weight that was given up."""
+    """Cut to 3: (1 * -1 + 1 * -3) / 2 = -2, whatever the weight that was dropped."""
     mean = weighted_mean(LP, [1.0, 0.0, 1.0, 98.0], mode="min_length", allow_dropped_weights=True)
     assert mean.item() == -2.0
 
@@ -166,9 +166,11 @@ def test_check_alignment_reports_every_fault_with_datum_field_and_lengths() -> N
         check_alignment(data, [LP, LP, LP], "ref_logprobs", "target_tokens")
     assert str(caught.value).splitlines() == [
         'data[1].loss_fn_inputs["ref_logprobs"]: length does not match logprobs. '
-        "Expected 3 (len of logprobs), got 2.",
+        "Expected 3 (len of logprobs), got 2. "
+        "Pass ref_logprobs=values to datum_from_prompt_completion(), which shifts them.",
         'data[2].loss_fn_inputs["ref_logprobs"]: missing. '
-        "Expected an array of this name, got target_tokens.",
+        "Expected an array under this name, got target_tokens. "
+        "Pass ref_logprobs=values to datum_from_prompt_completion().",
     ]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from cookbook_core import with_inputs
+from cookbook_core.backend.remote.convert import named_datums
 from cookbook_core.builtin_losses import (
     BUILTIN_LOSSES,
     builtin_loss,
@@ -22,7 +24,7 @@ from cookbook_core.builtin_losses import (
 )
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import ConfigError, DatumError
-from cookbook_core.tinker import Datum, ModelInput, ServiceClient
+from cookbook_core.tinker import AdamParams, Datum, ModelInput, ServiceClient
 
 RL = [importance_sampling, ppo, cispo, dro]
 LN2 = math.log(2)
@@ -96,9 +98,9 @@ def test_ppo_by_hand() -> None:
     assert grad == pytest.approx([0.0, 2.0, -0.5, 0.0, -1.1], rel=1e-6)
 
 
-def test_ppo_thresholds_are_absolute_ratios() -> None:
-    """clip_high_threshold 1.5, ratio 2, A 1: L = -1.5; low 0.9, ratio 0.5, A -1: L = 0.9."""
-    bounds = {"clip_low_threshold": 0.9, "clip_high_threshold": 1.5}
+def test_ppo_bounds_are_absolute_ratios() -> None:
+    """clip_high 1.5, ratio 2, A 1: L = -1.5; clip_low 0.9, ratio 0.5, A -1: L = 0.9."""
+    bounds = {"clip_low": 0.9, "clip_high": 1.5}
     assert run(ppo, *rl_datum([2.0], [1.0]), **bounds)[0] == pytest.approx(-1.5)
     assert run(ppo, *rl_datum([0.5], [-1.0]), **bounds)[0] == pytest.approx(0.9)
 
@@ -205,10 +207,15 @@ def test_needed_inputs() -> None:
     assert {needed_inputs(f.__name__) for f in RL} == {("target_tokens", "logprobs", "advantages")}
 
 
-def test_options_are_bound() -> None:
-    """builtin_loss("ppo", {...}) is ppo with those thresholds."""
-    bound = builtin_loss("ppo", {"clip_high_threshold": 1.5})
-    assert run(bound, *rl_datum([2.0], [1.0]))[0] == pytest.approx(-1.5)
+@pytest.mark.parametrize("name", ["ppo", "cispo"])
+def test_options_are_bound_under_the_sdks_names(name: str) -> None:
+    """Both bounds, at ratios 2 and 0.5: as the function with clip_low and clip_high, to the bit."""
+    bound = builtin_loss(name, {"clip_low_threshold": 0.9, "clip_high_threshold": 1.5})
+    data, logprobs = rl_datum([2.0, 0.5, 0.5], [1.0, -1.0, 1.0])
+    expected = run(BUILTIN_LOSSES[name], data, logprobs, clip_low=0.9, clip_high=1.5)
+    assert run(bound, data, logprobs) == expected
+    assert expected != run(BUILTIN_LOSSES[name], data, logprobs)
+    assert bound.config == {"clip_low_threshold": 0.9, "clip_high_threshold": 1.5}  # as it is sent
     assert set(BUILTIN_LOSSES) == {"cross_entropy", "importance_sampling", "ppo", "cispo", "dro"}
 
 
@@ -225,6 +232,37 @@ def test_options_are_bound() -> None:
 def test_unknown_names_and_options_are_refused(name: str, config: Any, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         builtin_loss(name, config)
+
+
+@pytest.mark.parametrize("loss", RL)
+def test_sampling_logprobs_have_our_name_or_the_sdks(loss: Any) -> None:
+    """Recipes write "sampling_logprobs", the SDK "logprobs"; with both, ours counts."""
+    (sdk,), logprobs = rl_datum([2.0, 0.5, 1.1], [1.0, -2.0, 1.0], weights=[1.0, 0.5, 0.0])
+    inputs = dict(sdk.loss_fn_inputs)
+    own = Datum(sdk.model_input, {**inputs, "sampling_logprobs": inputs.pop("logprobs")})
+    both = with_inputs(own, logprobs=[9.0, 9.0, 9.0])
+    assert run(loss, [own], logprobs) == run(loss, [sdk], logprobs) == run(loss, [both], logprobs)
+
+
+def test_a_service_gets_sampling_logprobs_under_its_own_name() -> None:
+    (sdk,), _ = rl_datum([2.0, 0.5], [1.0, -2.0])
+    inputs = dict(sdk.loss_fn_inputs)
+    own = Datum(sdk.model_input, {**inputs, "sampling_logprobs": inputs.pop("logprobs")})
+    (sent,) = named_datums([own], builtin_loss("ppo"))
+    assert sent.loss_fn_inputs == sdk.loss_fn_inputs
+
+
+def test_a_client_takes_sampling_logprobs_too(
+    service: ServiceClient, model_folder: Callable[..., str]
+) -> None:
+    """Loss and update of the two names are equal to the bit."""
+    steps = []
+    for name in ("logprobs", "sampling_logprobs"):
+        client = service.create_lora_training_client(model_folder(), rank=2, seed=0).result(60)
+        data = [datum(2, advantages=[1.0, -2.0], **{name: [-4, -5]})]
+        loss = client.forward_backward(data, "ppo").result(60).loss
+        steps.append((loss, client.optim_step(AdamParams()).result(60).metrics))
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.parametrize("missing", ["logprobs", "advantages"])
@@ -272,6 +310,31 @@ def test_one_value_per_token_is_not_spread_over_candidates(loss: Any) -> None:
     ]
     with pytest.raises(DatumError, match=r'data\[0\].*"advantages".*\(2, 2\), got \(2,\)'):
         loss(data, [torch.full((2, 2), -1.0)])
+
+
+def test_no_datum_is_an_error() -> None:
+    for loss in (cross_entropy, *RL):
+        with pytest.raises(DatumError, match="data: empty"):
+            loss([], [])
+
+
+@pytest.mark.parametrize("loss", RL)
+def test_missing_inputs_of_a_direct_call_are_named_by_datum(loss: Any) -> None:
+    """Used inside a custom loss nothing has checked the datums before."""
+    full = datum(1, logprobs=[-1.0], advantages=[1.0])
+    with pytest.raises(DatumError) as caught:
+        loss([full, datum(1, logprobs=[-1.0]), datum(1, advantages=[1.0])], [torch.zeros(1)] * 3)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        'data[1].loss_fn_inputs["advantages"]',
+        'data[2].loss_fn_inputs["logprobs"]',
+    ]
+    assert lines[1].endswith("Pass sampling_logprobs=values to datum_from_prompt_completion().")
+
+
+def test_an_entropy_bonus_needs_weights() -> None:
+    with pytest.raises(DatumError, match=r'data\[0\].loss_fn_inputs\["weights"\]: missing'):
+        differentiate(with_entropy_bonus(cross_entropy, 0.1), [datum(2)], [torch.zeros(2, 5)])
 
 
 def test_an_entropy_bonus_is_taken_where_weights_are_not_zero() -> None:

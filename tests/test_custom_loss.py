@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -145,7 +146,7 @@ WRONG: dict[str, tuple[Callable[[list[torch.Tensor]], Any], str]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_a_loss_must_not_return(case: str) -> None:
-    """Every refusal names the loss and what it returned."""
+    """Every error names the loss and what it returned."""
     value, match = WRONG[case]
     with pytest.raises(LossError, match=rf"(?s)my_loss\(\).*{match}"):
         differentiate(broken(value), DATA, LOGPROBS)
@@ -163,7 +164,7 @@ def test_a_gradient_that_is_not_finite_names_datum_and_position() -> None:
 
 
 def test_bad_gradients_of_several_datums_are_all_reported() -> None:
-    """0 * log(0) style NaN in datums 0 and 2, nothing said of datum 1."""
+    """0 * log(0) style NaN in datums 0 and 2; datum 1 is not mentioned."""
 
     def nan_slope(logprobs: list[torch.Tensor]) -> Any:
         bad = (logprobs[0][2:] + 3).sqrt() * 0 + (logprobs[2] + 6).sqrt() * 0
@@ -212,11 +213,13 @@ def test_partials_and_callables_are_named() -> None:
 
 
 def test_evaluate_gives_the_value_without_gradients() -> None:
-    """For `forward`: same value and metrics, no gradient, the same refusals."""
+    """For `forward`: same value and metrics, no gradient, the same errors."""
     result = evaluate(lambda d, lps: (lps[0].sum(), {"m": 1}), DATA, LOGPROBS)
     assert result == LossResult(-6.0, {"m": 1.0}, [])
     with pytest.raises(LossError, match="got nan"):
         evaluate(lambda d, lps: (lps[0].sum() * math.nan, {}), DATA, LOGPROBS)
+    with pytest.raises(LossError, match=r"raised ZeroDivisionError.*of test_custom_loss.py"):
+        evaluate(lambda d, lps: 1 / 0, DATA, LOGPROBS)
 
 
 # ---- logprobs_from_output, surrogate_datums, merge_metrics ---------------------------------------
@@ -237,7 +240,7 @@ def test_logprobs_come_back_in_order_and_shape() -> None:
 
 
 def test_logprobs_of_another_shape_are_refused() -> None:
-    """A flattened (4,) where (2, 2) was asked for, and a missing one: both are reported."""
+    """A flattened (4,) instead of (2, 2), and a missing one: both are reported."""
     data = [datum([5, 6, 7]), datum([[8, 9], [1, 2]]), datum([4])]
     output = output_of([[-1, -2, -3], [-4, -5, -6, -7], [-8]])
     del output.loss_fn_outputs[2]["logprobs"]
@@ -250,7 +253,7 @@ def test_logprobs_of_another_shape_are_refused() -> None:
 
 
 def test_surrogates_carry_minus_the_gradient_and_nothing_private() -> None:
-    """sum(-w * lp) with w = -g has slope g; advantages and the like stay at home."""
+    """sum(-w * lp) with w = -g has slope g; advantages and the like are left out."""
     data = [datum([5, 6], advantages=[1.0, 2.0], weights=[9.0, 9.0]), datum([[7, 8]])]
     grads = [torch.tensor([0.5, -0.25]), torch.tensor([[1.0, 0.0]], dtype=torch.float64)]
     made = surrogate_datums(data, grads)
@@ -284,6 +287,28 @@ def test_a_reserved_metric_that_is_nan_is_refused() -> None:
 
 
 # ---- through a client ---------------------------------------------------------------------------
+
+
+def test_a_failing_loss_is_printed_with_its_own_lines_first(
+    client: TrainingClient, random_data: Callable[..., list[Datum]]
+) -> None:
+    """What a script prints as it dies: first the loss's lines and exception, last our message."""
+
+    def typo(data: list[Datum], logprobs: list[torch.Tensor]) -> Any:
+        return data[0].loss_fn_inputs["advantage"], {}
+
+    future = client.forward_backward_custom(random_data(2), typo)
+    with pytest.raises(LossError) as caught:
+        future.result(SECONDS)
+    printed = "".join(traceback.format_exception(LossError, caught.value, caught.tb)).splitlines()
+    assert printed[0] == "Traceback (most recent call last):"
+    assert printed[1].endswith("in typo")
+    assert 'loss_fn_inputs["advantage"]' in printed[2]
+    cause = printed.index("KeyError: 'advantage'")
+    assert not [line for line in printed[:cause] if "cookbook_core/" in line]
+    assert printed[-1].startswith(
+        "cookbook_core.errors.LossError: typo(): raised KeyError: 'advantage'. See line "
+    )
 
 
 def test_the_loss_runs_exactly_once(
@@ -343,7 +368,7 @@ FAILING: dict[str, Callable[..., Any]] = {
 def test_a_failing_loss_leaves_everything_as_it_was(
     case: str, passes: int, client: TrainingClient, random_data: Callable[..., list[Datum]]
 ) -> None:
-    """Pitfall 2: gradients are byte-equal after a failed call, and the client goes on working."""
+    """Pitfall 2: gradients are byte-equal after a failed call, and the client still works."""
     data = random_data(4)
     if passes == 2:
         engine_of(client).limits.graph_tokens = 0
@@ -376,7 +401,7 @@ CALLS: dict[str, Callable[[TrainingClient, list[Datum]], Any]] = {
 def test_calling_the_client_inside_the_loss_is_refused(
     name: str, client: TrainingClient, random_data: Callable[..., list[Datum]]
 ) -> None:
-    """It would wait in a queue behind itself: an explanation at once, no deadlock, no gradient."""
+    """It would wait in a queue behind itself: an error at once, no deadlock, no gradient."""
     data = random_data(2)
 
     def nested(got: list[Datum], logprobs: list[torch.Tensor]) -> Any:
@@ -415,7 +440,7 @@ def test_waiting_inside_the_loss_for_a_request_behind_it_is_refused(
 def test_the_two_pass_scheme_sends_nothing_private(
     client: TrainingClient, random_data: Callable[..., list[Datum]]
 ) -> None:
-    """What a remote service would get: tokens, targets, and in the second call weights."""
+    """A remote service gets tokens, targets, and in the second call weights."""
     sent: list[tuple[str, set[str]]] = []
 
     class Recorder:

@@ -1,4 +1,4 @@
-"""Tokens and weights to datums: the shift, truncation, reduction, and every refusal."""
+"""Tokens and weights to datums: the shift, truncation, reduction, and every error."""
 
 from __future__ import annotations
 
@@ -108,13 +108,13 @@ def test_a_pair_that_differs_in_its_first_response_token_has_a_gradient(
 # ---- truncation and reduction --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("max_length", "kept"), [(None, 6), (9, 6), (6, 6), (5, 5), (3, 3)])
-def test_max_length_counts_tokens_and_keeps_the_first(max_length: int | None, kept: int) -> None:
-    """T = 6 tokens cut to `kept`: N = kept - 1 positions, the same ones."""
+@pytest.mark.parametrize(("max_length", "length"), [(None, 6), (9, 6), (6, 6), (5, 5), (3, 3)])
+def test_max_length_counts_tokens_and_keeps_the_first(max_length: int | None, length: int) -> None:
+    """T = 6 tokens cut to `length`: N = length - 1 positions, the same ones."""
     tokens, weights = [10, 11, 12, 13, 14, 15], [0, 0, 1, 2, 3, 4]
     datum = datum_from_tokens_weights(tokens, weights, max_length)
-    assert datum.model_input.to_ints() == tokens[: kept - 1]
-    assert inputs_of(datum) == {"target_tokens": tokens[1:kept], "weights": weights[1:kept]}
+    assert datum.model_input.to_ints() == tokens[: length - 1]
+    assert inputs_of(datum) == {"target_tokens": tokens[1:length], "weights": weights[1:length]}
 
 
 def test_mean_reduction_makes_weights_sum_to_one() -> None:
@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_a_datum(case: str) -> None:
-    """Pitfall 12: all-zero masks included; each says where, and what it got."""
+    """Pitfall 12: all-zero masks included; each error names the field and the value."""
     args, more, match = REFUSED[case]
     with pytest.raises(DatumError, match=match):
         datum_from_tokens_weights(*args, **more)
@@ -176,7 +176,7 @@ def test_zero_weights_are_accepted_on_request() -> None:
 
 
 def test_a_weight_that_is_cut_off_need_not_be_finite() -> None:
-    """The first weight is dropped with its token, so it is nobody's."""
+    """The first weight is dropped, so its value does not matter."""
     datum = datum_from_tokens_weights([1, 2, 3], [math.nan, 1, 1])
     assert inputs_of(datum)["weights"] == [1.0, 1.0]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import cookbook_core
+from cookbook_core import errors
 
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "cookbook_core").rglob("*.py"))
@@ -139,6 +140,41 @@ def test_text_files_name_their_encoding(path):
         mode = next((a.value for a in node.args[1:2] if isinstance(a, ast.Constant)), "")
         named = any(k.arg == "encoding" for k in node.keywords)
         assert named or "b" in str(mode), f"{name_of(path)}:{node.lineno}"
+
+
+FILLERS = {"it", "this", "that", "one", "another", "others", "none", "nothing", "none of it"} | {
+    "this one", "that of one", "this exception", "something else", "what is there", "a call",
+}  # fmt: skip
+"""Words in `expected` or `got` that say nothing; a slot without a value is left out."""
+
+
+def error_sites(path: Path) -> Iterator[tuple[str, dict[str, ast.expr]]]:
+    """Every place that makes an error of ours: file and line, and the slots it fills by name."""
+    kinds = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+    ours = {name for name, kind in kinds.items() if issubclass(kind, errors.CookbookError)}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            if name in ours or (name == "error" and len(node.args) > 1):
+                slots = {keyword.arg or "**": keyword.value for keyword in node.keywords}
+                yield f"{name_of(path)}:{node.lineno}", slots
+
+
+def test_half_of_all_errors_name_a_fix():
+    """And none has a filler in a slot. A call that passes slots on (`**slots`) is not counted."""
+    sites = [site for path in [*CORE, *RECIPES] for site in error_sites(path)]
+    sites = [(place, slots) for place, slots in sites if "**" not in slots]
+    assert len(sites) > 200
+    words = [
+        (place, slot, slots[slot].value)
+        for place, slots in sites
+        for slot in ("expected", "got")
+        if isinstance(slots.get(slot), ast.Constant)
+    ]
+    assert [word for word in words if str(word[2]).lower() in FILLERS] == []
+    without = [place for place, slots in sites if "fix" not in slots]
+    share = 1 - len(without) / len(sites)
+    assert share >= 0.5, f"{share:.0%} of {len(sites)} errors name a fix; these do not: {without}"
 
 
 @pytest.mark.parametrize("path", [*CORE, *RECIPES], ids=name_of)

@@ -1,1 +1,1 @@
-"""Files on disk and on the Hub: paths, manifests, downloads."""
+"""Files on disk and on the Hub: checked paths, manifests of checkpoints, the offline cache."""

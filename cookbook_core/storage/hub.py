@@ -1,4 +1,4 @@
-"""The Hugging Face hub: asked for names that are nothing on this machine, and not in vain."""
+"""Load from the Hugging Face Hub; use the local cache at once if the Hub is unreachable."""
 
 from __future__ import annotations
 
@@ -7,40 +7,41 @@ import sys
 from collections.abc import Iterator
 
 TIMEOUT = 5.0
-"""Seconds the hub has for its first answer."""
+"""Seconds to wait for the Hub's first response."""
 
 
 @contextlib.contextmanager
 def asking_hub(name: str, kind: str = "") -> Iterator[bool]:
-    """For what is loaded in this block; where the hub does not answer, from its cache at once.
+    """Try the Hub once; if it is unreachable, everything loaded in this block uses the cache alone.
 
-    Without this, each request of `datasets` and `transformers` to a hub out of reach is tried five
-    times, half a minute in all.
+    Without this, `datasets` and `transformers` retry each request to an unreachable Hub five times,
+    half a minute in all.
 
     Args:
-        name: what is asked for.
-        kind: what it is not on this machine, "file" or "folder"; with it, that is said on stderr.
+        name: the model or dataset to load, for the message.
+        kind: "file" or "folder": print on stderr that there is none of this name on this machine;
+            "" prints nothing.
     Yields:
-        Whether the hub is within reach.
+        Whether the Hub is reachable.
     """
     from huggingface_hub import constants, get_session
 
-    reached = not constants.HF_HUB_OFFLINE
-    if reached:
+    reachable = not constants.HF_HUB_OFFLINE
+    if reachable:
         try:
             get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-        except Exception:  # of whichever library carries the request
-            reached = False
+        except Exception:  # httpx or requests, by the version of huggingface_hub
+            reachable = False
     if kind:
-        what = "asking the hub" if reached else "the hub is out of reach, so looking in its cache"
-        print(f"{name}: no such {kind} here; {what}", file=sys.stderr)
+        source = "loading from the Hub" if reachable else "the Hub is unreachable, using its cache"
+        print(f"{name}: no such {kind} on this machine; {source}", file=sys.stderr)
     datasets = sys.modules.get("datasets")
-    places = [constants, *([datasets.config] if datasets else [])]
-    before = [place.HF_HUB_OFFLINE for place in places]
-    for place in places:
-        place.HF_HUB_OFFLINE = not reached
+    settings = [constants, *([datasets.config] if datasets else [])]
+    before = [module.HF_HUB_OFFLINE for module in settings]
+    for module in settings:
+        module.HF_HUB_OFFLINE = not reachable
     try:
-        yield reached
+        yield reachable
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value
+        for module, value in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = value

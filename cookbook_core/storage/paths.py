@@ -1,4 +1,4 @@
-"""Paths as people give them: checked before anything looks them up."""
+"""Validate paths from users; locate bundled files; recognise checkpoints on a service."""
 
 from __future__ import annotations
 
@@ -8,28 +8,33 @@ from cookbook_core.errors import CookbookError
 
 
 def usable_path(where: str, path: object, error: type[CookbookError]) -> Path:
-    """`path` with ~ expanded, whether or not anything is there.
+    """Expand ~ in `path` and check that this system can look it up; it need not exist.
 
+    Args:
+        where: the field or flag, for the error.
+        path: a str or Path.
+        error: the class to raise.
     Raises:
-        error: not a path at all, empty, or one that this system cannot look up: too long, of an
-            unknown user, with a NUL or half a character in it.
+        error: another type, empty, too long, of an unknown user, or with a NUL or a lone surrogate.
     """
     try:
         if path == "" or not isinstance(path, (str, Path)):
             raise ValueError(type(path).__name__)
-        found = Path(path).expanduser()
-        found.as_posix().encode()
-        found.exists()
+        expanded = Path(path).expanduser()
+        expanded.as_posix().encode()
+        expanded.exists()
     except (ValueError, OSError, RuntimeError) as reason:
-        got = f"{path!r:.80} ({str(reason)[:80]})"
         raise error(
-            where, "not a usable path", expected="a path on this machine", got=got
+            where,
+            "not a usable path",
+            expected="a path on this machine",
+            got=f"{path!r:.80} ({str(reason)[:80]})",
         ) from reason
-    return found
+    return expanded
 
 
 def is_on_service(path: object) -> bool:
-    """Whether a checkpoint's path is a service's, such as tinker://..., and no folder here."""
+    """Whether a checkpoint's path is on a service (tinker://...) and not a local folder."""
     return "://" in str(path)
 
 

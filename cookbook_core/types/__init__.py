@@ -1,9 +1,9 @@
-"""The values that cross the client: data in, results out. All are frozen dataclasses.
+"""The values that cross the client, data in and results out, as frozen dataclasses.
 
-Names and fields follow the `tinker` SDK 0.38. What differs is named in
-`tests/test_sdk_signatures.py`; the two that matter when reading code are: any key is allowed in
-`loss_fn_inputs` (the SDK refuses plain lists under keys it does not know), and `TensorData` may
-hold "float64" when asked to by name, which the exactness tests need.
+Names and fields follow the `tinker` SDK 0.38; `tests/test_sdk_signatures.py` lists every
+difference. Two matter when reading code: `loss_fn_inputs` takes any key (the SDK raises for plain
+lists under keys it does not know), and `TensorData` can have the dtype "float64", which the
+exactness tests need.
 """
 
 from cookbook_core.types.datum import (

@@ -1,4 +1,4 @@
-"""Datum: one sequence of tokens, and the arrays its loss needs."""
+"""Datum: one sequence of tokens, and the arrays that its loss needs."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from cookbook_core.types.model_input import ModelInput, own_input, require_type
 from cookbook_core.types.tensors import TensorData, to_array
 
 _INTEGER_KEYS = frozenset({"target_tokens"})
-_FLOAT_KEYS = frozenset({"weights", "advantages", "logprobs"})
+_FLOAT_KEYS = frozenset({"weights", "advantages", "logprobs", "sampling_logprobs"})
 
 LossFnInputs: TypeAlias = dict[str, TensorData]
 
 
 @dataclass(frozen=True)
 class Datum:
-    """One sequence and everything its loss needs.
+    """One sequence and the arrays that its loss needs.
 
     Args:
-        model_input: the tokens the model reads, N of them.
-        loss_fn_inputs: arrays by name (TensorData, torch, numpy or nested lists; all are stored
-            as TensorData). "target_tokens" `(N,)` or `(N, K)`: the token(s) to predict at each
-            position. "weights" like target_tokens. Any other key is handed to the loss as it is
-            and never reaches the model.
+        model_input: the N tokens that the model reads.
+        loss_fn_inputs: arrays by name, given as TensorData, torch, numpy or nested lists, stored
+            as TensorData. "target_tokens" `(N,)` or `(N, K)`, int64: the token or tokens to predict
+            at each position. "weights" `(N,)` or like target_tokens. Any other key is passed to
+            the loss and never to the model.
 
     Raises:
-        DatumError: a value that is not a rectangular numeric array, or a name that is not text.
+        DatumError: an array that is not rectangular and numeric, or a name that is not a str.
     """
 
     model_input: ModelInput
@@ -48,6 +48,7 @@ class Datum:
 
 
 def _to_tensor_data(key: str, value: Any) -> TensorData:
+    """A loss input as TensorData, in the dtype that its name requires."""
     if isinstance(value, TensorData) and (key not in _INTEGER_KEYS or value.dtype == "int64"):
         return value
     if isinstance(value, ModelInput):  # the SDK's own examples pass targets this way

@@ -14,7 +14,11 @@ from cookbook_core.types.tensors import to_array
 
 @dataclass(frozen=True)
 class EncodedTextChunk:
-    """A run of token ids."""
+    """Consecutive token ids.
+
+    Raises:
+        DatumError: tokens that are not a flat list.
+    """
 
     tokens: Sequence[int]
     type: Literal["encoded_text"] = "encoded_text"
@@ -36,7 +40,11 @@ ModelInputChunk: TypeAlias = EncodedTextChunk
 
 @dataclass(frozen=True)
 class ModelInput:
-    """What the model reads: chunks of token ids, in order. `from_ints(ids)` makes one of a list."""
+    """What the model reads: chunks of token ids, in order. `from_ints` builds it from a list.
+
+    Raises:
+        DatumError: chunks that are not a list of EncodedTextChunk (the SDK's own are converted).
+    """
 
     chunks: Sequence[ModelInputChunk]
 
@@ -48,7 +56,11 @@ class ModelInput:
 
     @classmethod
     def from_ints(cls, tokens: Sequence[int]) -> ModelInput:
-        """One chunk of these token ids (a list, numpy array or tensor)."""
+        """Build a single chunk of these token ids (a list, numpy array or tensor).
+
+        Raises:
+            DatumError: nested lists, or values that are not integers.
+        """
         ids = to_array("ModelInput.tokens", tokens, np.dtype("int64"))
         if ids.ndim != 1:
             raise DatumError(
@@ -56,6 +68,7 @@ class ModelInput:
                 "not one sequence",
                 expected="a flat list of token ids",
                 got=f"shape {list(ids.shape)}",
+                fix="Build one datum for each sequence.",
             )
         return cls(chunks=[EncodedTextChunk(tokens=ids.tolist())])
 
@@ -70,20 +83,20 @@ class ModelInput:
 
     @classmethod
     def empty(cls) -> ModelInput:
-        """No tokens yet."""
+        """An input without tokens, to append to."""
         return cls(chunks=[])
 
     def append(self, chunk: ModelInputChunk) -> ModelInput:
-        """A new input with `chunk` at the end."""
+        """Return a new input with `chunk` at the end."""
         return ModelInput(chunks=[*self.chunks, chunk])
 
     def append_int(self, token: int) -> ModelInput:
-        """A new input with one more token at the end."""
+        """Return a new input with one more token at the end."""
         return self.append(EncodedTextChunk(tokens=[token]))
 
 
 def own_input(value: Any) -> Any:
-    """The SDK's ModelInput, known by its list of chunks, as ours; anything else as it is.
+    """Convert the SDK's ModelInput, recognised by its list of chunks; return other values as is.
 
     Raises:
         DatumError: a chunk that is not text.
@@ -94,16 +107,16 @@ def own_input(value: Any) -> Any:
 
 
 def _own_chunks(chunks: Sequence[Any]) -> list[EncodedTextChunk]:
-    """Chunks of the SDK's, known by their type's tag, as ours."""
+    """Convert the SDK's chunks, recognised by their type tag."""
     for i, chunk in enumerate(chunks):
         text = getattr(chunk, "type", None) == "encoded_text" and hasattr(chunk, "tokens")
-        rule = "EncodedTextChunk (this backend reads text only)"
+        rule = "EncodedTextChunk (text only)"
         require_type(text, f"ModelInput.chunks[{i}]", rule, chunk)
     return [EncodedTextChunk(chunk.tokens) for chunk in chunks]
 
 
 def require_type(good: bool, where: str, rule: str, value: object) -> None:
-    """Raise DatumError that `value` is of the wrong type, unless it is `good`."""
+    """Raise DatumError for a value of the wrong type, unless it is `good`."""
     if not good:
         got = f"{type(value).__name__} {value!r:.80}"
         raise DatumError(where, "wrong type", expected=rule, got=got)

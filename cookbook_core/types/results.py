@@ -1,4 +1,4 @@
-"""Results of requests: losses and logprobs, samples, saved paths, and what a model is."""
+"""Results of requests: losses and logprobs, samples, saved paths, model information."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LossFnOutput: TypeAlias = dict[str, TensorData]
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
-    """What `forward`, `forward_backward` and `forward_backward_custom` give back.
+    """Result of `forward`, `forward_backward` and `forward_backward_custom`.
 
     loss_fn_outputs: one dict per datum, in order; "logprobs" has the shape of its target_tokens,
         in nats.
-    metrics: "loss:sum" always; for a custom loss "loss" and the loss's own metrics too.
+    metrics: "loss:sum"; for a custom loss also "loss" (the same) and the loss's own metrics.
     """
 
     loss_fn_output_type: str
@@ -31,20 +31,20 @@ class ForwardBackwardOutput:
 
     @property
     def loss(self) -> float:
-        """The value of the loss that was run."""
+        """The value of the loss."""
         return self.metrics["loss:sum"]
 
 
 @dataclass(frozen=True)
 class OptimStepResponse:
-    """metrics: "grad_norm" (before clipping), "update_norm" (of the change made), "lr"."""
+    """metrics: "grad_norm" (before clipping), "update_norm" (of the change of weights), "lr"."""
 
     metrics: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class SampledSequence:
-    """One completion: its token ids, their logprobs in nats, and why it ended."""
+    """One completion: its token ids, their logprobs (nats), and why it stopped."""
 
     stop_reason: StopReason
     sequence_id: str
@@ -68,12 +68,13 @@ class SampledSequence:
 
 @dataclass(frozen=True)
 class SampleResponse:
-    """The completions of one request, and what was asked about its prompt.
+    """The completions of one request, and logprobs of its prompt if they were requested.
 
-    sequences: one SampledSequence for each sample: tokens, logprobs, stop_reason.
-    prompt_logprobs: `(len(prompt),)`, None at position 0, which nothing predicts.
-    prompt_cache_hit_tokens: a service bills these less; nothing is billed here.
-    topk_prompt_logprobs: per position the k most likely `(token_id, logprob)`, None at position 0.
+    sequences: one SampledSequence for each sample.
+    prompt_logprobs: one per prompt token, nats; None for the first, which no position predicts.
+    prompt_cache_hit_tokens: prompt tokens that a service had cached; 0 locally.
+    topk_prompt_logprobs: for each prompt token the k most likely `(token_id, logprob)` at its
+        position, None for the first.
     """
 
     sequences: Sequence[SampledSequence]
@@ -84,28 +85,35 @@ class SampleResponse:
 
 @dataclass(frozen=True)
 class SaveWeightsResponse:
-    """path: the folder written by save_state."""
+    """path: the folder that save_state wrote, or its path on the service."""
 
     path: str
 
 
 @dataclass(frozen=True)
 class SaveWeightsForSamplerResponse:
-    """path: the folder written by save_weights_for_sampler."""
+    """path: the folder that save_weights_for_sampler wrote, or its path on the service."""
 
     path: str
 
 
 @dataclass(frozen=True)
 class LoadWeightsResponse:
-    """path: the folder that was loaded."""
+    """path: the checkpoint that was loaded."""
 
     path: str | None = None
 
 
 @dataclass(frozen=True)
 class ModelData:
-    """arch: the model's class name. model_name: the base model's name or path."""
+    """Properties of a base model.
+
+    arch: the model's class name.
+    model_name: the base model's name or path.
+    tokenizer_id: name or path of its tokenizer.
+    max_context_length: tokens.
+    vocab_size: tokens.
+    """
 
     arch: str | None = None
     model_name: str | None = None
@@ -116,7 +124,7 @@ class ModelData:
 
 @dataclass(frozen=True)
 class GetInfoResponse:
-    """What a training client is: its base model, its own id, its LoRA rank."""
+    """Properties of a training client: its base model, its id, its LoRA rank."""
 
     model_data: ModelData
     model_id: ModelID
@@ -127,13 +135,13 @@ class GetInfoResponse:
 
 @dataclass(frozen=True)
 class SupportedModel:
-    """A base model that is there without a download."""
+    """A base model that is available without a download."""
 
     model_name: str | None = None
 
 
 @dataclass(frozen=True)
 class GetServerCapabilitiesResponse:
-    """supported_models: those bundled; any Hugging Face causal LM works besides."""
+    """supported_models: the bundled ones; any Hugging Face causal LM can be named as well."""
 
     supported_models: list[SupportedModel]

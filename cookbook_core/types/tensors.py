@@ -1,4 +1,4 @@
-"""TensorData: the arrays that cross the client, and how anything array-like becomes one."""
+"""TensorData: the arrays that cross the client, and the conversion of array-likes to them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ TensorDtype: TypeAlias = Literal["float32", "int64", "float64"]
 
 @dataclass(frozen=True, eq=False, init=False)
 class TensorData:
-    """An array that can cross a wire: numbers, dtype, shape.
+    """An array that can be sent to a service: numbers, dtype, shape.
 
     Args:
         data: numbers, nested lists or a numpy array; None for an empty array.
-        dtype: "float32" or "int64" ("float64" is kept only when named here).
-        shape: the shape to give `data`; None keeps the shape it has.
+        dtype: "float32" or "int64"; "float64" has to be named, no conversion chooses it.
+        shape: the new shape of `data`; None keeps its own.
+    Raises:
+        DatumError: an unknown dtype, data that is not rectangular and numeric, values that the
+            dtype cannot hold, or a shape that does not fit.
     """
 
     dtype: TensorDtype
@@ -43,6 +46,7 @@ class TensorData:
                 "unknown dtype",
                 expected='"float32" or "int64"',
                 got=repr(dtype),
+                fix="TensorData.from_numpy() and from_torch() choose it.",
             )
         array = to_array("TensorData.data", [] if data is None else data, np.dtype(dtype))
         if shape is not None:
@@ -58,18 +62,18 @@ class TensorData:
 
     @classmethod
     def from_numpy(cls, array: np.ndarray) -> TensorData:
-        """Wrap an array: floats become float32, integers int64."""
+        """Convert an array: floats become float32, integers int64."""
         array = to_array("TensorData.from_numpy", array, None)
         return cls(array, dtype="float32" if array.dtype.kind == "f" else "int64")
 
     @classmethod
     def from_torch(cls, tensor: torch.Tensor) -> TensorData:
-        """Wrap a tensor of any dtype and device: floats become float32, integers int64."""
+        """Convert a tensor of any dtype and device: floats become float32, integers int64."""
         return cls.from_numpy(to_array("TensorData.from_torch", tensor, None))
 
     @classmethod
     def from_torch_sparse(cls, tensor: torch.Tensor, pad_value: int = 0) -> TensorData:
-        """The SDK's sparse encoding saves bytes on a wire; here there is none: stored dense."""
+        """Same as `from_torch`: the SDK's sparse encoding only saves bytes on the network."""
         del pad_value
         return cls.from_torch(tensor)
 
@@ -78,7 +82,7 @@ class TensorData:
         return self._numpy
 
     def to_torch(self) -> torch.Tensor:
-        """A new CPU tensor with these values, shape and dtype."""
+        """Return a new CPU tensor with these values, shape and dtype."""
         import torch
 
         return torch.tensor(self._numpy)
@@ -97,48 +101,58 @@ class TensorData:
 
 
 def to_array(where: str, value: Any, dtype: np.dtype[Any] | None) -> np.ndarray:
-    """Numbers of any nesting as a new array of `dtype` (None: float32 or int64 by kind).
+    """Convert numbers, nested lists, arrays or tensors to a new array.
 
+    Args:
+        where: the name of the value in errors.
+        value: the numbers.
+        dtype: None takes float32 for floats and int64 for integers and bools.
     Raises:
         DatumError: not a rectangular array of numbers, or numbers that `dtype` cannot hold.
     """
-    mend = "Give every row the same number of entries."
+    rule = "a rectangular numeric array"
     try:
-        array = np.asarray(_as_numbers(value))
+        array = np.asarray(_as_numpy(value))
     except (ValueError, TypeError, RuntimeError) as error:
         raise DatumError(
             where,
             "not a rectangular array",
-            expected="a rectangular numeric array",
+            expected=rule,
             got=error,
-            fix=mend,
+            fix="Give every row the same number of entries.",
         ) from None
     if array.dtype.kind not in "fiub" and array.size:
         raise DatumError(
             where,
             "not numeric",
-            expected="a rectangular numeric array",
-            got=f"{type(value).__name__}",
-            fix=mend,
+            expected=rule,
+            got=type(value).__name__,
+            fix="Pass numbers, nested lists, numpy arrays or tensors.",
         )
     if dtype is None:
         dtype = np.dtype("float32" if array.dtype.kind == "f" else "int64")
     whole = array.dtype.kind != "f" or (np.isfinite(array) & (array == np.floor(array))).all()
     if dtype.kind == "i" and not whole:
-        raise DatumError(where, "not whole numbers", expected="integers", got=array.dtype)
-    # Always a copy: a caller's later in-place change must not reach data already handed over.
+        raise DatumError(
+            where,
+            "not whole numbers",
+            expected="integers",
+            got=array.dtype,
+            fix="Round them first: .round().",
+        )
+    # always a copy: the caller may change its array in place later
     with np.errstate(all="ignore"):
-        kept = np.array(array, dtype=dtype)
-    lost = kept != array if dtype.kind == "i" else np.isinf(kept) & ~np.isinf(array)
+        converted = np.array(array, dtype=dtype)
+    lost = converted != array if dtype.kind == "i" else np.isinf(converted) & ~np.isinf(array)
     if array.size and lost.any():
         raise DatumError(
             where, "out of range", expected=f"what {dtype} can hold", got=array[lost][0]
         )
-    return kept
+    return converted
 
 
-def _as_numbers(value: Any) -> Any:
-    """Tensors of any device, and TensorData (ours or the SDK's), as numpy; the rest as it is."""
+def _as_numpy(value: Any) -> Any:
+    """Convert tensors and TensorData, ours or the SDK's; return other values as is."""
     if callable(to_numpy := getattr(value, "to_numpy", None)):
         return to_numpy()
     detach = getattr(value, "detach", None)
@@ -149,9 +163,19 @@ def _as_numbers(value: Any) -> Any:
 
 
 def _reshaped(array: np.ndarray, shape: Any) -> np.ndarray:
+    """Reshape without -1.
+
+    Raises:
+        DatumError: not a list of sizes, or one of another number of values.
+    """
     listed = isinstance(shape, Sequence)
     whole = listed and all(isinstance(n, (int, np.integer)) and n >= 0 for n in shape)
     if not whole or math.prod(shape) != array.size:
-        what, rule = "shape does not fit the data", f"{array.size} values in all"
-        raise DatumError("TensorData.shape", what, expected=rule, got=f"shape {shape!r}")
+        raise DatumError(
+            "TensorData.shape",
+            "shape does not fit the data",
+            expected=f"{array.size} values in all",
+            got=f"shape {shape!r}",
+            fix="Leave it out to keep the shape of the data.",
+        )
     return array.reshape(shape)

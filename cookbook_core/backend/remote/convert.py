@@ -16,7 +16,7 @@ import numpy as np
 
 from cookbook_core.builtin_losses import BuiltinLoss, needed_inputs
 from cookbook_core.custom_loss import LossFn, logprobs_from_output
-from cookbook_core.datums import SCORE_MASK
+from cookbook_core.datums import SCORE_MASK, input_key
 from cookbook_core.errors import AnswerError, CheckpointError, DatumError, RequestError, raise_all
 from cookbook_core.storage.paths import is_on_service
 from cookbook_core.types import (
@@ -74,11 +74,12 @@ def named_datums(data: Sequence[Datum], loss: BuiltinLoss) -> list[Datum]:
     """
     out = []
     for i, datum in enumerate(data):
-        missing = [key for key in needed_inputs(loss.name) if key not in datum.loss_fn_inputs]
+        own = {key: input_key(datum, key) for key in needed_inputs(loss.name)}
+        missing = [key for key in own if own[key] not in datum.loss_fn_inputs]
         if missing:
             fix = f"{loss.name} needs {', '.join(needed_inputs(loss.name))}."
             raise DatumError(f'data[{i}]["{missing[0]}"]', "missing", fix=fix)
-        inputs = {key: datum.loss_fn_inputs[key] for key in needed_inputs(loss.name)}
+        inputs = {key: datum.loss_fn_inputs[own[key]] for key in own}
         if loss.name == "cross_entropy":
             shape = tuple(inputs["target_tokens"].shape)
             given = datum.loss_fn_inputs.get("weights")
