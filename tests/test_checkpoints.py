@@ -153,6 +153,102 @@ def test_we_open_what_peft_saves(service, model_folder, random_data, tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch", ["qwen3", "llama"])
+def test_what_peft_saves_again_can_be_trained_on(
+    service, model_folder, random_data, tmp_path, arch, dtype
+):
+    """peft adds the base weight of an unembedding with LoRA, in the dtype it was loaded in."""
+    name, data = model_folder(arch), random_data(2)
+    client = service.create_lora_training_client(name, rank=4, seed=0).result()
+    train(client, data, 1)
+    path = client.save_state("first").result().path
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model.save_pretrained(tmp_path / "again")
+    saved = safetensors.torch.load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert saved["base_model.model.lm_head.base_layer.weight"].dtype == dtype
+    again = service.create_training_client_from_state(str(tmp_path / "again")).result()
+    assert weights_of(again) == weights_of(client)
+    client.load_state(str(tmp_path / "again")).result()
+    assert logprobs_of(again, data)[0].tolist() == logprobs_of(client, data)[0].tolist()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens", "q_proj"], ["q_proj"]])
+def test_lora_on_an_embedding_is_trained_as_peft_trains_it(
+    make_service, model_folder, random_data, tmp_path, targets
+):
+    """Logprobs and gradients equal to autograd through peft's model; with `save_embedding_layers`
+    a folder holds base weights whose layers have no LoRA."""
+    name, datum = model_folder("llama"), random_data(1)[0]
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, task_type="CAUSAL_LM")
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64)
+    model = peft.get_peft_model(base, config).eval()
+    params = {n.replace(".default", ""): p for n, p in model.named_parameters() if ".lora_" in n}
+    for p in params.values():
+        p.data = torch.randn_like(p, dtype=torch.float64) * 0.3
+    model.save_pretrained(tmp_path / "foreign", save_embedding_layers=True)
+    service = make_service(dtype="float64")
+    loading = service.create_training_client_from_state(str(tmp_path / "foreign"), base_model=name)
+    client = loading.result()
+    result = client.forward_backward([datum], "cross_entropy").result()
+    table = model(input_ids=torch.tensor([datum.model_input.to_ints()])).logits[0].log_softmax(-1)
+    targets, weights = (datum.loss_fn_inputs[k].to_torch() for k in ("target_tokens", "weights"))
+    expected = table.gather(1, targets[:, None])[:, 0]
+    scored = result.loss_fn_outputs[0]["logprobs"].to_torch()[weights != 0]
+    assert torch.allclose(scored, expected.detach()[weights != 0], atol=1e-12)
+    grads = torch.autograd.grad(-(weights.double() * expected).sum(), list(params.values()))
+    adapter = client._backend._adapter
+    ours = dict(zip(adapter.named(), adapter.grads, strict=True))
+    assert ours.keys() == params.keys()
+    for key, grad in zip(params, grads, strict=True):
+        assert torch.allclose(ours[key], grad, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_a_folder_with_another_unembedding_is_refused(client, service, tmp_path, random_data):
+    """What such an adapter computes depends on weights that this base model does not have."""
+    path = client.save_state("first").result().path
+    peft.AutoPeftModelForCausalLM.from_pretrained(path).save_pretrained(tmp_path / "again")
+    file = tmp_path / "again" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    key = "base_model.model.lm_head.base_layer.weight"
+    train(client, random_data(2), 1)
+    before = weights_of(client)
+    wider = torch.cat([tensors[key], tensors[key][:1]])
+    for changed, got in ((tensors[key] + 0.01, "3200 of 3200 numbers"), (wider, r"\(101, 32\)")):
+        safetensors.torch.save_file({**tensors, key: changed}, file, {"format": "pt"})
+        says = rf"lm_head\.base_layer\.weight: differs from the base model.*{got}.*base_model="
+        with pytest.raises(CheckpointError, match=says):
+            service.create_training_client_from_state(str(file.parent)).result()
+        with pytest.raises(CheckpointError, match=says):
+            client.load_state(str(file.parent)).result()
+    safetensors.torch.save_file({**tensors, "base_model.model.score.weight": wider}, file)
+    with pytest.raises(CheckpointError, match=r"score\.weight: neither LoRA nor a weight of"):
+        client.load_state(str(file.parent)).result()
+    assert weights_of(client) == before
+
+
+def test_a_relative_model_folder_is_saved_absolute(
+    make_service, model_folder, tmp_path, monkeypatch
+):
+    """Opened from another folder, a relative name would be looked up on the Hub."""
+    shutil.copytree(model_folder("qwen3"), tmp_path / "work" / "qwen")
+    (tmp_path / "link").symlink_to(tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "link")
+    client = make_service().create_lora_training_client("./qwen", rank=4, seed=0).result()
+    path = Path(client.save_weights_for_sampler("final").result().path)
+    for file, key in (
+        ("adapter_config.json", "base_model_name_or_path"),
+        ("state.json", "base_model"),
+    ):
+        held = json.loads((path / file).read_text(encoding="utf-8"))
+        assert held[key] == str((tmp_path / "work" / "qwen").resolve())
+    monkeypatch.chdir(tmp_path)
+    assert peft.AutoPeftModelForCausalLM.from_pretrained(path)
+
+
 def test_the_saved_file_changes_with_training(client, random_data):
     """Pitfall 39: adapter trained, saved file unchanged."""
     first = files_of(client.save_weights_for_sampler("first").result().path)

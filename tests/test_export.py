@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cookbook_core import datum_from_prompt_completion
@@ -125,6 +125,26 @@ def test_round_trip(trained, model_folder, tmp_path, arch: str, train_unembed: b
         with pytest.raises(ModelError, match="Gemma2ForCausalLM without an unembedding"):
             export(path, "gguf-ready", tmp_path / "gguf")
         assert not (tmp_path / "gguf").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_a_folder_that_peft_saved_again(trained, tmp_path) -> None:
+    """peft adds the unembedding's base weight: rounded, as here, it must not replace the base's."""
+    _, path = trained("llama", True)
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    copied = export(again, "peft", tmp_path / "peft") / "adapter_model.safetensors"
+    assert copied.read_bytes() == (again / "adapter_model.safetensors").read_bytes()
+    expected = tensors(export(path, "merged", tmp_path / "first"))
+    merged = tensors(export(again, "merged", tmp_path / "second"))
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[key], expected[key]) for key in expected)
+    key = "base_model.model.lm_head.base_layer.weight"
+    saved = load_file(again / "adapter_model.safetensors")
+    save_file({**saved, key: saved[key] + 1}, again / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lm_head\.base_layer\.weight: differs"):
+        export(again, "merged", tmp_path / "other")
 
 
 def test_a_recipe_then_each_form(

@@ -1,8 +1,8 @@
 """LoRA through peft: one slot in the model per LoRA configuration, any number of adapters on it.
 
-peft puts the LoRA layers into the model once per configuration (a *slot*). An adapter is nothing
-but its tensors, and activating it points the slot's parameters at them: switching costs the size
-of a list, clients cannot touch each other, and a snapshot is a copy of an adapter.
+peft adds its LoRA layers to the model once per configuration (a *slot*). An adapter is only its
+tensors; activating it points the slot's parameters at them. So switching copies nothing, clients
+cannot change each other's adapters, and a snapshot is a copy of an adapter.
 """
 
 from __future__ import annotations
@@ -21,24 +21,28 @@ import torch
 
 from cookbook_core.backend.local.model.fused_lora import fuse
 from cookbook_core.backend.local.model.loading import BaseModel
-from cookbook_core.backend.local.model.memory import free_bytes
 from cookbook_core.errors import ConfigError, ModelError, RequestError
 from cookbook_core.types import AdamParams, LoraConfig
 
 ALPHA = 32
-"""LoRA alpha whatever the rank, as the `tinker` service has it: the scale is 32 / rank."""
+"""LoRA alpha at every rank, as on the `tinker` service: the scale is 32 / rank."""
 
 _NOT_LAYOUT = ("base_model_name_or_path", "inference_mode", "revision", "task_type")
 
 
 @dataclass
 class Slot:
-    """The place in the model where adapters of one configuration are put."""
+    """The LoRA layers of one configuration, into which one adapter at a time is put.
+
+    Attributes:
+        name: peft's name of it in the model.
+        config: a peft.LoraConfig.
+        params: the layers' parameters by the key under which peft saves them.
+    """
 
     name: str
     config: Any
     params: dict[str, torch.nn.Parameter]
-    """By the key under which peft saves them."""
 
 
 @dataclass
@@ -51,20 +55,24 @@ class Adapter:
     step: int = 0
     optimizer: torch.optim.AdamW | None = field(default=None, repr=False)
     number: int = field(default_factory=itertools.count().__next__)
-    """Names it among the processes of a run."""
+    """Identifies the adapter among the processes of a run."""
 
     def named(self) -> dict[str, torch.Tensor]:
-        """The tensors by the key under which peft saves them."""
+        """The tensors, detached, by the key under which peft saves them."""
         return {k: p.detach() for k, p in zip(self.slot.params, self.params, strict=True)}
 
     def copy(self) -> Adapter:
-        """The same weights, fresh everything else."""
+        """A new adapter with the same weights, no gradient, no optimizer and step 0."""
         return Adapter(self.slot, [_parameter(p.detach().clone()) for p in self.params])
 
     def accumulate(self, grads: Sequence[torch.Tensor]) -> None:
-        """Add a gradient, all of it or (when the sum is not finite) nothing."""
-        held = self.grads or [torch.zeros_like(p) for p in self.params]
-        totals = [total + g for total, g in zip(held, grads, strict=True)]
+        """Add a gradient to the accumulated one.
+
+        Raises:
+            RequestError: the sum is not finite; the accumulated gradient is unchanged.
+        """
+        before = self.grads or [torch.zeros_like(p) for p in self.params]
+        totals = [total + g for total, g in zip(before, grads, strict=True)]
         norm = torch.stack([g.norm() for g in totals]).norm()
         if not torch.isfinite(norm):
             raise RequestError(
@@ -72,28 +80,27 @@ class Adapter:
                 "the gradient of the parameters is not finite",
                 expected="a finite gradient",
                 got=f"norm {float(norm)}",
-                fix="Nothing was accumulated. Lower the loss's scale, or use float32.",
+                fix="Nothing was accumulated. Scale the loss down, or load the model in float32.",
             )
         self.grads = totals
 
     def optim_step(self, adam: AdamParams) -> dict[str, float]:
-        """One AdamW step on the accumulated gradient, which is then gone.
+        """Take one AdamW step on the accumulated gradient, then clear the gradient.
 
         Returns:
-            grad_norm (before clipping), update_norm (of the change made), lr.
+            grad_norm: L2, before clipping. update_norm: L2 of the change of the weights. lr.
         Raises:
-            RequestError: nothing accumulated, or a step that leaves the range of the weights'
-                dtype; nothing is changed then.
+            RequestError: no gradient was accumulated, or the step overflows the weights' dtype;
+                weights, moments and gradient are unchanged.
         """
         if self.grads is None:
             raise RequestError(
                 "optim_step",
-                "no gradient has been accumulated",
-                expected="a forward_backward since the last step",
-                got="none",
+                "no gradient has been accumulated since the last step",
+                fix="Call forward_backward() or forward_backward_custom() first.",
             )
         optimizer = self.ready_optimizer()
-        held = {p: {k: x.clone() for k, x in of.items()} for p, of in optimizer.state.items()}
+        moments = {p: {k: x.clone() for k, x in s.items()} for p, s in optimizer.state.items()}
         for group in optimizer.param_groups:
             group.update(
                 lr=adam.learning_rate,
@@ -115,13 +122,13 @@ class Adapter:
             for p, b in zip(self.params, before, strict=True):
                 p.data.copy_(b)
             optimizer.state.clear()
-            optimizer.state.update(held)
+            optimizer.state.update(moments)
             raise RequestError(
                 "optim_step",
-                "the step leaves the range of the weights",
+                "the step overflows the weights",
                 expected="a finite update",
-                got=f"one of norm {float(update_norm)} with {adam}",
-                fix="Nothing was stepped. Lower learning_rate, raise eps, or clip the gradient.",
+                got=f"norm {float(update_norm)} with {adam}",
+                fix="Nothing was changed. Lower learning_rate, raise eps, or clip the gradient.",
             )
         self.grads = None
         self.step += 1
@@ -132,7 +139,7 @@ class Adapter:
         }
 
     def ready_optimizer(self) -> torch.optim.AdamW:
-        """The optimizer; made on first use, since many adapters are only ever read."""
+        """The optimizer, made on first use: snapshots and references never need one."""
         if self.optimizer is None:
             fused = self.params[0].device.type in ("cpu", "cuda")
             self.optimizer = torch.optim.AdamW(self.params, fused=fused)
@@ -140,7 +147,7 @@ class Adapter:
 
 
 class AdapterBank:
-    """All slots of one base model, and which adapter is in force."""
+    """All slots of one base model, and which adapter is active."""
 
     def __init__(self, base: BaseModel) -> None:
         self.base = base
@@ -149,10 +156,10 @@ class AdapterBank:
         self._active: Slot | None = None
 
     def create(self, lora: LoraConfig) -> Adapter:
-        """A fresh adapter: A uniform, B zero. The same seed gives the same bytes anywhere.
+        """Make a new adapter: A uniform (Kaiming), B zero. Equal seeds give equal bytes everywhere.
 
         Raises:
-            ConfigError: a rank or seed out of range, or nothing to train.
+            ConfigError: a rank or seed out of range, or no layer to train.
         """
         self._check(lora)
         adapter = self.empty(self.peft_config(lora))
@@ -166,17 +173,21 @@ class AdapterBank:
         return adapter
 
     def empty(self, peft_config: Any) -> Adapter:
-        """An adapter of zeros in the slot for `peft_config`."""
+        """Make an adapter of zeros in the slot for `peft_config`.
+
+        Raises:
+            ModelError: peft cannot add such LoRA layers to this model.
+        """
         slot = self._slot(peft_config)
         return Adapter(slot, [_parameter(torch.zeros_like(p)) for p in slot.params.values()])
 
     @contextmanager
     def active(self, adapter: Adapter | None) -> Iterator[list[torch.nn.Parameter]]:
-        """The model computes with `adapter` inside (None: the bare base model).
+        """Within the block, compute with `adapter` (None: with the bare base model).
 
         Yields:
-            The slot's parameters, which are what a graph built inside leads to; they share
-            storage with `adapter.params`.
+            The slot's parameters: the leaves of a graph built in the block. They share storage
+            with `adapter.params`.
         """
         slot = None if adapter is None else adapter.slot
         if slot is not self._active:
@@ -196,45 +207,54 @@ class AdapterBank:
 
     @contextmanager
     def merged(self, adapter: Adapter | None) -> Iterator[None]:
-        """Inside `active(adapter)`: its layers compute with one product, W + scale * B A.
+        """Within the block, compute the layers of `adapter` with one product, W + scale * B A.
 
-        The sum is made from the frozen W each time and dropped afterwards; W itself is put aside,
-        not changed, so its bytes stay what they were. Layers stay as they are where the sum would
-        round the adapter away (a base below float32) or reach another layer (tied embeddings), and
-        all of them where memory is short.
+        Use it inside `active(adapter)`. Each sum is made from the frozen W, which is put aside
+        unchanged and put back afterwards. Which layers are merged depends on the model alone: not
+        those where the sum would round the adapter away (a base below float32) or change another
+        layer (tied embeddings).
+
+        Args:
+            adapter: None merges nothing.
         """
-        weights: list[tuple[Any, Any, torch.Tensor]] = []
+        frozen: list[tuple[Any, Any, torch.Tensor]] = []
         name = "" if adapter is None else adapter.slot.name
         try:
             for module in self._mergeable(adapter):
                 weight = module.get_base_layer().weight
                 summed = weight.data + module.get_delta_weight(name).to(weight.dtype)
-                weights.append((module, weight, weight.data))
+                frozen.append((module, weight, weight.data))
                 weight.data = summed
                 module.enable_adapters(False)
             yield
         finally:
-            for module, weight, original in weights:
+            for module, weight, original in frozen:
                 weight.data = original
                 module.enable_adapters(True)
 
+    def merged_bytes(self, adapter: Adapter | None) -> int:
+        """Device memory, in bytes, that the weights made by `merged(adapter)` take."""
+        return sum(m.get_base_layer().weight.nbytes for m in self._mergeable(adapter))
+
     def _mergeable(self, adapter: Adapter | None) -> list[Any]:
-        """The LoRA layers of the adapter whose weight can take the sum."""
+        """The LoRA layers of the adapter that `merged` merges."""
         if adapter is None:
             return []
         embedding = self.base.model.get_input_embeddings().weight
-        layers = [
+        return [
             module
             for module in self.base.model.modules()
             if adapter.slot.name in getattr(module, "lora_A", ())
             and (weight := module.get_base_layer().weight) is not embedding
             and weight.dtype in (torch.float32, torch.float64)
         ]
-        size = sum(m.get_base_layer().weight.nbytes for m in layers)
-        return layers if 2 * size < free_bytes(self.base.device) else []
 
     def peft_config(self, lora: LoraConfig) -> Any:
-        """peft's own configuration for `lora` on this model."""
+        """The peft configuration for `lora` on this model.
+
+        Raises:
+            ConfigError: no layer to train.
+        """
         import peft
 
         targets = self._target_modules(lora)
@@ -242,8 +262,8 @@ class AdapterBank:
             raise ConfigError(
                 "LoraConfig",
                 "no layer would be trained",
-                expected="at least one of train_attn, train_mlp, train_unembed",
-                got="none that this model has",
+                expected="a layer of the model selected by train_attn, train_mlp or train_unembed",
+                fix="Set train_attn or train_mlp to True.",
             )
         return peft.LoraConfig(
             r=lora.rank,
@@ -269,18 +289,27 @@ class AdapterBank:
                 raise ConfigError(name, "wrong type", expected="True or False", got=repr(value))
 
     def _target_modules(self, lora: LoraConfig) -> list[str]:
-        """Names, as short as they are unambiguous, of the linear layers `lora` asks for."""
+        """The names, as short as they are unambiguous, of the linear layers that `lora` selects.
+
+        Of a model with image or audio encoders only the language model is taken: training is on
+        text, so no gradient would reach LoRA elsewhere.
+        """
         from transformers.pytorch_utils import Conv1D
 
-        unembed = self.base.model.get_output_embeddings()
+        model = self.base.model
+        unembed = model.get_output_embeddings()
         unembed = getattr(unembed, "base_layer", unembed)
+        composite = model.config.get_text_config() is not model.config
+        language = set((model.get_decoder() if composite else model).modules())
         wanted, others = set[str](), set[str]()
-        for path, module in self.base.model.named_modules():
+        for path, module in model.named_modules():
             if not isinstance(module, (torch.nn.Linear, Conv1D)) or ".lora_" in path:
                 continue
             path = path.removesuffix(".base_layer")
             if module is unembed:
                 chosen = lora.train_unembed
+            elif module not in language:
+                chosen = False
             elif "attn" in path or "attention" in path:
                 chosen = lora.train_attn
             else:
@@ -317,14 +346,18 @@ class AdapterBank:
                     self._peft.add_adapter(name, config)
                     self._peft.set_adapter(name)
         except (ValueError, TypeError) as error:
-            self._active = Slot("none", None, {})  # whatever peft left active, set it anew
+            self._active = Slot("none", None, {})  # peft may have changed it: set it again
             raise ModelError(
-                "LoraConfig", "does not fit this model", expected="a LoRA peft can add", got=error
+                "LoraConfig",
+                "peft cannot add it to this model",
+                expected="target_modules among the model's layers",
+                got=error,
+                fix="Check that the adapter was made for this base model.",
             ) from error
         params = {
-            f"base_model.model.{path.replace(f'.{name}.', '.')}": p
+            f"base_model.model.{path.replace(f'.{name}', '')}": p
             for path, p in model.named_parameters()
-            if f".{name}." in path
+            if name in path.split(".")  # the last part of it for LoRA on an embedding
         }
         dtype = self.base.adapter_dtype
         for p in params.values():
@@ -335,7 +368,8 @@ class AdapterBank:
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A peft configuration as sorted plain JSON values, without what peft adds at run time."""
+    """Convert a peft configuration to sorted plain JSON values, without what peft adds at run
+    time."""
     plain = {}
     for key, value in sorted(config.to_dict().items()):
         if key in ("runtime_config", "auto_mapping", "peft_version"):
