@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cookbook_core import datum_from_prompt_completion
-from cookbook_core.backend.local import checkpoints
 from cookbook_core.clients import final_adapter
 from cookbook_core.commands import cli
 from cookbook_core.commands.export import export
 from cookbook_core.errors import CheckpointError, ConfigError, ModelError
 from cookbook_core.runs import RunFlags, run_folder
 from cookbook_core.runs.run_folder import find_checkpoint
+from cookbook_core.storage import folders
 from cookbook_core.tinker import ModelInput, SamplingParams, ServiceClient, TrainingClient
 from recipes import sft
 from tests.conftest import make_random_data
@@ -286,7 +286,7 @@ def test_a_full_disk_leaves_nothing(trained, tmp_path, monkeypatch, form: str) -
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints, "sync", full)
+        patched.setattr(folders, "sync", full)
         with pytest.raises(CheckpointError, match=r"cannot be written.*No space left"):
             export(path, form, tmp_path / "out")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)

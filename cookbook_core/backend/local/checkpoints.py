@@ -69,10 +69,10 @@ class Checkpoint:
 
 
 def check_name(name: str) -> str:
-    """Check that a checkpoint's name is one path component that cannot leave its folder.
+    """Check, and return, a checkpoint's name: one path component that cannot leave its folder.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: it is something else.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise CheckpointError(
@@ -186,6 +186,29 @@ def read(path: str | Path, *, with_optimizer: bool = False) -> Checkpoint:
     return Checkpoint(folder, config, lora, others, moments, step, about.get("base_model", {}))
 
 
+def base_model_of(path: str | Path) -> str:
+    """Read which base model a LoRA folder names.
+
+    Raises:
+        CheckpointError: not a LoRA folder, or it names none.
+    """
+    file = Path(path) / "adapter_config.json"
+    try:
+        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError) as error:
+        raise _not_a_checkpoint(path, error) from error
+    if not name:
+        fix = "Pass base_model."
+        raise CheckpointError(str(file), "has no base_model_name_or_path", fix=fix)
+    return name
+
+
+def _not_a_checkpoint(path: str | Path, got: object) -> CheckpointError:
+    expected = "a folder with adapter_config.json"
+    fix = 'Give the folder that a recipe prints as "adapter:", or one that peft saved.'
+    return CheckpointError(str(path), "not a checkpoint", expected=expected, got=got, fix=fix)
+
+
 def _listing(folder: Path) -> str:
     if not folder.is_dir():
         return "no folder"
@@ -256,12 +279,12 @@ def check_base(checkpoint: Checkpoint, base: BaseModel) -> None:
             what = f"neither LoRA nor a weight of {here['architecture']}"
             fix = "Merge it with peft's merge_and_unload() and train on the merged model."
             raise CheckpointError(where, what, fix=fix)
-        if not _equal(saved, own):
+        if got := _difference(saved, own):
             raise CheckpointError(
                 where,
                 "differs from the base model's weight",
                 expected=f"the values of {base.path}",
-                got=_difference(saved, own),
+                got=got,
                 fix="Pass the model it was trained on as base_model=; if this weight was trained, "
                 "merge the folder with peft's merge_and_unload() and train on the merged model.",
             )
@@ -274,17 +297,13 @@ def _described(base: Mapping[str, Any]) -> str:
     return f"{kind} of {count} parameters, weights {weights}, at {base.get('path')}"
 
 
-def _equal(saved: torch.Tensor, own: torch.Tensor) -> bool:
-    """Whether two weights are equal, or one is the other rounded to its dtype."""
-    own = own.cpu()
-    return torch.equal(saved, own.to(saved.dtype)) or torch.equal(saved.to(own.dtype), own)
-
-
 def _difference(saved: torch.Tensor, own: torch.Tensor) -> str:
+    """How a saved weight differs from the model's; "" if only by rounding to one of the dtypes."""
     if saved.shape != own.shape:
         return f"shape {tuple(saved.shape)} instead of {tuple(own.shape)}"
-    count = int((saved != own.cpu().to(saved.dtype)).sum())
-    return f"{count} of {saved.numel()} numbers different"
+    own = own.cpu()
+    count = int(((saved != own.to(saved.dtype)) & (saved.to(own.dtype) != own)).sum())
+    return f"{count} of {saved.numel()} numbers different" if count else ""
 
 
 def restore(adapter: Adapter, checkpoint: Checkpoint) -> None:
@@ -386,26 +405,3 @@ def _same_files(one: Path, other: Path) -> bool:
     except CheckpointError:
         return False
     return about is not None and about["files"] == (manifest.read(one) or {})["files"]
-
-
-def base_model_of(path: str | Path) -> str:
-    """Read which base model a LoRA folder names.
-
-    Raises:
-        CheckpointError: not a LoRA folder, or it names none.
-    """
-    file = Path(path) / "adapter_config.json"
-    try:
-        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError) as error:
-        raise _not_a_checkpoint(path, error) from error
-    if not name:
-        fix = "Pass base_model."
-        raise CheckpointError(str(file), "has no base_model_name_or_path", fix=fix)
-    return name
-
-
-def _not_a_checkpoint(path: str | Path, got: object) -> CheckpointError:
-    expected = "a folder with adapter_config.json"
-    fix = 'Give the folder that a recipe prints as "adapter:", or one that peft saved.'
-    return CheckpointError(str(path), "not a checkpoint", expected=expected, got=got, fix=fix)

@@ -35,10 +35,7 @@ def merge(checkpoint: Checkpoint, base_model: str, dtype: str | None) -> tuple[A
 
     config = AutoConfig.from_pretrained(base_model)
     if getattr(config, "quantization_config", None):
-        what, fix = (
-            "cannot merge into a quantized model exactly",
-            "Pass the unquantized base model.",
-        )
+        what = "cannot merge into a quantized model exactly"
         raise ModelError(base_model, what, fix="Pass the unquantized base model.")
     own = config.dtype or torch.float32
     working = "float64" if own == torch.float64 else "float32"

@@ -90,7 +90,7 @@ class Adapter:
         Returns:
             grad_norm: L2, before clipping. update_norm: L2 of the change of the weights. lr.
         Raises:
-            RequestError: no gradient was accumulated, or the step overflows the weights' dtype;
+            RequestError: no gradient was accumulated, or the step is not finite in their dtype;
                 weights, moments and gradient are unchanged.
         """
         if self.grads is None:
@@ -125,7 +125,7 @@ class Adapter:
             optimizer.state.update(moments)
             raise RequestError(
                 "optim_step",
-                "the step overflows the weights",
+                "the step leaves the range of the weights",
                 expected="a finite update",
                 got=f"norm {float(update_norm)} with {adam}",
                 fix="Nothing was changed. Lower learning_rate, raise eps, or clip the gradient.",
