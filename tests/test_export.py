@@ -1,4 +1,4 @@
-"""`cookbook export`: an export computes what was trained; nothing is written by halves."""
+"""`cookbook export`: an export computes what was trained; it is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def trained(
 
 
 def load(folder: Path, form: str = "merged") -> Any:
-    """The exported folder, as somebody opens it who has never heard of this package."""
+    """Open the exported folder with transformers and peft alone."""
     if form != "peft":
         return AutoModelForCausalLM.from_pretrained(folder).eval()
     base = read(folder / "adapter_config.json")["base_model_name_or_path"]
@@ -63,11 +63,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def patch(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON file; None takes one out."""
+    """Change keys of a JSON file; None removes one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = {**(read(path) if path.exists() else {}), **changes}
-    kept = {key: value for key, value in held.items() if value is not None}
-    path.write_text(json.dumps(kept), encoding="utf-8")
+    values = {**(read(path) if path.exists() else {}), **changes}
+    values = {key: value for key, value in values.items() if value is not None}
+    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -194,7 +194,7 @@ def test_a_recipe_then_each_form(
 
 @pytest.fixture
 def base(model_folder: Callable[..., str], tmp_path: Path) -> Path:
-    """A base model of one's own, to change."""
+    """A copy of a base model, to change."""
     return Path(shutil.copytree(model_folder("llama"), tmp_path / "base"))
 
 
@@ -227,7 +227,7 @@ def test_a_dtype_too_narrow_is_refused(trained, base, tmp_path) -> None:
 
 
 def test_the_publishers_files_are_kept(trained, base, tmp_path) -> None:
-    """Older readers know rope_theta alone: written anew by transformers 5 it would be lost."""
+    """Older readers know only rope_theta, which transformers 5 would not write."""
     _, path = trained("llama")
     patch(base / "config.json", rope_parameters=None, rope_theta=10000.0, n_ctx=256)
     patch(base / "generation_config.json", eos_token_id=[2, 7], do_sample=False, temperature=0.6)
@@ -248,7 +248,7 @@ def test_the_publishers_files_are_kept(trained, base, tmp_path) -> None:
 
 
 def test_the_base_model_may_have_moved(trained, base, tmp_path) -> None:
-    """A local path is written absolute; where it has gone, one says where it is now."""
+    """A local path is written absolute; after a move, --base_model gives the new one."""
     _, path = trained("llama")
     folder = Path(shutil.copytree(path, tmp_path / "mine"))
     (folder / "manifest.json").unlink()
@@ -300,7 +300,7 @@ def test_a_full_disk_leaves_nothing(trained, tmp_path, monkeypatch, form: str) -
 
 
 def write_run(path: Path, steps: list[int], best: int | None = None, final: bool = False) -> Path:
-    """A run's folder, its checkpoints empty but for a name; written as if from elsewhere."""
+    """A run folder with empty checkpoints, whose record has the paths of another place."""
     names = [f"weights/step-{step:06d}" for step in steps] + ["sampler_weights/final"] * final
     for name in names:
         patch(path / "checkpoints" / "model-0" / name / "adapter_config.json")

@@ -40,6 +40,7 @@ _UNSUPPORTED = {
     "monteclora_config": None,
     "kasa_config": None,
 }
+_MERGE = "Merge it with peft's merge_and_unload() and train on the merged model."
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that do not change the base model, which all clients share. PiSSA,
 OLoRA, LoftQ and CorDA change it."""
@@ -230,7 +231,7 @@ def _check_kind(path: str | Path, config: Any) -> None:
                 "not supported",
                 expected=plain,
                 got=getattr(config, key),
-                fix="Merge it with peft's merge_and_unload() and train on the merged model.",
+                fix=_MERGE,
             )
     start = getattr(config, "init_lora_weights", True)
     if start not in _PLAIN_STARTS:
@@ -247,10 +248,15 @@ def new_adapter(bank: AdapterBank, checkpoint: Checkpoint) -> Adapter:
     """Make an adapter with the configuration and weights (and moments, if read) of a checkpoint.
 
     Raises:
-        CheckpointError: it was trained on another base model than the bank's.
+        CheckpointError: it was trained on another base model than the bank's, or its LoRA on the
+            embedding is tied to that on the unembedding.
         ModelError: peft cannot add its layers to the bank's base model.
     """
     check_base(checkpoint, bank.base)
+    on_embedding = any(".lora_embedding_" in key for key in checkpoint.tensors)
+    if on_embedding and getattr(checkpoint.config, "ensure_weight_tying", False):
+        where = f"{checkpoint.path}: ensure_weight_tying"
+        raise CheckpointError(where, "not supported with LoRA on an embedding", fix=_MERGE)
     adapter = bank.empty(checkpoint.config)
     restore(adapter, checkpoint)
     return adapter
@@ -277,16 +283,14 @@ def check_base(checkpoint: Checkpoint, base: BaseModel) -> None:
         where = f"{checkpoint.path}: {key}"
         if own is None:
             what = f"neither LoRA nor a weight of {here['architecture']}"
-            fix = "Merge it with peft's merge_and_unload() and train on the merged model."
-            raise CheckpointError(where, what, fix=fix)
+            raise CheckpointError(where, what, fix=_MERGE)
         if got := _difference(saved, own):
             raise CheckpointError(
                 where,
                 "differs from the base model's weight",
                 expected=f"the values of {base.path}",
                 got=got,
-                fix="Pass the model it was trained on as base_model=; if this weight was trained, "
-                "merge the folder with peft's merge_and_unload() and train on the merged model.",
+                fix=f"Pass the model it was trained on as base_model=. If it was trained: {_MERGE}",
             )
 
 

@@ -42,6 +42,7 @@ def merge(checkpoint: Checkpoint, base_model: str, dtype: str | None) -> tuple[A
     base = load_base_model(base_model, "cpu", working)
     check_base(checkpoint, base)
     model = base.model
+    what, fix = "does not fit the base model", "Pass the model it was trained on as --base_model."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied embeddings, which are untied below
@@ -50,15 +51,16 @@ def merge(checkpoint: Checkpoint, base_model: str, dtype: str | None) -> tuple[A
             expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
             if odd := sorted(expected.keys() ^ checkpoint.tensors.keys()):
                 raise ValueError(f"{len(odd)} tensors differ, such as {odd[0]}")
+            what, fix = "peft cannot merge this adapter", "Export it with --to peft."
             untied = _untie(model)
             model = wrapped.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             str(checkpoint.path),
-            "does not fit the base model",
-            expected=f"an adapter trained on {base_model}",
+            what,
+            expected=f"an adapter for {base_model}",
             got=error,
-            fix="Pass the model it was trained on as --base_model.",
+            fix=fix,
         ) from error
     model.to(_DTYPES[dtype] if dtype else own)
     for name, p in model.named_parameters():
