@@ -238,9 +238,7 @@ def test_a_tied_lora_is_refused_by_name(service, model_folder, tmp_path):
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(name), config)
     model.save_pretrained(tmp_path / "tied")
     loading = service.create_training_client_from_state(str(tmp_path / "tied"), base_model=name)
-    with pytest.raises(
-        CheckpointError, match=r"ensure_weight_tying: not supported.*merge_and_unload"
-    ):
+    with pytest.raises(CheckpointError, match="ensure_weight_tying: not supported"):
         loading.result()
 
 
