@@ -61,7 +61,7 @@ def test_four_steps_are_two_steps_saved_loaded_and_two_more(
 
 
 def test_a_second_start_saves_beside_the_first(tmp_path, make_service, model_folder, random_data):
-    """A new client takes the next folder; one that goes on, its own; two at once, two."""
+    """A new client takes the next folder, a resumed one its own, and two resumed ones differ."""
 
     def saved(client) -> str:
         path = Path(client.save_state("final", overwrite=True).result().path)
@@ -108,14 +108,14 @@ def test_peft_opens_what_we_save(make_service, model_folder, random_data, arch):
     model = peft.PeftModel.from_pretrained(base, path).eval()
 
     def scored() -> list[torch.Tensor]:
-        found = []
+        scores = []
         for datum in data:
             ids = torch.tensor([datum.model_input.to_ints()])
             with torch.no_grad():
                 table = model(input_ids=ids).logits[0].log_softmax(-1)
             targets = datum.loss_fn_inputs["target_tokens"].to_torch()
-            found.append(table.gather(1, targets[:, None])[:, 0])
-        return found
+            scores.append(table.gather(1, targets[:, None])[:, 0])
+        return scores
 
     for a, b in zip(ours, scored(), strict=True):
         assert torch.allclose(a, b, atol=2e-5)
@@ -126,7 +126,7 @@ def test_peft_opens_what_we_save(make_service, model_folder, random_data, arch):
 
 
 def test_we_open_what_peft_saves(service, model_folder, random_data, tmp_path):
-    """Pitfall 24: another rank and alpha than ours keep their scale."""
+    """Pitfall 24: a rank and alpha that are not our defaults keep their scale."""
     name, data = model_folder("qwen3"), random_data(3)
     config = peft.LoraConfig(
         r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
@@ -151,6 +151,114 @@ def test_we_open_what_peft_saves(service, model_folder, random_data, tmp_path):
         json.loads(Path(saved, "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"]
         == 7
     )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch", ["qwen3", "llama"])
+def test_what_peft_saves_again_can_be_trained_on(
+    service, model_folder, random_data, tmp_path, arch, dtype
+):
+    """peft adds the base weight of an unembedding with LoRA, in the dtype it was loaded in."""
+    name, data = model_folder(arch), random_data(2)
+    client = service.create_lora_training_client(name, rank=4, seed=0).result()
+    train(client, data, 1)
+    path = client.save_state("first").result().path
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model.save_pretrained(tmp_path / "again")
+    saved = safetensors.torch.load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert saved["base_model.model.lm_head.base_layer.weight"].dtype == dtype
+    again = service.create_training_client_from_state(str(tmp_path / "again")).result()
+    assert weights_of(again) == weights_of(client)
+    client.load_state(str(tmp_path / "again")).result()
+    assert logprobs_of(again, data)[0].tolist() == logprobs_of(client, data)[0].tolist()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens", "q_proj"], ["q_proj"]])
+def test_lora_on_an_embedding_is_trained_as_peft_trains_it(
+    make_service, model_folder, random_data, tmp_path, targets
+):
+    """Logprobs and gradients equal to autograd through peft's model; with `save_embedding_layers`
+    a folder holds base weights whose layers have no LoRA."""
+    name, datum = model_folder("llama"), random_data(1)[0]
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, task_type="CAUSAL_LM")
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64)
+    model = peft.get_peft_model(base, config).eval()
+    params = {n.replace(".default", ""): p for n, p in model.named_parameters() if ".lora_" in n}
+    for p in params.values():
+        p.data = torch.randn_like(p, dtype=torch.float64) * 0.3
+    model.save_pretrained(tmp_path / "foreign", save_embedding_layers=True)
+    service = make_service(dtype="float64")
+    loading = service.create_training_client_from_state(str(tmp_path / "foreign"), base_model=name)
+    client = loading.result()
+    result = client.forward_backward([datum], "cross_entropy").result()
+    table = model(input_ids=torch.tensor([datum.model_input.to_ints()])).logits[0].log_softmax(-1)
+    targets, weights = (datum.loss_fn_inputs[k].to_torch() for k in ("target_tokens", "weights"))
+    expected = table.gather(1, targets[:, None])[:, 0]
+    scored = result.loss_fn_outputs[0]["logprobs"].to_torch()[weights != 0]
+    assert torch.allclose(scored, expected.detach()[weights != 0], atol=1e-12)
+    grads = torch.autograd.grad(-(weights.double() * expected).sum(), list(params.values()))
+    adapter = client._backend._adapter
+    ours = dict(zip(adapter.named(), adapter.grads, strict=True))
+    assert ours.keys() == params.keys()
+    for key, grad in zip(params, grads, strict=True):
+        assert torch.allclose(ours[key], grad, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_a_folder_with_another_unembedding_is_refused(client, service, tmp_path, random_data):
+    """What such an adapter computes depends on weights that this base model does not have."""
+    path = client.save_state("first").result().path
+    peft.AutoPeftModelForCausalLM.from_pretrained(path).save_pretrained(tmp_path / "again")
+    file = tmp_path / "again" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    key = "base_model.model.lm_head.base_layer.weight"
+    train(client, random_data(2), 1)
+    before = weights_of(client)
+    wider = torch.cat([tensors[key], tensors[key][:1]])
+    for changed, got in ((tensors[key] + 0.01, "3200 of 3200 numbers"), (wider, r"\(101, 32\)")):
+        safetensors.torch.save_file({**tensors, key: changed}, file, {"format": "pt"})
+        says = rf"lm_head\.base_layer\.weight: differs from the base model.*{got}.*base_model="
+        with pytest.raises(CheckpointError, match=says):
+            service.create_training_client_from_state(str(file.parent)).result()
+        with pytest.raises(CheckpointError, match=says):
+            client.load_state(str(file.parent)).result()
+    safetensors.torch.save_file({**tensors, "base_model.model.score.weight": wider}, file)
+    with pytest.raises(CheckpointError, match=r"score\.weight: neither LoRA nor a weight of"):
+        client.load_state(str(file.parent)).result()
+    assert weights_of(client) == before
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_a_tied_lora_is_refused_by_name(service, model_folder, tmp_path):
+    """Tensors of an adapter are trained apart: two that have to stay equal would not."""
+    name = model_folder("qwen3")
+    config = peft.LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(name), config)
+    model.save_pretrained(tmp_path / "tied")
+    loading = service.create_training_client_from_state(str(tmp_path / "tied"), base_model=name)
+    with pytest.raises(CheckpointError, match="ensure_weight_tying: not supported"):
+        loading.result()
+
+
+def test_a_relative_model_folder_is_saved_absolute(
+    make_service, model_folder, tmp_path, monkeypatch
+):
+    """Opened from another folder, a relative name would be looked up on the Hub."""
+    shutil.copytree(model_folder("qwen3"), tmp_path / "work" / "qwen")
+    (tmp_path / "link").symlink_to(tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "link")
+    client = make_service().create_lora_training_client("./qwen", rank=4, seed=0).result()
+    path = Path(client.save_weights_for_sampler("final").result().path)
+    for file, key in (
+        ("adapter_config.json", "base_model_name_or_path"),
+        ("state.json", "base_model"),
+    ):
+        content = json.loads((path / file).read_text(encoding="utf-8"))
+        assert content[key] == str((tmp_path / "work" / "qwen").resolve())
+    monkeypatch.chdir(tmp_path)
+    assert peft.AutoPeftModelForCausalLM.from_pretrained(path)
 
 
 def test_the_saved_file_changes_with_training(client, random_data):
@@ -279,8 +387,8 @@ def test_an_adapter_of_another_base_or_layout_is_refused(client, service, model_
 
 
 def test_the_base_model_is_known_by_its_weights(service, make_service, model_folder, tmp_path):
-    """Moved to another folder, or loaded in another dtype, it is the same; one number changed in
-    a copy of the same shape, it is another."""
+    """Moved to another folder or loaded in another dtype it is the same model; with one number
+    changed it is another."""
     path = service.create_lora_training_client(model_folder("qwen3"), rank=4).result()
     path = path.save_state("a").result().path
     moved = shutil.copytree(model_folder("qwen3"), tmp_path / "moved")
@@ -298,37 +406,37 @@ def test_the_base_model_is_known_by_its_weights(service, make_service, model_fol
 def test_a_damaged_file_is_found_by_its_hash(client, random_data, file, how):
     train(client, random_data(2), 1)
     path = Path(client.save_state(f"{how}-{file[0]}").result().path)
-    held = bytearray((path / file).read_bytes())
+    content = bytearray((path / file).read_bytes())
     if how == "cut":
-        held = held[:-1]
+        content = content[:-1]
     elif how == "flipped":
-        held[-5] ^= 1
-    elif how == "header":  # a header said to be longer than any memory
-        held[:8] = (2**62).to_bytes(8, "little")
-    (path / file).write_bytes(held)
+        content[-5] ^= 1
+    elif how == "header":  # the length it gives for the header is larger than any memory
+        content[:8] = (2**62).to_bytes(8, "little")
+    (path / file).write_bytes(content)
     if how == "gone":
         (path / file).unlink()
     before = weights_of(client), moments_of(client)
     says = {"cut": "cut short", "gone": "missing|no safetensors"}.get(how, "damaged")
     with pytest.raises(CheckpointError, match=rf"{file}.*({says})|{says}"):
         client.load_state_with_optimizer(str(path)).result()
-    if how == "header":  # nor is it believed without a manifest
+    if how == "header":  # without a manifest too
         (path / "manifest.json").unlink()
         with pytest.raises(CheckpointError, match="cannot be read"):
             client.load_state_with_optimizer(str(path)).result()
     assert (weights_of(client), moments_of(client)) == before
 
 
-def test_the_manifest_says_what_is_there(client, random_data):
+def test_the_manifest_describes_the_folder(client, random_data):
     train(client, random_data(2), 3)
-    path = Path(client.save_state("told").result().path)
-    held = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    assert held["step"] == 3
-    assert set(held["files"]) == {p.name for p in path.iterdir()} - {"manifest.json"}
-    assert held["base_model"]["architecture"] == "Qwen3ForCausalLM"
-    assert {"python", "torch", "transformers", "peft"} <= set(held["versions"])
-    held["format"] = 99
-    (path / "manifest.json").write_text(json.dumps(held), encoding="utf-8")
+    path = Path(client.save_state("described").result().path)
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["step"] == 3
+    assert set(manifest["files"]) == {p.name for p in path.iterdir()} - {"manifest.json"}
+    assert manifest["base_model"]["architecture"] == "Qwen3ForCausalLM"
+    assert {"python", "torch", "transformers", "peft"} <= set(manifest["versions"])
+    manifest["format"] = 99
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(CheckpointError, match="format: is newer"):
         client.load_state(str(path)).result()
 
@@ -342,10 +450,10 @@ def test_the_same_weights_under_the_same_name_are_no_mistake(client, random_data
 
 
 def test_a_full_disk_leaves_what_was_there(client, random_data, tmp_path):
-    """Bytes a file may have are limited, as a quota does, in the middle of a save."""
+    """The size of files is limited, as by a quota, so that writes fail in the middle of a save."""
     resource = pytest.importorskip("resource")
     path = Path(client.save_state("full").result().path)
-    held = {p.name: p.read_bytes() for p in path.iterdir()}
+    contents = {p.name: p.read_bytes() for p in path.iterdir()}
     train(client, random_data(2), 1)
     before = weights_of(client), moments_of(client)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -361,14 +469,14 @@ def test_a_full_disk_leaves_what_was_there(client, random_data, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
-    assert {p.name: p.read_bytes() for p in path.iterdir()} == held
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == contents
     assert [p.name for p in path.parent.iterdir()] == ["full"]  # nothing half-written beside it
     assert (weights_of(client), moments_of(client)) == before
     client.save_state("full", overwrite=True).result()
 
 
 def test_a_link_out_of_the_folder_is_not_followed(client, tmp_path):
-    """A checkpoint's name may be taken by a link: what it points to stays as it is."""
+    """A link may have the checkpoint's name: the folder it points to is not touched."""
     path = Path(client.save_state("linked").result().path)
     outside = tmp_path / "outside"
     outside.mkdir()

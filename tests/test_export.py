@@ -1,4 +1,4 @@
-"""`cookbook export`: an export computes what was trained; nothing is written by halves."""
+"""`cookbook export`: an export computes what was trained; it is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cookbook_core import datum_from_prompt_completion
-from cookbook_core.backend.local import checkpoints
 from cookbook_core.clients import final_adapter
 from cookbook_core.commands import cli
 from cookbook_core.commands.export import export
 from cookbook_core.errors import CheckpointError, ConfigError, ModelError
 from cookbook_core.runs import RunFlags, run_folder
 from cookbook_core.runs.run_folder import find_checkpoint
+from cookbook_core.storage import folders
 from cookbook_core.tinker import ModelInput, SamplingParams, ServiceClient, TrainingClient
 from recipes import sft
 from tests.conftest import make_random_data
@@ -51,7 +51,7 @@ def trained(
 
 
 def load(folder: Path, form: str = "merged") -> Any:
-    """The exported folder, as somebody opens it who has never heard of this package."""
+    """Open the exported folder with transformers and peft alone."""
     if form != "peft":
         return AutoModelForCausalLM.from_pretrained(folder).eval()
     base = read(folder / "adapter_config.json")["base_model_name_or_path"]
@@ -63,11 +63,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def patch(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON file; None takes one out."""
+    """Change keys of a JSON file; None removes one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = {**(read(path) if path.exists() else {}), **changes}
-    kept = {key: value for key, value in held.items() if value is not None}
-    path.write_text(json.dumps(kept), encoding="utf-8")
+    values = {**(read(path) if path.exists() else {}), **changes}
+    values = {key: value for key, value in values.items() if value is not None}
+    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -127,6 +127,26 @@ def test_round_trip(trained, model_folder, tmp_path, arch: str, train_unembed: b
         assert not (tmp_path / "gguf").exists()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_a_folder_that_peft_saved_again(trained, tmp_path) -> None:
+    """peft adds the unembedding's base weight: rounded, as here, it must not replace the base's."""
+    _, path = trained("llama", True)
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    copied = export(again, "peft", tmp_path / "peft") / "adapter_model.safetensors"
+    assert copied.read_bytes() == (again / "adapter_model.safetensors").read_bytes()
+    expected = tensors(export(path, "merged", tmp_path / "first"))
+    merged = tensors(export(again, "merged", tmp_path / "second"))
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[key], expected[key]) for key in expected)
+    key = "base_model.model.lm_head.base_layer.weight"
+    saved = load_file(again / "adapter_model.safetensors")
+    save_file({**saved, key: saved[key] + 1}, again / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lm_head\.base_layer\.weight: differs"):
+        export(again, "merged", tmp_path / "other")
+
+
 def test_a_recipe_then_each_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -174,7 +194,7 @@ def test_a_recipe_then_each_form(
 
 @pytest.fixture
 def base(model_folder: Callable[..., str], tmp_path: Path) -> Path:
-    """A base model of one's own, to change."""
+    """A copy of a base model, to change."""
     return Path(shutil.copytree(model_folder("llama"), tmp_path / "base"))
 
 
@@ -207,7 +227,7 @@ def test_a_dtype_too_narrow_is_refused(trained, base, tmp_path) -> None:
 
 
 def test_the_publishers_files_are_kept(trained, base, tmp_path) -> None:
-    """Older readers know rope_theta alone: written anew by transformers 5 it would be lost."""
+    """Older readers know only rope_theta, which transformers 5 would not write."""
     _, path = trained("llama")
     patch(base / "config.json", rope_parameters=None, rope_theta=10000.0, n_ctx=256)
     patch(base / "generation_config.json", eos_token_id=[2, 7], do_sample=False, temperature=0.6)
@@ -228,7 +248,7 @@ def test_the_publishers_files_are_kept(trained, base, tmp_path) -> None:
 
 
 def test_the_base_model_may_have_moved(trained, base, tmp_path) -> None:
-    """A local path is written absolute; where it has gone, one says where it is now."""
+    """A local path is written absolute; after a move, --base_model gives the new one."""
     _, path = trained("llama")
     folder = Path(shutil.copytree(path, tmp_path / "mine"))
     (folder / "manifest.json").unlink()
@@ -266,7 +286,7 @@ def test_a_full_disk_leaves_nothing(trained, tmp_path, monkeypatch, form: str) -
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints, "sync", full)
+        patched.setattr(folders, "sync", full)
         with pytest.raises(CheckpointError, match=r"cannot be written.*No space left"):
             export(path, form, tmp_path / "out")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -280,7 +300,7 @@ def test_a_full_disk_leaves_nothing(trained, tmp_path, monkeypatch, form: str) -
 
 
 def write_run(path: Path, steps: list[int], best: int | None = None, final: bool = False) -> Path:
-    """A run's folder, its checkpoints empty but for a name; written as if from elsewhere."""
+    """A run folder with empty checkpoints, whose record has the paths of another place."""
     names = [f"weights/step-{step:06d}" for step in steps] + ["sampler_weights/final"] * final
     for name in names:
         patch(path / "checkpoints" / "model-0" / name / "adapter_config.json")

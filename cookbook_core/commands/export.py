@@ -1,18 +1,17 @@
-"""Take a trained adapter elsewhere: a PEFT folder, a merged model, or one ready for llama.cpp.
+"""Export a trained adapter: as a PEFT folder, a merged model, or one ready for llama.cpp.
 
     cookbook export runs/dpo-1 --to peft          adapter, tokenizer, card
     cookbook export runs/dpo-1 --to merged        one model, which transformers loads without peft
-    cookbook export runs/dpo-1 --to gguf-ready    that, with the commands for llama.cpp and Ollama
+    cookbook export runs/dpo-1 --to gguf-ready    merged, with the commands for llama.cpp and Ollama
 
-What training leaves alone (tokenizer, config.json) is copied as the base model's publisher wrote
-it, not written anew: whatever reads the base model then reads the export, also in older versions.
+Files that training does not change (tokenizer, config.json) are copied as the base model's
+publisher wrote them, so that every program that reads the base model reads the export too.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from cookbook_core.commands import model_card
 from cookbook_core.errors import CheckpointError, ConfigError, ModelError, check_choice
 from cookbook_core.runs.run_folder import find_checkpoint
+from cookbook_core.storage import folders
 from cookbook_core.storage.paths import usable_path
 
 FORMS = ("peft", "merged", "gguf-ready")
@@ -30,7 +30,7 @@ _TOKENIZER_FILES = (
     "vocab.txt merges.txt tokenizer.model spiece.model chat_template.jinja chat_template.json"
 ).split()
 _NO_UNEMBEDDING_IN_GGUF = ("GemmaForCausalLM", "Gemma2ForCausalLM")
-"""llama.cpp's converter leaves out their lm_head.weight and uses the embedding in its place."""
+"""Architectures whose lm_head.weight llama.cpp's converter omits, taking the embedding instead."""
 
 
 def export(
@@ -42,44 +42,43 @@ def export(
     dtype: str | None = None,
     base_model: str | None = None,
 ) -> Path:
-    """Write a checkpoint in another form: a whole new folder, or nothing.
+    """Write a checkpoint in another form, as a new folder; on any error no folder is left.
 
     Args:
-        run: a run folder, one of its checkpoints, or any folder peft wrote for a LoRA.
+        run: a run folder, one of its checkpoints, or a LoRA folder that peft wrote.
         to: "peft", "merged" or "gguf-ready".
-        out: the folder to write; None takes RUN/export/FORM.
+        out: the folder to write; None is RUN/export/FORM.
         checkpoint: of a run: "final", "best" or a step.
-        dtype: of merged weights: "float32", "bfloat16" or "float16"; None takes the base model's.
-        base_model: where the base model is now; None takes what the checkpoint names.
+        dtype: of merged weights: "float32", "bfloat16" or "float16"; None is the base model's.
+        base_model: folder or hub name of the base model; None is the one the checkpoint names.
     Returns:
-        The folder.
+        The new folder.
     Raises:
-        ConfigError: no such run or checkpoint, or a target that exists.
-        CheckpointError: damaged, on a service, of another base model; or a target not writable.
-        ModelError: the base model cannot be loaded, or merged into.
+        ConfigError: an unknown form or dtype, no such run or checkpoint, or `out` exists.
+        CheckpointError: the checkpoint is damaged, on a service, or of another base model; or the
+            new folder cannot be written.
+        ModelError: the base model cannot be loaded, or not be merged into.
     """
     check_choice(ConfigError, "--to", "unknown form", to, FORMS)
     if dtype is not None:
         check_choice(ConfigError, "--dtype", "unknown dtype", dtype, DTYPES)
         if to == "peft":
-            mend = "An adapter keeps the dtype it was trained in."
-            raise ConfigError("--dtype", "not for --to peft", expected="none", got=dtype, fix=mend)
+            fix = "Leave it out: an adapter keeps the dtype it was trained in."
+            raise ConfigError("--dtype", "not for --to peft", got=dtype, fix=fix)
     folder, home = find_checkpoint(run, checkpoint)
     target = home / "export" if home else folder.parent
     target /= to if folder.name == "final" else f"{to}-{folder.name}"
     if out is not None:
         target = usable_path("--out", out, ConfigError)
     if target.exists():
-        mend = "Give another with --out: nothing is overwritten."
-        raise ConfigError(
-            str(target), "exists", expected="a new folder's name", got="that of one", fix=mend
-        )
+        fix = "Choose another folder with --out; export never overwrites."
+        raise ConfigError(str(target), "exists", fix=fix)
 
     from cookbook_core.backend.local import checkpoints, merging
 
-    held = checkpoints.read(folder)
+    adapter = checkpoints.read(folder)
     source, name, tokenizer = _base_model(base_model or checkpoints.base_model_of(folder))
-    card = model_card.Card(to, name, folder.name, held.config.r, home and home / "config.json")
+    card = model_card.Card(to, name, folder.name, adapter.config.r, home and home / "config.json")
     if to == "peft":
         with _new_folder(target, (folder / "adapter_model.safetensors").stat().st_size) as new:
             shutil.copyfile(folder / "adapter_model.safetensors", new / "adapter_model.safetensors")
@@ -90,16 +89,17 @@ def export(
             card.write(new, tokenizer)
         return target
 
-    model, untied = merging.merge(held, name, dtype)
-    card.describe(model, untied)
-    if to == "gguf-ready" and untied and card.architecture in _NO_UNEMBEDDING_IN_GGUF:
-        what = f"llama.cpp computes {card.architecture} without an unembedding of its own"
-        mend = "Train with train_unembed=False, or take --to merged."
-        raise ModelError(str(folder), what, expected="no LoRA on lm_head", got="one", fix=mend)
+    model, card.untied = merging.merge(adapter, name, dtype)
+    card.dtype = str(model.dtype).removeprefix("torch.")
+    architecture = type(model).__name__
+    if to == "gguf-ready" and card.untied and architecture in _NO_UNEMBEDDING_IN_GGUF:
+        what = f"llama.cpp computes {architecture} without an unembedding of its own"
+        fix = "Train with train_unembed=False, or export with --to merged."
+        raise ModelError(str(folder), what, expected="no LoRA on lm_head", fix=fix)
     with _new_folder(target, sum(p.nbytes for p in model.parameters())) as new:
         model.generation_config = _generation_config(model, tokenizer)
         model.save_pretrained(new)
-        _keep_config(source, new, card.dtype, untied)
+        _keep_config(source, new, card.dtype, card.untied)
         _copy_tokenizer(source, new)
         if to == "gguf-ready":
             _inline_template(new, tokenizer)
@@ -108,9 +108,13 @@ def export(
 
 
 def _base_model(given: str) -> tuple[Path, str, Any]:
-    """The folder with the base model's files, the name to give it, its tokenizer.
+    """Find the base model.
 
-    A hub name stays; of a local folder it is the absolute path.
+    Returns:
+        the folder with its config and tokenizer files; its hub name, or the absolute path of a
+        local folder; its tokenizer.
+    Raises:
+        ModelError: it does not exist or has no tokenizer.
     """
     from huggingface_hub import snapshot_download
 
@@ -120,35 +124,40 @@ def _base_model(given: str) -> tuple[Path, str, Any]:
         name = resolve_model(given)
         tokenizer = load_tokenizer(name)
     except ModelError as error:
-        fix = "Give the base model's present folder as --base_model."
+        fix = "Pass the base model's hub name or present folder as --base_model."
         raise error.replace(fix=fix) from error
     if Path(name).is_dir():
-        return Path(name).resolve(), str(Path(name).resolve()), tokenizer
+        return Path(name), name, tokenizer
     wanted = ["config.json", *_TOKENIZER_FILES]
     return Path(snapshot_download(name, allow_patterns=wanted)), name, tokenizer
 
 
 @contextmanager
 def _new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A temporary folder beside `target`, which becomes it when the block ends well."""
-    from cookbook_core.backend.local.checkpoints import put_in_place, sync
+    """Yield a temporary folder, which becomes `target` unless the block raises.
 
+    Args:
+        target: must not exist.
+        size: bytes to be written, small files not counted.
+    Raises:
+        CheckpointError: the disk has too little space, or refuses.
+    """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < size + 2**24:  # what is small beside the weights
-            rule, got = f"{(size + 2**24) / 1e6:,.0f} MB", f"{free / 1e6:,.0f} MB free"
-            raise CheckpointError(str(target), "not enough disk", expected=rule, got=got)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
+        with folders.beside(target) as temporary:
+            needed, free = size + 2**24, shutil.disk_usage(target.parent).free
+            if free < needed:
+                expected, got = f"{needed / 1e6:,.0f} MB", f"{free / 1e6:,.0f} MB free"
+                fix = "Free some space, or write to another disk with --out."
+                raise CheckpointError(
+                    str(target), "not enough disk", expected=expected, got=got, fix=fix
+                )
             yield temporary
-            sync(temporary)
-            put_in_place(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            folders.sync(temporary)
+            folders.put_in_place(temporary, target)
     except OSError as error:
-        what, rule = "cannot be written", "a writable folder"
-        raise CheckpointError(str(target), what, expected=rule, got=error) from error
+        raise CheckpointError(
+            str(target), "cannot be written", expected="a writable folder", got=error
+        ) from error
 
 
 def _copy_tokenizer(source: Path, new: Path) -> None:
@@ -158,7 +167,8 @@ def _copy_tokenizer(source: Path, new: Path) -> None:
 
 
 def _inline_template(new: Path, tokenizer: Any) -> None:
-    """Put the chat template where readers look that do not know chat_template.jinja."""
+    """Put the chat template into tokenizer_config.json, for readers that ignore
+    chat_template.jinja."""
     if isinstance(tokenizer.chat_template, str):
         config = _read_json(new / "tokenizer_config.json")
         _write_json(
@@ -167,7 +177,7 @@ def _inline_template(new: Path, tokenizer: Any) -> None:
 
 
 def _generation_config(model: Any, tokenizer: Any) -> Any:
-    """The tokens that end an answer, and nothing of how the base model liked to be sampled."""
+    """Make a generation config with the tokens that end an answer, without sampling settings."""
     from transformers import GenerationConfig
 
     from cookbook_core.chat.rendering import stop_tokens
@@ -184,14 +194,14 @@ def _generation_config(model: Any, tokenizer: Any) -> Any:
 
 
 def _keep_config(source: Path, new: Path, dtype: str, untied: bool) -> None:
-    """Put the base model's own config.json in place of the one transformers wrote.
+    """Replace the config.json that transformers wrote by the base model's own.
 
-    Versions of transformers name things differently (rope_theta, rope_parameters), and a reader
-    that looks for the other name takes a default without a word.
+    Versions of transformers name the same value differently (rope_theta, rope_parameters); a reader
+    that looks for the other name silently takes a default.
     """
     config = _read_json(source / "config.json")
     if config.get("architectures") != _read_json(new / "config.json")["architectures"]:
-        return  # the language model out of a larger one
+        return  # the language model alone was loaded out of a larger model
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
     config |= dict.fromkeys(names, dtype) | ({"tie_word_embeddings": False} if untied else {})
     _write_json(new / "config.json", config)

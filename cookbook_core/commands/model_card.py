@@ -1,4 +1,4 @@
-"""What an exported folder says of itself: README.md, and the Modelfile that Ollama reads."""
+"""Documents of an exported folder: README.md, and the Modelfile that Ollama reads."""
 
 from __future__ import annotations
 
@@ -39,26 +39,27 @@ With Ollama, after that conversion (change FROM in Modelfile for the quantized f
 tokenizer; `convert_hf_to_gguf.py --print-supported-models` lists the architectures it knows.
 """
 _MODELFILE = """\
-# ollama create NAME -f Modelfile, once convert_hf_to_gguf.py has written model.gguf (README.md)
+# Write model.gguf with convert_hf_to_gguf.py (README.md), then: ollama create NAME -f Modelfile
 FROM ./model.gguf
 {stops}
-# No TEMPLATE: Ollama picks one of its own by the chat template in the GGUF. Its templates are in
-# Go's language, so the one in tokenizer_config.json cannot stand here. Compare it with `ollama show
-# --modelfile NAME`; where they differ, write TEMPLATE by hand or send raw prompts.
+# No TEMPLATE: Ollama templates are Go templates, so the one in tokenizer_config.json cannot be used
+# here; Ollama chooses one of its own by the chat template in the GGUF. Compare the two with `ollama
+# show --modelfile NAME`; if they differ, write TEMPLATE by hand or send raw prompts.
 """
 
 
 @dataclass
 class Card:
-    """Where an export comes from.
+    """The origin of an export.
 
     Attributes:
         form: "peft", "merged" or "gguf-ready".
         base_model: hub name, or absolute path.
         checkpoint: "final", or the name of another checkpoint's folder.
         rank: of the adapter.
-        run_config: the run's config.json; None for a folder from elsewhere.
-        architecture, dtype, untied: of merged weights; see `describe`.
+        run_config: the run's config.json; None if the adapter is not from a run.
+        dtype: of merged weights.
+        untied: whether merging untied the embeddings.
     """
 
     form: str
@@ -66,18 +67,11 @@ class Card:
     checkpoint: str
     rank: int
     run_config: Path | None
-    architecture: str = ""
     dtype: str = ""
     untied: bool = False
 
-    def describe(self, model: Any, untied: bool) -> None:
-        """Note what was merged."""
-        self.architecture = type(model).__name__
-        self.dtype = str(model.dtype).removeprefix("torch.")
-        self.untied = untied
-
     def write(self, folder: Path, tokenizer: Any) -> None:
-        """Write README.md, and a Modelfile where the form is gguf-ready."""
+        """Write README.md; for gguf-ready also a Modelfile."""
         known = {"base": self.base_model, "rank": self.rank, "dtype": self.dtype}
         use = _USE_PEFT if self.form == "peft" else _USE_MERGED
         parts = [self._head(), use.format(**known)]
@@ -92,25 +86,27 @@ class Card:
 
     def _head(self) -> str:
         """Front matter, as model hubs read it, and the title."""
+        from huggingface_hub import ModelCardData
+
         library = "peft" if self.form == "peft" else "transformers"
         local = Path(self.base_model).is_absolute()  # a hub has no use for somebody's path
-        base = "" if local else f"base_model: {self.base_model}\n"
-        name = Path(self.base_model).name
+        base = None if local else self.base_model
+        data = ModelCardData(library_name=library, base_model=base, tags=["lora"])
         kind = f"LoRA adapter of rank {self.rank} for" if library == "peft" else "Fine-tuned"
-        return f"---\nlibrary_name: {library}\n{base}tags: [lora]\n---\n# {kind} {name}\n"
+        return f"---\n{data.to_yaml()}\n---\n# {kind} {Path(self.base_model).name}\n"
 
     def _origin(self) -> str:
         """Base model, recipe, config and versions."""
-        held = {"recipe": "unknown", "config": None}
+        run = {"recipe": "unknown", "config": None}
         if self.run_config and self.run_config.is_file():
-            held = json.loads(self.run_config.read_text(encoding="utf-8"))
+            run = json.loads(self.run_config.read_text(encoding="utf-8"))
         version = manifest.versions().get("cookbook-core", "(not installed)")
         lines = [
             f"- base model: {self.base_model}",
-            f"- recipe: {held['recipe']}, checkpoint {self.checkpoint}",
+            f"- recipe: {run['recipe']}, checkpoint {self.checkpoint}",
             f"- exported by cookbook-core {version}",
         ]
-        if held["config"]:
-            text = json.dumps(held["config"], indent=2, ensure_ascii=False)
+        if run["config"]:
+            text = json.dumps(run["config"], indent=2, ensure_ascii=False)
             lines += ["- config:", "", "```json", text, "```"]
         return "\n".join(lines) + "\n"

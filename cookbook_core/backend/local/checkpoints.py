@@ -9,10 +9,7 @@ manifest.json                                      versions, base model, sizes a
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +21,7 @@ from cookbook_core.backend.local.model.adapters import Adapter, AdapterBank, pla
 from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.errors import CheckpointError
 from cookbook_core.storage import manifest
+from cookbook_core.storage.folders import beside, put_in_place, sync
 
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -42,35 +40,46 @@ _UNSUPPORTED = {
     "monteclora_config": None,
     "kasa_config": None,
 }
+_MERGE = "Merge it with peft's merge_and_unload() and train on the merged model."
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
-"""Ways to start an adapter that leave the base model, which all clients share, as it is. PiSSA,
+"""Values of init_lora_weights that do not change the base model, which all clients share. PiSSA,
 OLoRA, LoftQ and CorDA change it."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read from a folder: peft's configuration, tensors by peft's keys, the rest."""
+    """The contents of a folder.
+
+    Attributes:
+        config: a peft.LoraConfig.
+        tensors: those of LoRA, by the key under which peft saves them.
+        base_tensors: the others, by the same keys: base weights that peft saves beside LoRA on an
+            embedding or unembedding. `check_base` compares them with the base model.
+        moments: Adam's, by "exp_avg.KEY" and "exp_avg_sq.KEY"; None if not read.
+        step: optimizer steps taken; 0 if the moments were not read.
+        base: the manifest's description of the base model; empty without a manifest.
+    """
 
     path: Path
     config: Any
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor] = field(repr=False)
+    base_tensors: dict[str, torch.Tensor] = field(repr=False)
     moments: dict[str, torch.Tensor] | None = field(default=None, repr=False)
     step: int = 0
     base: Mapping[str, Any] = field(default_factory=dict)
-    """What the manifest says of the base model; empty without one."""
 
 
 def check_name(name: str) -> str:
-    """A name that is one path component and cannot leave its folder.
+    """Check, and return, a checkpoint's name: one path component that cannot leave its folder.
 
     Raises:
-        CheckpointError: anything else.
+        CheckpointError: it is something else.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise CheckpointError(
             "name",
             "not usable as a checkpoint name",
-            expected="1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit",
+            expected="1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit",
             got=repr(name)[:80],
         )
     return name
@@ -85,14 +94,14 @@ def write(
     overwrite: bool,
     user_metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Save an adapter as `folder`: into a temporary neighbour, synced, then renamed.
+    """Save an adapter as `folder`, whole or not at all.
 
-    The same weights under the same name once more are no mistake: a run that was interrupted after
-    its last save ends so.
+    A folder that already holds the same bytes is accepted: a run that was interrupted after its
+    last save writes that checkpoint again when it is resumed.
 
     Raises:
-        CheckpointError: the folder exists, holds something else and overwrite is False, or it
-            cannot be written; in either case what was there stays.
+        CheckpointError: the folder exists with other contents and overwrite is False; the user
+            metadata is not JSON; or the disk refuses. An existing folder is then unchanged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -109,12 +118,10 @@ def write(
         json.dumps(state)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            "user_metadata", "cannot be written as JSON", expected="text by name", got=error
+            "user_metadata", "cannot be written as JSON", expected="a dict of str", got=error
         ) from error
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with beside(folder) as temporary:
             tensors = {k: t.cpu().contiguous() for k, t in adapter.named().items()}
             save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
             if with_optimizer:
@@ -125,15 +132,11 @@ def write(
             if folder.exists() and not overwrite:
                 if _same_files(temporary, folder):
                     return folder
-                got, mend = folder.name, "Or pass overwrite=True."
-                raise CheckpointError(
-                    str(folder), "already exists", expected="a new name", got=got, fix=mend
-                )
+                fix = "Choose another name, or pass overwrite=True."
+                raise CheckpointError(str(folder), "already exists", fix=fix)
             sync(temporary)
             put_in_place(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # the second where the disk is full
+    except (OSError, SafetensorError) as error:  # SafetensorError: where the disk is full
         raise CheckpointError(
             str(folder), "cannot be written", expected="a writable folder", got=error
         ) from error
@@ -141,11 +144,12 @@ def write(
 
 
 def read(path: str | Path, *, with_optimizer: bool = False) -> Checkpoint:
-    """Read a checkpoint of ours, or any folder peft wrote for a LoRA.
+    """Read a checkpoint of this package, or a LoRA folder that peft wrote.
 
     Raises:
-        CheckpointError: no such folder, files missing, pickled weights, not a LoRA, a kind of
-            LoRA this backend does not have, or (with_optimizer) no optimizer state in it.
+        CheckpointError: the folder or a file in it is missing or damaged; its weights are pickled;
+            it is not a LoRA, or one of a kind that is not supported; or (with_optimizer) it has no
+            optimizer state.
     """
     import peft
     from safetensors import SafetensorError
@@ -153,91 +157,170 @@ def read(path: str | Path, *, with_optimizer: bool = False) -> Checkpoint:
 
     folder = Path(path)
     if not (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            str(path), "not a checkpoint", expected="a folder with adapter_config.json", got="none"
-        )
+        raise _not_a_checkpoint(path, _listing(folder))
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        found = ", ".join(sorted(p.name for p in folder.iterdir()))
         raise CheckpointError(
             str(path),
             "has no safetensors weights; pickled ones are never opened",
             expected="adapter_model.safetensors",
-            got=found,
+            got=_listing(folder),
+            fix="Open it with peft and save it again: save_pretrained() writes safetensors.",
         )
-    held = manifest.check(folder) or {}
+    about = manifest.check(folder) or {}
     try:
         config: Any = peft.PeftConfig.from_pretrained(str(folder))
-        if not isinstance(config, peft.LoraConfig):
-            raise CheckpointError(
-                f"{path}: peft_type", "not a LoRA", expected="LORA", got=config.peft_type
-            )
         tensors = load_file(weights)
         moments, step = _read_optimizer(folder) if with_optimizer else (None, 0)
+    except CheckpointError:
+        raise
     except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(
             str(path), "cannot be read", expected="an intact LoRA folder", got=error
         ) from error
+    _check_kind(path, config)
+    config.init_lora_weights = True  # `restore` overwrites every value: no costly start is needed
+    config.inference_mode = False
+    config.lora_dropout = 0.0  # see load_base_model: no dropout anywhere
+    lora = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
+    others = {key: tensor for key, tensor in tensors.items() if key not in lora}
+    return Checkpoint(folder, config, lora, others, moments, step, about.get("base_model", {}))
+
+
+def base_model_of(path: str | Path) -> str:
+    """Read which base model a LoRA folder names.
+
+    Raises:
+        CheckpointError: not a LoRA folder, or it names none.
+    """
+    file = Path(path) / "adapter_config.json"
+    try:
+        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError) as error:
+        raise _not_a_checkpoint(path, error) from error
+    if not name:
+        fix = "Pass base_model."
+        raise CheckpointError(str(file), "has no base_model_name_or_path", fix=fix)
+    return name
+
+
+def _not_a_checkpoint(path: str | Path, got: object) -> CheckpointError:
+    expected = "a folder with adapter_config.json"
+    fix = 'Give the folder that a recipe prints as "adapter:", or one that peft saved.'
+    return CheckpointError(str(path), "not a checkpoint", expected=expected, got=got, fix=fix)
+
+
+def _listing(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no folder"
+    return ", ".join(sorted(p.name for p in folder.iterdir())) or "an empty folder"
+
+
+def _check_kind(path: str | Path, config: Any) -> None:
+    """Raise CheckpointError unless `config` is a plain LoRA beside an unchanged base model."""
+    import peft
+
+    if not isinstance(config, peft.LoraConfig):
+        raise CheckpointError(
+            f"{path}: peft_type", "not a LoRA", expected="LORA", got=config.peft_type
+        )
     for key, plain in _UNSUPPORTED.items():
         if getattr(config, key, plain) not in (plain, False, None):
             raise CheckpointError(
-                f"{path}: {key}", "not supported", expected=plain, got=getattr(config, key)
+                f"{path}: {key}",
+                "not supported",
+                expected=plain,
+                got=getattr(config, key),
+                fix=_MERGE,
             )
     start = getattr(config, "init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise CheckpointError(
             f"{path}: init_lora_weights",
-            "belongs to a changed base model",
-            expected="an adapter for the base model as it is",
+            "the adapter belongs to a changed base model",
+            expected="an adapter for the published base model",
             got=repr(start),
-            fix="Convert it with peft's path_initial_model_for_weight_conversion.",
+            fix="Save it with save_pretrained(path_initial_model_for_weight_conversion=...).",
         )
-    config.init_lora_weights = True  # every value is overwritten; nothing is to be computed
-    config.inference_mode = False
-    config.lora_dropout = 0.0  # see load_base_model: no dropout anywhere
-    return Checkpoint(folder, config, tensors, moments, step, held.get("base_model", {}))
 
 
 def new_adapter(bank: AdapterBank, checkpoint: Checkpoint) -> Adapter:
-    """A new adapter with the configuration and weights (and moments, if read) of a checkpoint."""
+    """Make an adapter with the configuration and weights (and moments, if read) of a checkpoint.
+
+    Raises:
+        CheckpointError: it was trained on another base model than the bank's, or its LoRA on the
+            embedding is tied to that on the unembedding.
+        ModelError: peft cannot add its layers to the bank's base model.
+    """
     check_base(checkpoint, bank.base)
+    on_embedding = any(".lora_embedding_" in key for key in checkpoint.tensors)
+    if on_embedding and getattr(checkpoint.config, "ensure_weight_tying", False):
+        where = f"{checkpoint.path}: ensure_weight_tying"
+        raise CheckpointError(where, "not supported with LoRA on an embedding", fix=_MERGE)
     adapter = bank.empty(checkpoint.config)
     restore(adapter, checkpoint)
     return adapter
 
 
 def check_base(checkpoint: Checkpoint, base: BaseModel) -> None:
-    """Refuse a checkpoint that was trained on another base model than this.
+    """Check that a checkpoint was trained on this base model.
 
     Raises:
-        CheckpointError: its manifest names other weights.
+        CheckpointError: the manifest names other weights, or base weights saved in the folder
+            differ from the base model's.
     """
     here, there = base.identity(), checkpoint.base
     if there and there.get("fingerprint") != here["fingerprint"]:
-
-        def say(held: Mapping[str, Any]) -> str:
-            kind, size = held.get("architecture"), held.get("parameters")
-            weights = str(held.get("fingerprint"))[:12]
-            return f"{kind} of {size} parameters, weights {weights}, at {held.get('path')}"
-
-        where = f"{checkpoint.path}: base model"
         raise CheckpointError(
-            where, "not the one it was trained on", expected=say(there), got=say(here)
+            f"{checkpoint.path}: base model",
+            "not the one it was trained on",
+            expected=_described(there),
+            got=_described(here),
+            fix="Pass the model it was trained on as base_model.",
         )
+    for key, saved in checkpoint.base_tensors.items():
+        own = base.weight(key.removeprefix("base_model.model.").replace(".base_layer", ""))
+        where = f"{checkpoint.path}: {key}"
+        if own is None:
+            what = f"neither LoRA nor a weight of {here['architecture']}"
+            raise CheckpointError(where, what, fix=_MERGE)
+        if got := _difference(saved, own):
+            raise CheckpointError(
+                where,
+                "differs from the base model's weight",
+                expected=f"the values of {base.path}",
+                got=got,
+                fix=f"Pass the model it was trained on as base_model=. If it was trained: {_MERGE}",
+            )
+
+
+def _described(base: Mapping[str, Any]) -> str:
+    """A base model as its manifest identifies it, in words."""
+    kind, count = base.get("architecture"), base.get("parameters")
+    weights = str(base.get("fingerprint"))[:12]
+    return f"{kind} of {count} parameters, weights {weights}, at {base.get('path')}"
+
+
+def _difference(saved: torch.Tensor, own: torch.Tensor) -> str:
+    """How a saved weight differs from the model's; "" if only by rounding to one of the dtypes."""
+    if saved.shape != own.shape:
+        return f"shape {tuple(saved.shape)} instead of {tuple(own.shape)}"
+    own = own.cpu()
+    count = int(((saved != own.to(saved.dtype)) & (saved.to(own.dtype) != own)).sum())
+    return f"{count} of {saved.numel()} numbers different" if count else ""
 
 
 def restore(adapter: Adapter, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's weights into an adapter of the same layout, all or nothing.
 
-    Accumulated gradients are dropped; the optimizer becomes the checkpoint's, or fresh when the
+    The accumulated gradient is dropped; the optimizer becomes the checkpoint's, or a new one if the
     checkpoint was read without it.
 
     Raises:
-        CheckpointError: other keys, shapes, rank or alpha; the adapter is untouched.
+        CheckpointError: other rank, alpha, keys or shapes; the adapter is unchanged.
     """
     ours, theirs = adapter.slot.config, checkpoint.config
+    make = "Make a client for it: service.create_training_client_from_state(path)."
     for key in ("r", "lora_alpha", "use_rslora", "alpha_pattern"):
         if (getattr(ours, key) or None) != (getattr(theirs, key) or None):
             raise CheckpointError(
@@ -245,36 +328,38 @@ def restore(adapter: Adapter, checkpoint: Checkpoint) -> None:
                 "differs from this client's adapter",
                 expected=getattr(ours, key),
                 got=getattr(theirs, key),
-                fix="Make a client for it: service.create_training_client_from_state(path).",
+                fix=make,
             )
-    wanted = {k: tuple(p.shape) for k, p in adapter.named().items()}
-    found = {k: tuple(t.shape) for k, t in checkpoint.tensors.items()}
-    if wanted != found:
-        odd = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
-        raise CheckpointError(
-            f"{checkpoint.path}: {odd[0]}",
-            f"does not fit this model and adapter ({len(odd)} of {len(wanted)} tensors differ)",
-            expected=wanted.get(odd[0], "no such tensor"),
-            got=found.get(odd[0], "no such tensor"),
-            fix="Was it made for another base model, or with other train_attn/mlp/unembed?",
-        )
+    same_layers = plain_config(ours)["target_modules"] == plain_config(theirs)["target_modules"]
+    fix = "Pass the model it was trained on as base_model." if same_layers else make
+    shapes = {key: p.shape for key, p in adapter.named().items()}
+    _check_shapes(checkpoint.path, "this model and adapter", checkpoint.tensors, shapes, fix)
     if checkpoint.moments:
-        kinds = ("exp_avg", "exp_avg_sq")
-        wanted = {f"{kind}.{key}": shape for key, shape in wanted.items() for kind in kinds}
-        found = {k: tuple(t.shape) for k, t in checkpoint.moments.items()}
-        if wanted != found:
-            odd = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
-            raise CheckpointError(
-                f"{checkpoint.path}/optimizer.safetensors: {odd[0]}",
-                "does not fit the weights beside it",
-                expected=wanted.get(odd[0], "no such tensor"),
-                got=found.get(odd[0], "no such tensor"),
-            )
+        file, kinds = checkpoint.path / "optimizer.safetensors", ("exp_avg", "exp_avg_sq")
+        shapes = {f"{kind}.{key}": shape for key, shape in shapes.items() for kind in kinds}
+        fix = "Load the weights alone: load_state() or create_training_client_from_state()."
+        _check_shapes(file, "the weights beside it", checkpoint.moments, shapes, fix)
     for key, p in zip(adapter.slot.params, adapter.params, strict=True):
         p.data.copy_(checkpoint.tensors[key])
     adapter.grads, adapter.optimizer, adapter.step = None, None, checkpoint.step
     if checkpoint.moments:
         _restore_moments(adapter, checkpoint.moments)
+
+
+def _check_shapes(
+    path: Path,
+    target: str,
+    tensors: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, torch.Size],
+    fix: str,
+) -> None:
+    """Raise CheckpointError, naming the first odd key, unless `tensors` have exactly `shapes`."""
+    saved = {key: tensor.shape for key, tensor in tensors.items()}
+    odd = sorted(k for k in shapes.keys() | saved.keys() if shapes.get(k) != saved.get(k))
+    if odd:
+        expected, got = (str(tuple(of.get(odd[0], ())) or "no tensor") for of in (shapes, saved))
+        what = f"does not fit {target} ({len(odd)} of {len(shapes)} tensors differ)"
+        raise CheckpointError(f"{path}: {odd[0]}", what, expected=expected, got=got, fix=fix)
 
 
 def _moments(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -305,9 +390,8 @@ def _read_optimizer(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
         raise CheckpointError(
             str(folder),
             "holds no optimizer state",
-            expected="optimizer.safetensors (as save_state writes)",
-            got="none",
-            fix="Load the weights alone: load_state / create_training_client_from_state.",
+            expected="optimizer.safetensors, which save_state() writes",
+            fix="Load the weights alone: load_state() or create_training_client_from_state().",
         )
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return load_file(folder / "optimizer.safetensors"), int(state["step"])
@@ -315,72 +399,16 @@ def _read_optimizer(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
 
 def _write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    path.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
+    path.write_text(text, encoding="utf-8", newline="\n")  # same bytes on every system
 
 
 def _same_files(one: Path, other: Path) -> bool:
     """Whether two checkpoints hold the same bytes."""
     try:
-        held = manifest.check(other)
+        about = manifest.check(other)
     except CheckpointError:
         return False
-    return held is not None and held["files"] == (manifest.read(one) or {})["files"]
-
-
-def sync(folder: Path) -> None:
-    """Have the files' bytes on disk before the folder gets its name."""
-    for path in folder.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    folder.chmod(0o755)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have a folder's list of names on disk; Windows has no such call."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def put_in_place(temporary: Path, folder: Path) -> None:
-    """Give `temporary` its final name; a folder of that name goes only after the new one is in."""
-    if not folder.exists():
-        temporary.rename(folder)
-        _sync_folder(folder.parent)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    folder.rename(old / folder.name)
-    try:
-        temporary.rename(folder)
-    except BaseException:
-        (old / folder.name).rename(folder)
-        old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def base_model_of(path: str | Path) -> str:
-    """The base model a LoRA folder names.
-
-    Raises:
-        CheckpointError: not a LoRA folder, or it names none.
-    """
-    file = Path(path) / "adapter_config.json"
-    try:
-        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            str(path), "not a checkpoint", expected="a folder with adapter_config.json", got=error
-        ) from error
-    if not name:
-        raise CheckpointError(
-            str(file), "names no base model", expected="base_model_name_or_path", got=None
-        )
-    return name
+    return about is not None and about["files"] == (manifest.read(one) or {})["files"]
 
 
 def metadata_of(folder: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A LoRA adapter merged into its base model: one model of one's own, without peft."""
+"""Merge a LoRA adapter into its base model: the result is one model that needs no peft."""
 
 from __future__ import annotations
 
@@ -15,58 +15,67 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 
 def merge(checkpoint: Checkpoint, base_model: str, dtype: str | None) -> tuple[Any, bool]:
-    """Load the base model afresh and let peft merge the adapter into it, in float32.
+    """Load the base model and let peft merge the adapter into it, in float32.
 
-    Where the adapter is on an embedding that is tied to the unembedding, or the other way round,
-    the two get a matrix each first: peft adds to the one they share, so both would change.
+    If the adapter is on an embedding tied to the unembedding, or the reverse, each gets a matrix of
+    its own first: peft would add to the shared one, and so change both.
 
     Args:
-        checkpoint: as `checkpoints.read` gives it.
+        checkpoint: as returned by `checkpoints.read`.
         base_model: a folder or hub name.
-        dtype: of the result; None is that of the base model's config, float32 without one.
+        dtype: of the result; None takes the dtype in the base model's config, else float32.
     Returns:
-        The model, on the CPU; and whether the embeddings had to be untied.
+        The model, on the CPU; and whether its embeddings were untied.
     Raises:
-        ModelError: the base cannot be loaded, is quantized, or does not fit into dtype.
-        CheckpointError: the adapter was trained on another base, or does not fit this one.
+        ModelError: the base model cannot be loaded, is quantized, or overflows `dtype`.
+        CheckpointError: the adapter was trained on another base model, or does not fit this one.
     """
     import peft
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base_model)
     if getattr(config, "quantization_config", None):
-        what = "is quantized, and nothing exact can be merged into it"
-        raise ModelError(base_model, what, expected="the model it was quantized from", got="this")
+        what = "cannot merge into a quantized model exactly"
+        raise ModelError(base_model, what, fix="Pass the unquantized base model.")
     own = config.dtype or torch.float32
     working = "float64" if own == torch.float64 else "float32"
     base = load_base_model(base_model, "cpu", working)
     check_base(checkpoint, base)
     model = base.model
+    what, fix = "does not fit the base model", "Pass the model it was trained on as --base_model."
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what peft warns of is dealt with here
-            wrapped = peft.PeftModel.from_pretrained(model, str(checkpoint.path))
-            found = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-            odd = sorted(found.keys() ^ checkpoint.tensors.keys())
-            if odd:
+            warnings.simplefilter("ignore")  # of tied embeddings, which are untied below
+            wrapped = peft.PeftModel(model, checkpoint.config)
+            peft.set_peft_model_state_dict(wrapped, checkpoint.tensors)
+            expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+            if odd := sorted(expected.keys() ^ checkpoint.tensors.keys()):
                 raise ValueError(f"{len(odd)} tensors differ, such as {odd[0]}")
+            what, fix = "peft cannot merge this adapter", "Export it with --to peft."
             untied = _untie(model)
             model = wrapped.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            str(checkpoint.path), "does not fit the base model", expected=base_model, got=error
+            str(checkpoint.path),
+            what,
+            expected=f"an adapter for {base_model}",
+            got=error,
+            fix=fix,
         ) from error
     model.to(_DTYPES[dtype] if dtype else own)
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
-            mend = "Give --dtype bfloat16 or float32."
-            got = f"infinity in {name}"
-            raise ModelError("--dtype", "too narrow a range", expected="finite", got=got, fix=mend)
+            fix, got = "Pass --dtype bfloat16 or float32.", f"infinity in {name}"
+            raise ModelError("--dtype", "the weights overflow it", got=got, fix=fix)
     return model, untied
 
 
 def _untie(model: Any) -> bool:
-    """Give embedding and unembedding a matrix each if they share one and LoRA is on either."""
+    """Give embedding and unembedding a matrix each if they share one and either has LoRA.
+
+    Returns:
+        Whether they did.
+    """
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     plain = [getattr(end, "base_layer", end) for end in ends]
     if None in ends or plain[0].weight is not plain[1].weight or plain == list(ends):

@@ -1,4 +1,4 @@
-"""Names of clients, which are the folders they save to: model-0, model-1, ..."""
+"""Names of clients (model-0, model-1, ...), which are also the folders they save to."""
 
 from __future__ import annotations
 
@@ -9,39 +9,38 @@ from pathlib import Path
 
 
 class ModelIds:
-    """Hands out names below one folder, each once.
+    """Gives each client a name that no other client or earlier run has below one folder.
 
     Args:
-        folder: where checkpoints go. Folders that are there already are some other run's: their
-            names are passed over.
+        folder: where checkpoints are saved. Names of folders that already exist are skipped.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._given: set[str] = set()
+        self._used: set[str] = set()
         self._lock = threading.Lock()
 
     def next(self, continued: Path | None = None) -> str:
-        """A name for a new client.
+        """Name a new client.
 
         Args:
-            continued: the checkpoint it goes on with, if it does: below FOLDER/model-K it is
-                model-K again, unless another client of this service has that name.
+            continued: the checkpoint that it resumes, if any: from FOLDER/model-K the client is
+                model-K again, unless another client of this service already has that name.
         """
         names = (f"model-{number}" for number in itertools.count())
         with self._lock:
             own = continued and self._owner(continued)
-            if not own or own in self._given:
+            if not own or own in self._used:
                 own = next(
                     name
                     for name in names
-                    if name not in self._given and not (self._folder / name).exists()
+                    if name not in self._used and not (self._folder / name).exists()
                 )
-            self._given.add(own)
+            self._used.add(own)
         return own
 
     def _owner(self, checkpoint: Path) -> str:
-        """The client that saved it here; "" for one from elsewhere."""
+        """The name of the client that saved it; "" if it is not below this folder."""
         folder, checkpoint = self._folder.resolve(), checkpoint.resolve()
         if not checkpoint.is_relative_to(folder):
             return ""

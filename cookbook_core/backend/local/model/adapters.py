@@ -90,7 +90,7 @@ class Adapter:
         Returns:
             grad_norm: L2, before clipping. update_norm: L2 of the change of the weights. lr.
         Raises:
-            RequestError: no gradient was accumulated, or the step overflows the weights' dtype;
+            RequestError: no gradient was accumulated, or the step is not finite in their dtype;
                 weights, moments and gradient are unchanged.
         """
         if self.grads is None:

@@ -1,9 +1,9 @@
 """peft's linear LoRA layers with fewer passes over memory: y += scale * (x A^T) B^T in one product.
 
-peft multiplies and adds in separate steps, each reading and writing all of y again, and so does
-the backward; on small models that is a tenth of a training step. The layers stay peft's, and so do
-adapters and files: the layer's own hook for LoRA variants is where this comes in. Layers it does
-not fit (another base layer, another dtype than the adapter's) compute as peft does.
+peft multiplies and adds in separate steps, each of which reads and writes all of y, forward and
+backward; on small models that is a tenth of a training step. Only the arithmetic is replaced,
+through peft's own hook for LoRA variants: layers, adapters and files stay peft's. Layers of another
+kind, and inputs of another dtype than the adapter's, are computed as peft computes them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 class _AddLowRank(torch.autograd.Function):
     """y + scale * (x A^T) B^T; `(..., in)`, `(..., out)`, `(r, in)`, `(out, r)`.
 
-    Written into y, unless that is a view, as linear layers with a bias return: autograd would
-    trace the change back to what it is a view of.
+    Computed in place in y, unless y is a view, as linear layers with a bias return: autograd would
+    apply the change to the tensor behind the view.
     """
 
     @staticmethod
@@ -43,10 +43,10 @@ class _AddLowRank(torch.autograd.Function):
 
 
 def fuse(model: Any, slot_name: str) -> None:
-    """Let the linear layers of a slot compute their LoRA part in one product."""
+    """Make the linear layers of a slot compute their LoRA part in one product."""
     try:
         from peft.tuners.lora.layer import Linear, LoraVariant
-    except ImportError:  # peft calls the hook private; without it everything works, slower
+    except ImportError:  # the hook is private in peft; without it the layers compute as before
         return
 
     class Fused(LoraVariant):

@@ -1,8 +1,8 @@
 """RMS norms with fewer passes over memory: y = w * x / rms(x), backward written out.
 
-transformers writes the norm as six elementwise steps, each keeping its result for the backward;
-on small models the norms were a tenth of a training step. Only norms whose values this reproduces
-are replaced (each is asked, on random numbers), on the CPU, in float32, with a frozen weight.
+transformers computes the norm in six elementwise steps, each of which stores its result for the
+backward; on small models the norms were a tenth of a training step. A norm is replaced if it is on
+the CPU, in float32, with a frozen weight, and gives the same values on random numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ import torch
 
 
 def _rms_norm(x: Any, weight: Any, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(..., d)`, `(d,)` -> the normed x `(..., d)`, and 1 / rms `(..., 1)`."""
+    """Normalize x.
+
+    Args:
+        x: `(..., d)`.
+        weight: `(d,)`.
+        eps: added to the mean square.
+    Returns:
+        weight * x / rms(x), `(..., d)`; 1 / rms(x), `(..., 1)`.
+    """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return torch.mul(x, scale).mul_(weight), scale
@@ -45,7 +53,7 @@ def _fused(module: Any, eps: float, x: torch.Tensor) -> torch.Tensor:
 
 
 def _same(module: Any, eps: float) -> bool:
-    """Whether the module computes w * x / rms(x): on numbers of which some are next to eps."""
+    """Whether the module computes w * x / rms(x); checked on random x, some with squares < eps."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, module.weight.shape[0], generator=generator)
     x *= torch.logspace(-6, 3, 8).unsqueeze(1)
@@ -58,7 +66,7 @@ def _same(module: Any, eps: float) -> bool:
 
 @torch.no_grad()
 def fuse(model: torch.nn.Module) -> None:
-    """Let a model's RMS norms compute in fewer passes where that gives the same values."""
+    """Make a model's RMS norms compute in fewer passes, where that gives the same values."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, torch.Tensor):

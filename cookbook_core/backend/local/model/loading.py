@@ -1,4 +1,4 @@
-"""The base model: found, loaded onto a device in a dtype, and frozen."""
+"""Load a base model, frozen, onto a device in a dtype."""
 
 from __future__ import annotations
 
@@ -18,14 +18,21 @@ from cookbook_core.storage.paths import asset_path, usable_path
 from cookbook_core.types import ModelData
 
 TINY_MODEL = "tiny"
-"""The name under which the bundled model is known."""
+"""Name of the bundled model."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 @dataclass
 class BaseModel:
-    """A frozen Hugging Face causal LM. `tokenizer` is loaded when first asked for."""
+    """A frozen Hugging Face causal LM; its tokenizer is loaded on first use.
+
+    Attributes:
+        name: as the caller gave it.
+        path: the absolute path of its folder, or its hub name.
+        vocab_size: rows of the embedding.
+        max_context: positions it was built for, in tokens; None where its config has no limit.
+    """
 
     name: str
     path: str
@@ -42,7 +49,7 @@ class BaseModel:
         return torch.float64 if self.model.dtype == torch.float64 else torch.float32
 
     def data(self) -> ModelData:
-        """What clients are told about it."""
+        """Its description for clients."""
         return ModelData(
             arch=type(self.model).__name__,
             model_name=self.name,
@@ -52,8 +59,11 @@ class BaseModel:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from others: where it is, its architecture and size, and a
-        fingerprint of its weights, the same whatever the dtype they are loaded in."""
+        """Path, architecture, number of parameters, and a fingerprint of the weights.
+
+        The fingerprint hashes about 64 numbers per parameter, rounded to bfloat16, so that it does
+        not depend on the dtype the model is loaded in.
+        """
         if self._identity is None:
             digest, count = hashlib.sha256(), 0
             for name, p in sorted(self._own_parameters()):
@@ -71,10 +81,20 @@ class BaseModel:
         return self._identity
 
     def _own_parameters(self) -> Iterator[tuple[str, Any]]:
-        """The base model's parameters by their own names, adapters left out."""
+        """The base model's parameters by the names they had before LoRA was added."""
         for name, p in self.model.named_parameters():
             if ".lora_" not in name:
                 yield name.replace(".base_layer", ""), p
+
+    def weight(self, name: str) -> torch.Tensor | None:
+        """The parameter that had this name before LoRA was added; None if there is none.
+
+        A tied parameter has the names of both its places.
+        """
+        for own, p in self.model.named_parameters(remove_duplicate=False):
+            if own.replace(".base_layer", "") == name:
+                return p.detach()
+        return None
 
     def tokenizer(self) -> Any:
         """The model's Hugging Face tokenizer."""
@@ -84,10 +104,12 @@ class BaseModel:
 
 
 def resolve_model(name: str) -> str:
-    """The folder or hub name behind `name`; "tiny" is the bundled model.
+    """Resolve `name` to the absolute path of a local folder, or to a hub name.
 
+    Args:
+        name: a folder, a hub name, or "tiny" for the bundled model.
     Raises:
-        ModelError: a path that does not exist, or a folder that holds no model.
+        ModelError: the path does not exist, or the folder has no config.json.
     """
     if name == TINY_MODEL:
         return str(asset_path("tiny_model"))
@@ -95,22 +117,32 @@ def resolve_model(name: str) -> str:
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if path.is_dir():
         if not (path / "config.json").is_file():
+            lora = (path / "adapter_config.json").is_file()
             raise ModelError(
-                "base_model", "not a model folder", expected="a config.json in it", got=name
+                "base_model",
+                "not a model folder",
+                expected="a folder with config.json",
+                got=name,
+                fix="It holds a LoRA adapter: pass it as init_from instead." if lora else "",
             )
-        return str(path)
+        return str(path.resolve())  # checkpoints name it: a relative path might later be a hub's
     if looks_local or path.exists():
         raise ModelError(
             "base_model",
             "no such folder",
             expected='a folder with a Hugging Face model, a hub name ("Qwen/Qwen3-0.6B") or "tiny"',
             got=name,
+            fix=f"Relative paths start at {Path.cwd()}." if not path.is_absolute() else "",
         )
     return name
 
 
 def choose_device(device: str) -> torch.device:
-    """Choose: "auto" takes cuda, then mps, then cpu; anything else is torch's own device string."""
+    """Choose the device: "auto" is cuda, else mps, else cpu; any other value is torch's own name.
+
+    Raises:
+        ConfigError: torch cannot allocate on the device.
+    """
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -119,21 +151,25 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        mend = str(error).splitlines()[0]
+        fix = str(error).splitlines()[0]
         if device.startswith("cuda") and not (torch.version.cuda or torch.version.hip):
-            mend = "This torch is built without CUDA: install another (pytorch.org), or take cpu."
+            fix = 'This torch is built without CUDA: install another (pytorch.org), or pass "cpu".'
         raise ConfigError(
             "device",
             "not usable here",
             expected='"auto", "cuda", "mps" or "cpu"',
             got=device,
-            fix=mend,
+            fix=fix,
         ) from error
     return chosen
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Choose: "auto" is bfloat16 on cuda and float32 elsewhere."""
+    """Choose the dtype: "auto" is bfloat16 on cuda and float32 elsewhere.
+
+    Raises:
+        ConfigError: not "auto" or a key of DTYPES.
+    """
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     check_choice(ConfigError, "dtype", "unknown dtype", dtype, ("auto", *DTYPES))
@@ -141,10 +177,11 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> BaseModel:
-    """Load a causal LM from a folder, the hub, or the package ("tiny"), frozen, in eval mode.
+    """Load a causal LM from a folder, the Hub, or the package ("tiny"), frozen, in eval mode.
 
     Raises:
-        ModelError: nothing there, or not a causal LM. ConfigError: bad device or dtype.
+        ModelError: no such model, or not a causal LM.
+        ConfigError: the device or dtype is unknown or not usable here.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -153,7 +190,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     try:
-        with _quiet_loading(), _found(path, "folder"):
+        with _quiet_loading(), _hub_access(path, "folder"):
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
@@ -162,7 +199,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
             "cannot be loaded as a causal language model",
             expected='a folder with a Hugging Face model, a hub name ("Qwen/Qwen3-0.6B") or "tiny"',
             got=f"{name} ({first})",
-            fix="Check the spelling, and that this machine reaches the hub or has it cached.",
+            fix="Check the spelling, and that the Hub is reachable or the model is cached.",
         ) from error
     # eval for good: no dropout, in training either, so that policy and reference are the same
     # function and a ratio of 1 is exactly 1.
@@ -181,7 +218,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """No bar for loading a local model; downloads keep theirs."""
+    """Hide the progress bar of loading weights; downloads keep theirs."""
     from transformers.utils import logging as hf_logging
 
     shown = hf_logging.is_progress_bar_enabled()
@@ -193,33 +230,33 @@ def _quiet_loading() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _found(path: str, kind: str = "") -> AbstractContextManager[object]:
-    """Where `path` is no folder but a name, the hub's part in loading it."""
+def _hub_access(path: str, kind: str = "") -> AbstractContextManager[object]:
+    """`asking_hub` for a hub name; nothing for a local folder."""
     return nullcontext() if Path(path).is_dir() else asking_hub(path, kind)
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model folder or hub name.
+    """Load the tokenizer of a model folder or hub name.
 
     Raises:
-        ModelError: the folder holds none.
+        ModelError: it has none.
     """
     from transformers import AutoTokenizer
 
     try:
-        with _found(path):
+        with _hub_access(path):
             tokenizer = AutoTokenizer.from_pretrained(path)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-            raise ValueError("made from config.json alone, one would know special tokens only:")
+            raise ValueError("config.json alone gives a tokenizer of special tokens only:")
         return tokenizer
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
-        if first.rstrip().endswith(":"):  # a list of what it tried follows
-            first = "Copy tokenizer.json and tokenizer_config.json there from the model's origin."
+        if first.rstrip().endswith(":"):  # transformers lists what it tried on the lines after
+            first = "Copy tokenizer.json and tokenizer_config.json there from the original model."
         raise ModelError(
             "base_model",
             "has no tokenizer",
-            expected="tokenizer files beside it",
+            expected="tokenizer files beside its weights",
             got=path,
             fix=first,
         ) from error
