@@ -125,7 +125,7 @@ class Adapter:
             optimizer.state.update(moments)
             raise RequestError(
                 "optim_step",
-                "the step overflows the weights",
+                "the step leaves the range of the weights",
                 expected="a finite update",
                 got=f"norm {float(update_norm)} with {adam}",
                 fix="Nothing was changed. Lower learning_rate, raise eps, or clip the gradient.",
