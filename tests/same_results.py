@@ -94,7 +94,10 @@ class Work:
         encode = self.client.get_tokenizer().encode
         questions = [f"What is {a} + {b}?" for a in range(3, 9) for b in range(2, 8)]
         system = "You are a careful calculator. Answer with one number and nothing else. "
-        self.prompts = [encode(system + question) for question in questions]
+        self.prompts = [
+            encode(system * (n % 3) + "please " * (n % 5) + question)
+            for n, question in enumerate(questions)
+        ]
         # 72 datums of more tokens than one micro-batch takes, with prefixes that some share
         self.data = [
             datum_from_prompt_completion(prompt, encode(f" {n} is the answer" * (1 + n % 3)))
