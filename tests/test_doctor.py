@@ -501,6 +501,32 @@ def weights_by_place(data: Any, logprobs: Any) -> Any:
     return -(sums * torch.linspace(1, 2, len(sums))).mean(), {}
 
 
+def lengths_of(data: Any) -> torch.Tensor:
+    return torch.stack([mask_of(d).sum() for d in data])
+
+
+@planted("order", "however they are grouped")
+def divides_by_the_neighbours_length(data: Any, logprobs: Any) -> Any:
+    """DPO per token, by the length of the datum before: a rotation of two halves hides it."""
+    gaps = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
+    gaps = gaps / lengths_of(data).roll(1)
+    return -F.logsigmoid(0.1 * (gaps[0::2] - gaps[1::2])).mean(), {}
+
+
+@planted("order", "however they are grouped")
+def divides_by_a_length_far_away(data: Any, logprobs: Any) -> Any:
+    """The same by the datum half a batch away, which two halves that change places keep."""
+    sums = weighted_sums(data, logprobs) / lengths_of(data).roll(len(data) // 2)
+    return -sums.mean(), {}
+
+
+@planted("order", "however they are grouped")
+def weighted_by_both_neighbours(data: Any, logprobs: Any) -> Any:
+    """Neighbours round a ring: neither a rotation nor the reverse order changes who they are."""
+    n = lengths_of(data).double()
+    return -(weighted_sums(data, logprobs) * (n.roll(1) + n.roll(-1))).mean(), {}
+
+
 @planted("reduction", "two copies of a batch get different gradients")
 def at_most_sixteen(data: Any, logprobs: Any) -> Any:
     """A micro-batch size somebody wrote into the loss."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -105,19 +106,11 @@ def padding(case: Case) -> list[Finding]:
 
 
 def order(case: Case) -> list[Finding]:
-    """The smallest unit (datum, pair, group) whose order in the batch does not matter."""
-    count, rng = len(case.data), np.random.default_rng(0)
-    twice = [*case.logprobs, *(1.1 * lp for lp in case.logprobs)]
+    """Find the smallest unit (datum, pair, group) whose order in the batch does not matter."""
+    count = len(case.data)
     for unit in [u for u in range(1, count + 1) if count % u == 0]:
-        # one unit alone cannot change places: a second batch of other logprobs joins it
-        logprobs = case.logprobs if unit < count else twice
-        rows = np.arange(len(logprobs)).reshape(-1, unit)
         try:
-            losses = [
-                case.run([case.data[j % count] for j in picked], [logprobs[j] for j in picked]).loss
-                for mixed in (rows, rows[::-1], rng.permutation(rows), rng.permutation(rows))
-                for picked in [mixed.reshape(-1).tolist()]
-            ]
+            losses = _losses_in_other_orders(case, unit)
         except CookbookError:
             continue
         if all(case.same(loss, losses[0]) for loss in losses):
@@ -129,6 +122,35 @@ def order(case: Case) -> list[Finding]:
     mend += "not into a list beside them, nor behind an index."
     rule = f"{case.base.loss:.6g} in any order"
     return [defect("order", case.where, what, rule, "another value", mend)]
+
+
+def _losses_in_other_orders(case: Case, unit: int) -> list[float]:
+    """The loss of at least four groups of `unit` datums, in four orders.
+
+    A loss that looks at a neighbour (`n.roll(1)`) does not see a rotation, and one that looks at
+    both does not see the reverse either. Every order of two or three groups is one of these; of
+    four groups, swapping two neighbours is neither.
+    """
+    data, logprobs = list(case.data), list(case.logprobs)
+    for more in range(1, math.ceil(4 * unit / len(case.data))):
+        for i, lp in enumerate(case.logprobs):
+            rows = _with_longer_end(case, i, more)
+            data.append(take_rows(case.data[i], rows))
+            logprobs.append(lp[rows.tolist()] * (1 + more / 10))
+    groups, rng = np.arange(len(data)).reshape(-1, unit), np.random.default_rng(0)
+    swapped = [1, 0, *range(2, len(groups))]
+    orders = (groups, groups[swapped], groups[::-1], rng.permutation(groups))
+    return [
+        case.run([data[j] for j in picked], [logprobs[j] for j in picked]).loss
+        for picked in (order.reshape(-1).tolist() for order in orders)
+    ]
+
+
+def _with_longer_end(case: Case, i: int, more: int) -> np.ndarray:
+    """Rows of datum i that repeat its last weighted token `more` times."""
+    rows, on = np.arange(len(case.logprobs[i])), case.weighted(i)
+    last = rows[-1] if on is None or not on.any() else on.nonzero()[0][-1]
+    return np.insert(rows, last, [last] * more)
 
 
 def _declared(case: Case) -> str:
