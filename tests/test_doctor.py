@@ -213,7 +213,7 @@ def test_a_healthy_loss_has_no_defect(name: str) -> None:
     report = report_on(name)
     assert report.ok, str(report)
     checks = {f.check for f in report.findings}
-    assert {"returns", "gradient", "weights", "order", "reduction", "finite"} <= checks
+    assert {"returns", "gradient", "weights", "order", "reduction", "finite", "sign"} <= checks
     assert str(report).endswith(("no notes", "note", "notes"))
 
 
@@ -731,6 +731,22 @@ def test_a_field_nobody_can_guess_is_said_to_be_missing() -> None:
     report = examine(odd)
     assert [f.check for f in report.defects] == ["returns"]
     assert "examine(loss_fn, data) takes yours" in words_of(report, "data")
+
+
+@pytest.mark.parametrize(
+    ("loss", "check", "words"),
+    [
+        (divides_by_the_neighbours_length, "sign", "neither pairs nor advantages"),
+        (no_metrics, "returns", "the other checks need a loss that passes this one"),
+        (only_the_first, "order", "not checked: fix every_datum first"),
+        (only_the_first, "reduction", "not checked: fix every_datum first"),
+        (mean_over_positions, "reduction", "times the loss"),
+        (RECIPES["token_set_kl"], "sign", "not checked: several candidates"),
+    ],
+)
+def test_a_check_that_cannot_be_made_says_so(loss: Loss, check: str, words: str) -> None:
+    notes = [f.what for f in examine(loss).findings if f.check == check and f.status != "defect"]
+    assert any(words in what for what in notes), notes
 
 
 def test_at_least_fifteen_kinds_are_planted() -> None:
