@@ -180,8 +180,7 @@ def grade(
     try:
         rewards = [float(value) for value in reward_fn(row, completions)]
     except Exception as error:
-        what, rule = f"raised {type(error).__name__}: {error}", "one number per completion"
-        raise LossError(where, what, expected=rule, got="this exception") from error
+        raise LossError.caused_by(where, error) from error
     if len(rewards) != len(completions) or not all(map(math.isfinite, rewards)):
         rule = f"{len(completions)} finite numbers, one per completion"
         raise LossError(where, "not usable", expected=rule, got=rewards)

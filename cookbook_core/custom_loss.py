@@ -3,10 +3,10 @@
     params --model--> logprobs l --loss_fn--> C(l)          dC/dparams = (dC/dl) (dl/dparams)
 
 The graph is cut at l. `differentiate` runs the user's loss on detached leaves and returns
-g = dC/dl; whoever holds the model pushes g back. In one process the forward's own graph is still
-there, so that is one forward and one backward (`backend/local`). Where it is not (a remote
-service, a batch whose graph does not fit), the linear surrogate sum(-w * l) with w = -g has the
-same gradient and costs a second forward: `surrogate_datums`, `forward_backward_two_pass`.
+g = dC/dl; the backend pushes g back through the model. In one process the graph of the forward is
+still in memory, so that takes one forward and one backward (`backend/local`). Where it is not (a
+remote service, a batch whose graph does not fit), the linear surrogate sum(-w * l) with w = -g has
+the same gradient and costs a second forward: `surrogate_datums`, `forward_backward_two_pass`.
 
 Source: the linear surrogate is the one of Thinking Machines' custom-loss page; Fireworks' and
 Tinkex's modules use the same.
@@ -23,7 +23,10 @@ from cookbook_core.errors import (
     CookbookError,
     DatumError,
     LossError,
+    NoGradientError,
+    NotFiniteError,
     check_choice,
+    cut_own_frames,
     raise_all,
 )
 from cookbook_core.types import Datum, ForwardBackwardOutput, TensorData
@@ -43,13 +46,16 @@ LossTypeInput: TypeAlias = Literal["logprobs", "vocab_logprobs"]
 """What a custom loss is given for each datum: see `LossFn`."""
 
 RESERVED_METRICS = ("loss", "loss:sum")
+"""Names under which the loss itself is reported."""
 
 
 @dataclass(frozen=True)
 class LossResult:
-    """loss in the loss's own unit; grads[i] = d loss / d logprobs[i], same shape.
+    """A loss, its metrics and its gradients.
 
-    param_grads: d loss / d params of the parameters given to `differentiate`, None where unused.
+    loss: in the unit that the loss function chose.
+    grads: grads[i] = d loss / d logprobs[i], in the shape of logprobs[i].
+    param_grads: d loss / d params of the parameters passed to `differentiate`, None where unused.
     """
 
     loss: float
@@ -59,8 +65,10 @@ class LossResult:
 
 
 def check_loss(loss_fn: Any, loss_type_input: str | None) -> LossTypeInput:
-    """The form of logprobs that `loss_fn` is to be given, None meaning "logprobs".
+    """Validate a custom loss and the form of logprobs it takes; None means "logprobs".
 
+    Returns:
+        "logprobs" or "vocab_logprobs".
     Raises:
         ConfigError: an unknown form, or a loss that is not a function.
     """
@@ -73,13 +81,13 @@ def check_loss(loss_fn: Any, loss_type_input: str | None) -> LossTypeInput:
             "not a function",
             expected="loss_fn(data, logprobs_list) -> (loss, metrics)",
             got=repr(loss_fn),
-            fix="Built-in losses by name go to forward_backward().",
+            fix="Pass the name of a built-in loss to forward_backward() instead.",
         )
     return "vocab_logprobs" if loss_type_input == "vocab_logprobs" else "logprobs"
 
 
 def name_of(loss_fn: Any) -> str:
-    """What to call a loss in a message (functools.partial and callables included)."""
+    """The name of a loss in messages: a partial has its function's, an object its class's."""
     inner = getattr(loss_fn, "func", loss_fn)
     return getattr(inner, "__name__", type(inner).__name__)
 
@@ -87,30 +95,30 @@ def name_of(loss_fn: Any) -> str:
 def logprobs_from_output(
     output: ForwardBackwardOutput, data: Sequence[Datum]
 ) -> list[torch.Tensor]:
-    """Per-datum logprobs out of a forward's output, order and shape kept, never flattened.
+    """Read the logprobs of each datum from a forward's output.
 
+    Returns:
+        D tensors in the order of `data`, nats, each in the shape of its datum's target_tokens.
     Raises:
-        DatumError: a datum has no logprobs, or they have another shape than its target_tokens.
+        DatumError: a datum has no logprobs, or their shape is not that of its target_tokens.
     """
-    if len(output.loss_fn_outputs) != len(data):
+    outputs = output.loss_fn_outputs
+    if len(outputs) != len(data):
         raise DatumError(
-            "forward output",
-            "not one per datum",
-            expected=len(data),
-            got=len(output.loss_fn_outputs),
+            "forward output", "not one per datum", expected=len(data), got=len(outputs)
         )
     problems, logprobs = [], []
-    for i, (out, datum) in enumerate(zip(output.loss_fn_outputs, data, strict=True)):
-        found = out.get("logprobs")
+    for i, (out, datum) in enumerate(zip(outputs, data, strict=True)):
+        values = out.get("logprobs")
         expected = datum.loss_fn_inputs["target_tokens"].to_numpy().shape
-        if found is None or list(found.shape) != list(expected):
-            got = "nothing" if found is None else tuple(found.shape)
+        if values is None or list(values.shape) != list(expected):
+            got = "nothing" if values is None else tuple(values.shape)
             where = f'output[{i}]["logprobs"]'
             problems.append(
                 DatumError(where, "not that of target_tokens", expected=tuple(expected), got=got)
             )
         else:
-            logprobs.append(found.to_torch())
+            logprobs.append(values.to_torch())
     raise_all(problems)
     return logprobs
 
@@ -128,15 +136,25 @@ def differentiate(
     Args:
         loss_fn: see `LossFn`.
         data: D datums.
-        logprobs: D tensors, nats, any shape; not modified. With a `view`, whatever it takes.
-        view: the loss is given view(leaf) instead of the leaf (hidden states seen as logprobs).
+        logprobs: D tensors, nats, any shape; not modified. With a `view`, the tensors it takes.
+        view: the loss gets view(leaf) in place of the leaf, such as hidden states `(N, H)` seen as
+            the logprobs `(N, V)` that they give.
         params: further tensors that the view depends on.
     Returns:
-        LossResult; a datum the loss did not use gets a zero gradient.
+        LossResult; a datum that the loss did not use has a zero gradient.
     Raises:
-        LossError: the loss raised, returned another structure, or its value cannot be
-            differentiated: not 0-d, detached, not finite, or a gradient that is not finite (the
-            message names the datum and position). Also for a metric that is not a number.
+        LossError: the loss raised (its exception is the cause), returned another structure, or a
+            metric that is not a number.
+        NoGradientError: the loss does not depend on the logprobs, or cannot be differentiated.
+        NotFiniteError: the loss or a gradient is not finite; names each datum and position.
+        CookbookError: one that the loss itself raised, such as a helper's DatumError, unchanged.
+
+    >>> import torch
+    >>> def squares(data, logprobs):
+    ...     return sum((lp**2).sum() for lp in logprobs), {}
+    >>> result = differentiate(squares, [], [torch.tensor([-1.0, -2.0])])
+    >>> result.loss, result.grads
+    (5.0, [tensor([-2., -4.])])
     """
     import torch
 
@@ -148,12 +166,10 @@ def differentiate(
         except CookbookError:
             raise
         except Exception as error:
-            what, rule = f"raised {type(error).__name__}: {error}", "(loss, metrics)"
-            mend = "Nothing was accumulated; gradients and weights are as they were."
-            raise LossError(where, what, expected=rule, got="this exception", fix=mend) from error
-        loss, metrics = _check_returned(where, returned)
+            raise LossError.caused_by(where, error) from error
+        loss, metrics = _loss_and_metrics(where, returned)
         if not loss.requires_grad:
-            raise LossError(
+            raise NoGradientError(
                 where,
                 "the loss is detached from the logprobs",
                 expected="a loss computed from logprobs_list",
@@ -161,53 +177,74 @@ def differentiate(
                 fix="Look for .item(), .detach(), torch.tensor(...) or numpy on the way.",
             )
         try:
-            found = torch.autograd.grad(loss, [*leaves, *params], allow_unused=True)
+            grads = torch.autograd.grad(loss, [*leaves, *params], allow_unused=True)
         except Exception as error:
-            raise LossError(
+            raise NoGradientError(
                 where,
                 "no gradient can be taken of what it returned",
                 expected="a loss that autograd can differentiate",
                 got=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
                 fix="Return the loss without calling .backward() on it, and change no tensor in "
                 "place.",
-            ) from error
-    grads, param_grads = found[: len(leaves)], list(found[len(leaves) :])
-    if all(g is None for g in grads):
-        raise LossError(
-            where, "the loss uses no datum", expected="a loss computed from logprobs_list", got=loss
+            ) from cut_own_frames(error)
+    if all(g is None for g in grads[: len(leaves)]):
+        raise NoGradientError(
+            where,
+            "the loss uses no datum",
+            expected="a loss computed from logprobs_list",
+            fix="Use the tensors of logprobs_list, the second argument.",
         )
-    full = [
-        torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)
+    leaf_grads = [
+        torch.zeros_like(leaf) if g is None else g
+        for g, leaf in zip(grads[: len(leaves)], leaves, strict=True)
     ]
-    _check_grads(where, full, None if view else leaves)
-    return LossResult(loss.item(), metrics, full, param_grads)
+    _check_finite_gradients(where, leaf_grads, None if view else leaves)
+    return LossResult(loss.item(), metrics, leaf_grads, grads[len(leaves) :])
 
 
 def evaluate(
     loss_fn: LossFn, data: Sequence[Datum], logprobs: Sequence[torch.Tensor]
 ) -> LossResult:
-    """Like `differentiate`, without gradients: for `forward` (grads is empty)."""
+    """Run the loss once without gradients, for `forward`: the result's `grads` is empty.
+
+    Raises:
+        LossError, CookbookError: as `differentiate` does.
+    """
     import torch
 
+    where = f"{name_of(loss_fn)}()"
     with torch.no_grad():
-        loss, metrics = _check_returned(
-            f"{name_of(loss_fn)}()", loss_fn(list(data), list(logprobs))
-        )
+        try:
+            returned = loss_fn(list(data), list(logprobs))
+        except CookbookError:
+            raise
+        except Exception as error:
+            raise LossError.caused_by(where, error) from error
+        loss, metrics = _loss_and_metrics(where, returned)
     return LossResult(loss.item(), metrics, [])
 
 
-def _check_returned(where: str, returned: Any) -> tuple[torch.Tensor, dict[str, float]]:
+def _loss_and_metrics(where: str, returned: Any) -> tuple[torch.Tensor, dict[str, float]]:
+    """Validate what a loss returned: a finite 0-d tensor, and metrics that are numbers.
+
+    Raises:
+        LossError: another structure, or a metric that is not a number.
+        NotFiniteError: the loss is NaN or infinite.
+    """
     import torch
 
-    structure = "a tuple (loss, metrics)"
+    structure, fix = "a tuple (loss, metrics)", "End the loss with `return loss, {}`."
     if not isinstance(returned, tuple) or len(returned) != 2:
-        raise LossError(
-            where, "wrong return structure", expected=structure, got=type(returned).__name__
-        )
+        got = type(returned).__name__
+        raise LossError(where, "wrong return structure", expected=structure, got=got, fix=fix)
     loss, metrics = returned
     if not isinstance(loss, torch.Tensor):
         raise LossError(
-            where, "loss is not a tensor", expected="a 0-d tensor", got=type(loss).__name__
+            where,
+            "loss is not a tensor",
+            expected="a 0-d tensor",
+            got=type(loss).__name__,
+            fix="Compute it from logprobs_list with torch, without .item() or float().",
         )
     if loss.dim() != 0 or loss.is_meta or loss.is_complex():
         raise LossError(
@@ -218,15 +255,25 @@ def _check_returned(where: str, returned: Any) -> tuple[torch.Tensor, dict[str, 
             fix="Reduce it: .sum() or .mean().",
         )
     if not torch.isfinite(loss):
-        raise LossError(where, "loss is not finite", expected="a finite loss", got=loss.item())
-    if not isinstance(metrics, Mapping):
-        raise LossError(
-            where, "metrics is not a dict", expected=structure, got=type(metrics).__name__
+        raise NotFiniteError(
+            where,
+            "loss is not finite",
+            expected="a finite loss",
+            got=loss.item(),
+            fix="Look for log(0), exp() of a large log-ratio or a division by zero.",
         )
-    return loss, {str(k): _number(where, k, v) for k, v in metrics.items()}
+    if not isinstance(metrics, Mapping):
+        got = type(metrics).__name__
+        raise LossError(where, "metrics is not a dict", expected=structure, got=got, fix=fix)
+    return loss, {str(k): _metric(where, k, v) for k, v in metrics.items()}
 
 
-def _number(where: str, key: Any, value: Any) -> float:
+def _metric(where: str, key: Any, value: Any) -> float:
+    """A metric as a float; NaN and infinity are allowed.
+
+    Raises:
+        LossError: neither a number nor a tensor of one number.
+    """
     try:
         kind = getattr(getattr(value, "dtype", None), "kind", "")  # "c": float() halves a complex
         if not isinstance(value, (str, bytes)) and kind != "c":
@@ -234,45 +281,56 @@ def _number(where: str, key: Any, value: Any) -> float:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     shape = getattr(value, "shape", None)
-    got = value if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
     raise LossError(
-        f'{where} metrics["{key}"]', "not a number", expected="a float or 0-d tensor", got=repr(got)
+        f'{where} metrics["{key}"]',
+        "not a number",
+        expected="a float or 0-d tensor",
+        got=repr(value if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"),
+        fix="Reduce it (.mean()), or leave it out.",
     )
 
 
-def _check_grads(
+def _check_finite_gradients(
     where: str, grads: Sequence[torch.Tensor], logprobs: Sequence[torch.Tensor] | None
 ) -> None:
+    """Raise a NotFiniteError that names the first bad position of each datum.
+
+    logprobs: shown beside the position; None where the gradients are of something else.
+    """
     import torch
 
     problems = []
-    for i, g in enumerate(grads):
-        bad = (~torch.isfinite(g)).nonzero()
-        if len(bad):
-            at = tuple(int(j) for j in bad[0])
-            mend = "look for log(0), 0 * inf or a division by zero."
-            if logprobs is None:
-                spot, mend = f"position {at[0]}", mend.capitalize()
-            else:
-                lp = float(logprobs[i][at].detach())
-                spot, mend = str(list(at)), f"The logprob there is {lp:.4g}; {mend}"
-            problems.append(
-                LossError(
-                    f"{where} gradient of data[{i}] at {spot}",
-                    "not finite",
-                    expected="a finite d loss / d logprob",
-                    got=float(g[at]),
-                    fix=mend,
-                )
+    for i, grad in enumerate(grads):
+        bad = (~torch.isfinite(grad)).nonzero()
+        if not len(bad):
+            continue
+        at = tuple(int(j) for j in bad[0])
+        place, fix = list(at), "Look for log(0), 0 * inf or a division by zero."
+        if logprobs is None:
+            place = f"position {at[0]}"
+        else:
+            fix = f"The logprob there is {float(logprobs[i][at].detach()):.4g}. {fix}"
+        problems.append(
+            NotFiniteError(
+                f"{where} gradient of data[{i}] at {place}",
+                "not finite",
+                expected="a finite d loss / d logprob",
+                got=float(grad[at]),
+                fix=fix,
             )
+        )
     raise_all(problems)
 
 
 def surrogate_datums(data: Sequence[Datum], grads: Sequence[torch.Tensor]) -> list[Datum]:
-    """Datums whose cross-entropy sum(-weights * logprobs) has the custom loss's gradient.
+    """Build datums whose cross-entropy sum(-weights * logprobs) has the custom loss's gradient.
 
-    Same model_input and target_tokens; weights = -grads, shape of target_tokens. Nothing else of
-    the datum is kept: extra inputs are the loss's own and never leave this process.
+    Args:
+        data: D datums with target_tokens.
+        grads: D tensors, d loss / d logprobs, each in the shape of its target_tokens.
+    Returns:
+        D datums with the same model_input and target_tokens, and weights = -grads. Other inputs
+        are left out: they belong to the loss and never leave this process.
     """
     import torch
 
@@ -287,18 +345,18 @@ def surrogate_datums(data: Sequence[Datum], grads: Sequence[torch.Tensor]) -> li
 
 
 def merge_metrics(result: LossResult, backend_metrics: Mapping[str, float]) -> dict[str, float]:
-    """The backend's metrics, then the loss's own, then the loss itself.
+    """Join the backend's metrics, the loss's own and the loss; later ones replace earlier ones.
 
     Raises:
-        LossError: the loss reports a different number under a reserved name ("loss").
+        LossError: the loss reports another number under a reserved name ("loss", "loss:sum").
     """
     for key in RESERVED_METRICS:
         mine = result.metrics.get(key, result.loss)
         if not abs(mine - result.loss) <= 1e-4 * max(1.0, abs(result.loss)):  # NaN too
             raise LossError(
                 f'metrics["{key}"]',
-                "this name is the loss's own",
-                expected=f"no such metric, or the loss {result.loss:.6g}",
+                "this name is reserved for the loss",
+                expected=f"the loss, {result.loss:.6g}",
                 got=mine,
                 fix="Rename the metric.",
             )
@@ -309,29 +367,33 @@ class BuiltinClient(Protocol):
     """Any client that can run built-in losses by name, such as a TrainingClient."""
 
     def forward(self, data: list[Datum], loss_fn: str) -> Any:
-        """Logprobs, as the result of a future."""
+        """Return a future of the logprobs."""
         ...
 
     def forward_backward(self, data: list[Datum], loss_fn: str) -> Any:
-        """Gradients accumulated, logprobs as the result of a future."""
+        """Accumulate gradients and return a future of the logprobs."""
         ...
 
 
 def forward_backward_two_pass(
     client: BuiltinClient, data: Sequence[Datum], loss_fn: LossFn
 ) -> ForwardBackwardOutput:
-    """A custom loss through any client that offers only `forward` and `cross_entropy`.
+    """Run a custom loss through a client that has only `forward` and `cross_entropy`.
 
-    forward -> logprobs; loss on this side -> g; forward_backward of the surrogate -> gradients.
-    The same parameter gradients as `forward_backward_custom`, for a second forward more. The
-    reference the one-pass form is tested against, and the way a remote service is driven.
+    forward -> logprobs; the loss in this process -> g; forward_backward of the surrogate ->
+    gradients: the same as those of `forward_backward_custom`, at the cost of a second forward. The
+    one-pass form is tested against this function; a remote service is driven in the same way.
+
+    Raises:
+        LossError, DatumError: as `differentiate` and `logprobs_from_output` do, before anything is
+            accumulated.
     """
     bare = [
         Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]}) for d in data
     ]
     output = client.forward(bare, "cross_entropy").result()
     result = differentiate(loss_fn, data, logprobs_from_output(output, data))
-    merge_metrics(result, {})  # a metric that is refused is refused before anything accumulates
+    merge_metrics(result, {})  # raises for a reserved name before anything accumulates
     surrogates = surrogate_datums(data, result.grads)
     backward = client.forward_backward(surrogates, "cross_entropy").result()
     metrics = {k: v for k, v in backward.metrics.items() if k not in RESERVED_METRICS}

@@ -1,40 +1,44 @@
-"""Every exception this package raises on purpose. An error is an object; its message is made of it.
+"""Every exception this package raises on purpose. The message is made from the error's slots.
 
     <where>: <what is wrong>. Expected <rule>, got <value>. <fix>
 
 `where` is a datum index and field (`data[3].loss_fn_inputs["weights"]`), a config field
-(`Config.beta`) or a file and line (`train.jsonl:17`). Only where and what are always there. Each
-class also subclasses the built-in exception that plain Python code would have raised, so
-`except ValueError` keeps working.
+(`Config.beta`) or a file and line (`train.jsonl:17`). Only where and what are required; an empty
+slot is left out of the message. Each class also subclasses the built-in exception that plain
+Python code would have raised, so `except ValueError` keeps working.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
 import math
 import numbers
+import traceback
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 LONGEST_GOT = 600
 """Characters of a value that an error shows."""
+LISTED = 5
+"""Errors that one message lists; the others are counted."""
 
-E = TypeVar("E", bound="CookbookError")
+ErrorT = TypeVar("ErrorT", bound="CookbookError")
 _ABSENT: Any = object()
+_HERE = Path(__file__).parent
 
 
 class CookbookError(Exception):
     """Root of all errors raised by cookbook_core and the recipes.
 
     Args:
-        where: the field, flag, file or call that the error is about.
+        where: the field, flag, file or call that the error is about; may be "".
         what: what is wrong with it.
-        expected: the rule it breaks.
-        got: the value it has; long ones are shortened.
-        fix: one sentence or command that cures it.
+        expected: the rule it breaks; None leaves the slot empty.
+        got: the value it has, None included; shortened to LONGEST_GOT characters.
+        fix: one sentence with the call, flag or command that cures it.
     Attributes:
-        others: further errors of the same kind, listed below this one (see `raise_all`).
+        others: further errors that the message lists after this one (see `raise_all`).
     """
 
     def __init__(
@@ -50,38 +54,39 @@ class CookbookError(Exception):
         self.where, self.what, self.fix = where, what, fix
         self.expected = "" if expected is None else str(expected)
         self.got = "" if got is _ABSENT else _shortened(str(got))
-        self.others: list[CookbookError] = []
+        self.others: Sequence[CookbookError] = ()
 
     def __str__(self) -> str:
-        lines = [self._line(), *(error._line() for error in self.others[: LISTED - 1])]
-        if (rest := len(self.others) - len(lines) + 1) > 0:
-            lines.append(f"(and {rest} more like these)")
+        errors = [self, *self.others]
+        lines = [error._line() for error in errors[:LISTED]]
+        if len(errors) > LISTED:
+            lines.append(f"(and {len(errors) - LISTED} more like these)")
         return "\n".join(lines)
 
     def _line(self) -> str:
-        text = f"{self.where}: {self.what}." if self.where else f"{self.what}."
-        if self.expected and self.got:
-            text += f" Expected {self.expected}, got {self.got}."
-        elif self.expected:
-            text += f" Expected {self.expected}."
-        elif self.got:
-            text += f" Got {self.got}."
-        return f"{text} {self.fix}" if self.fix else text
+        parts = [f"expected {self.expected}"] if self.expected else []
+        parts += [f"got {self.got}"] if self.got else []
+        rule = ", ".join(parts)
+        sentences = (
+            f"{self.where}: {self.what}" if self.where else self.what,
+            rule[:1].upper() + rule[1:],
+            self.fix,
+        )
+        return " ".join(s if s.endswith((".", "!", "?")) else f"{s}." for s in sentences if s)
 
-    def replace(self: E, **slots: str) -> E:
-        """The same error with other slots, as in `replace(where=f"rows.jsonl:17, {e.where}")`."""
-        changed = copy.copy(self)
-        for name, value in slots.items():
-            setattr(changed, name, value)
+    def replace(self: ErrorT, **slots: Any) -> ErrorT:
+        """A copy with other slots, as in `error.replace(where=f"rows.jsonl:17, {error.where}")`.
+
+        Raises:
+            TypeError: a name that is not a slot.
+        """
+        changed = type(self)(**{**self.slots(), **slots})
+        changed.others = self.others
         return changed
 
     def slots(self) -> dict[str, str]:
-        """Where, what, expected, got and fix as text: what another process needs to raise it."""
+        """The five slots as text, "" where empty: `type(e)(**e.slots())` is an equal error."""
         return {name: getattr(self, name) for name in ("where", "what", "expected", "got", "fix")}
-
-
-LISTED = 5
-"""Errors of one kind that a message lists; the others are counted."""
 
 
 class DatumError(CookbookError, ValueError):
@@ -89,7 +94,23 @@ class DatumError(CookbookError, ValueError):
 
 
 class LossError(CookbookError, ValueError):
-    """A loss function raised, or returned something that has no usable gradient."""
+    """A loss or reward function raised, or returned something that cannot be used."""
+
+    @classmethod
+    def caused_by(cls, where: str, error: Exception) -> LossError:
+        """The error to raise `from error`, an exception that escaped from the user's function."""
+        frames = traceback.extract_tb(cut_own_frames(error).__traceback__)
+        own = [frame for frame in frames if frame.filename == frames[0].filename]
+        fix = f"See line {own[-1].lineno} of {Path(own[-1].filename).name}." if own else ""
+        return cls(where, f"raised {type(error).__name__}: {error}", fix=fix)
+
+
+class NotFiniteError(LossError):
+    """A loss is NaN or infinite, or its gradient is."""
+
+
+class NoGradientError(LossError):
+    """A loss does not depend on the logprobs, or autograd cannot differentiate it."""
 
 
 class ConfigError(CookbookError, ValueError):
@@ -125,11 +146,10 @@ def check_choice(
     error: type[CookbookError], where: str, what: str, name: object, known: Iterable[str]
 ) -> None:
     """Raise `error`, naming the nearest match, unless `name` is one of the names `known`."""
-    known = sorted(known)
-    if not isinstance(name, str) or name not in known:
-        fix = nearest(str(name), known).partition("Known: ")[0].rstrip()
-        expected = f"one of {', '.join(known)}" if known else "none"
-        raise error(where, what, expected=expected, got=repr(name), fix=fix)
+    names = sorted(known)
+    if not isinstance(name, str) or name not in names:
+        expected = f"one of {', '.join(names)}" if names else None
+        raise error(where, what, expected=expected, got=repr(name), fix=_hint(str(name), names))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -139,14 +159,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     'Did you mean "cross_entropy"? Known: cross_entropy, ppo.'
     """
     names = sorted(known)
+    return f"{_hint(name, names)} Known: {', '.join(names) or 'none'}.".lstrip()
+
+
+def _hint(name: str, names: Sequence[str]) -> str:
     close = [n for n in names if "_" in n and name == "".join(part[:1] for part in n.split("_"))]
     close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f'Did you mean "{close[0]}"? ' if close else ""
-    return f"{hint}Known: {', '.join(names) or 'none'}."
+    return f'Did you mean "{close[0]}"?' if close else ""
 
 
 def is_finite(value: Any) -> bool:
-    """Whether it is a number (not a bool) that a float can hold, and neither NaN nor infinite."""
+    """Whether `value` is a number (not a bool) that a float can hold, neither NaN nor infinite."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     try:
@@ -166,14 +189,33 @@ def check_text(error: type[CookbookError], where: str, text: object) -> None:
 
 
 def raise_all(problems: Sequence[CookbookError]) -> None:
-    """Raise the first of the errors, with the others listed below it; nothing without any."""
-    if problems:
-        first = problems[0]
-        first.others = [*first.others, *problems[1:]]
-        raise first
+    """Raise the first of these errors with the others listed after it; do nothing without any."""
+    errors = [error for problem in problems for error in (problem, *problem.others)]
+    if errors:
+        errors[0].others = errors[1:]
+        raise errors[0]
+
+
+def cut_own_frames(error: Exception) -> Exception:
+    """Cut this package's frames off the start of a traceback, so that the user's lines come first.
+
+    For the cause of an error: Python prints the cause before the error itself.
+    """
+    lines = error.__traceback__
+    while lines and _is_ours(lines.tb_frame.f_code.co_filename):
+        lines = lines.tb_next
+    return error.with_traceback(lines)
+
+
+def _is_ours(filename: str) -> bool:
+    """Whether a source file belongs to this package; recipes installed with it are the user's."""
+    path = Path(filename)
+    return _HERE in path.parents and path.parent != _HERE / "recipes"
 
 
 def _shortened(text: str) -> str:
-    if len(text) > LONGEST_GOT:
-        text = f"{text[:LONGEST_GOT]}... ({len(text)} characters)"
-    return text.removesuffix(".")
+    """At most LONGEST_GOT characters of `text`; the count of the others is said in their place."""
+    if len(text) <= LONGEST_GOT:
+        return text
+    count = f"... ({len(text)} characters)"
+    return text[: LONGEST_GOT - len(count)] + count

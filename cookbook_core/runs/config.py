@@ -136,7 +136,7 @@ def main(config_class: type[ConfigT], train: Callable[[ConfigT, RunFlags], objec
     except CookbookError as error:
         cause = error.__cause__
         if isinstance(error, LossError) and cause and cause.__traceback__:
-            lines = traceback.format_tb(cause.__traceback__.tb_next)  # after the frame that called
+            lines = traceback.format_tb(cause.__traceback__)  # begins with the user's lines
             print(*lines, sep="", end="", file=sys.stderr)
         print(error, file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
