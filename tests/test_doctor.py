@@ -702,13 +702,13 @@ BESIDES = {"half_precision": {"gradient"}}
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_defect_is_named_and_no_other(name: str) -> None:
-    """The right check finds it, says where, expected and got (but for an exception of the loss's
-    own) and the words to mend it by; no other check is set off."""
+    """The right check finds it and says where, what is expected, and what it got or how to fix it
+    (an exception of the loss has only a place); no other check finds a defect."""
     loss, check, words = PLANTED[name]
     report = examine(loss)
     named = [f for f in report.defects if f.check == check]
     assert any(words in " ".join(str(f).split()) for f in named), str(report)
-    assert all(f.where and ((f.expected and f.got) or "raised" in f.what) for f in named)
+    assert all(f.where and (f.expected and (f.got or f.fix) or "raised" in f.what) for f in named)
     others = {f.check for f in report.defects} - {check}
     assert others == BESIDES.get(name, set()), str(report)
 
