@@ -31,9 +31,10 @@ from cookbook_core import (
     with_inputs,
 )
 from cookbook_core.builtin_losses import BUILTIN_LOSSES, with_entropy_bonus
+from cookbook_core.commands import cli
+from cookbook_core.commands import doctor as doctor_command
 from cookbook_core.data import load_rows
 from cookbook_core.doctor import Report, examine
-from cookbook_core.doctor.__main__ import main
 from cookbook_core.doctor.examples import example_data
 from cookbook_core.errors import ConfigError
 from recipes import bradley_terry, dpo, grpo, sft, token_set_kl
@@ -708,7 +709,7 @@ def test_a_planted_defect_is_named_and_no_other(name: str) -> None:
     report = examine(loss)
     named = [f for f in report.defects if f.check == check]
     assert any(words in " ".join(str(f).split()) for f in named), str(report)
-    assert all(f.where and (f.expected and (f.got or f.fix) or "raised" in f.what) for f in named)
+    assert all(f.where and ((f.expected and (f.got or f.fix)) or "raised" in f.what) for f in named)
     others = {f.check for f in report.defects} - {check}
     assert others == BESIDES.get(name, set()), str(report)
 
@@ -913,6 +914,11 @@ def test_importing_the_core_does_not_import_the_doctor() -> None:
 
 # ---- command line --------------------------------------------------------------------------------
 
+
+def main(words: list[str]) -> int:
+    return cli.main(["doctor", *words])
+
+
 COMMANDS = {
     "recipes/sft.py:sft_loss": 0,
     "recipes/dpo.py:dpo_loss": 0,
@@ -929,11 +935,13 @@ COMMANDS = {
 MISTAKES = {
     "recipes/dpo.py:dpo_los": 'Did you mean "dpo_loss"',
     "recipes/dpo.py --bta 0.1": '--bta: dpo_loss has no such argument. Did you mean "beta"',
-    "recipes/dpo.py --beta": "--beta: not understood",
+    "recipes/dpo.py --beta": "--beta: missing value. Give --beta VALUE.",
+    "recipes/dpo.py --beta --seed 1": "--beta: missing value",
+    "recipes/dpo.py --beta 1 false": "false: not a flag",
     "recipes/dpo.py --beta -1": "Config.beta: out of range",
     "recipes/none.py:x": "recipes/none.py: cannot be imported",
     "recipes.none:x": "recipes.none: cannot be imported",
-    "cookbook_core.runs": "cookbook_core.runs: no loss ''",
+    "cookbook_core.runs": "cookbook_core.runs: not one function called NAME_loss",
 }
 
 
@@ -964,7 +972,8 @@ def test_the_readme_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) ->
     """recipes/README.md quotes a command and the end of its output."""
     text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     quoted = re.findall(
-        r"    python -m cookbook_core\.doctor (.*)\n((?:    \S.*\n|     +.*\n)*)", text
+        r"    (?:python -m cookbook_core\.|cookbook )doctor (.*)\n((?:    \S.*\n|     +.*\n)*)",
+        text,
     )
     shown = {command: textwrap.dedent(output) for command, output in quoted}
     assert "my_dpo.py:dpo_loss" in shown
@@ -983,7 +992,7 @@ def test_a_copied_and_broken_recipe_from_another_folder(tmp_path: Path) -> None:
     assert broken != text
     (tmp_path / "my_dpo.py").write_text(broken, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "cookbook_core.doctor", "my_dpo.py:dpo_loss"],
+        [sys.executable, "-m", "cookbook_core.commands.cli", "doctor", "my_dpo.py:dpo_loss"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -1007,7 +1016,7 @@ def test_an_argument_nobody_gives(tmp_path: Path, capsys: pytest.CaptureFixture[
         encoding="utf-8",
     )
     assert main([f"{file}:my_loss"]) == 2
-    assert "my_loss(scale): no value for it" in capsys.readouterr().err
+    assert "my_loss(scale): missing value" in capsys.readouterr().err
     assert main([str(file), "--scale", "2"]) == 0
 
 
@@ -1039,7 +1048,58 @@ def test_a_config_by_annotation_and_a_whole_vocabulary(tmp_path: Path) -> None:
 def test_help_explains_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["--help"])
-    assert "0 no defect, 1 a defect, 2 the command is mistaken" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0 no defect, 1 a defect, 2 the command is mistaken" in shown
+
+
+@pytest.mark.usefixtures("at_root")
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        ("", False),
+        ("--plain", True),
+        ("--plain --scale 2", True),
+        ("--plain true", True),
+        ("--plain True --scale 2", True),
+        ("--plain=true", True),
+        ("--plain false", False),
+        ("--plain --no_plain", False),
+        ("--no-plain", False),
+        ("--bare", "bare"),
+        ("--no_keep", "dropped"),
+        ("--fast true", "fast"),
+    ],
+)
+def test_boolean_flags(
+    flags: str, value: bool | str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a recipe takes them: --flag, --no_flag, and --flag with true or false, in any case; for
+    an argument with a boolean default or annotation and for a field of Config."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from cookbook_core import weighted_sums\n\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Config:\n"
+        "    plain: bool = False\n\n\n"
+        "def my_loss(data, logprobs, plain, bare=False, keep=True, fast: bool = False, scale=1):\n"
+        "    names = ['bare'] * bare + ['dropped'] * (not keep) + ['fast'] * fast\n"
+        "    assert all(type(flag) is bool for flag in (plain, bare, keep, fast))\n"
+        "    loss = -scale * weighted_sums(data, logprobs).mean()\n"
+        "    return loss, {name: 1.0 for name in names or [f'plain_is_{plain}']}\n",
+        encoding="utf-8",
+    )
+    name = value if isinstance(value, str) else f"plain_is_{value}"
+    module_loss, module = doctor_command.load(str(file))
+    words = flags.split()
+    parsed = doctor_command.parse_flags(words, doctor_command.booleans(module_loss, module))
+    loss_fn, _ = doctor_command.bind(module_loss, module, parsed)
+    data = example_data(loss_fn)[0]
+    logprobs = [torch.full((d.model_input.length,), -1.0) for d in data]
+    assert set(loss_fn(data, logprobs)[1]) == {name}
+    assert main([str(file), *words]) == 0
+    assert "no defects" in capsys.readouterr().out
 
 
 def simpo_with_the_reference_read(data: Any, logprobs: Any) -> Any:

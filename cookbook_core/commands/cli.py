@@ -1,15 +1,15 @@
-"""The command `cookbook`: recipes, a copy of one to change, runs side by side, models to serve, and
-whether a service computes what a training run relies on.
+"""The command `cookbook`: recipes to copy, and tools for losses, runs and services.
 
     cookbook list
     cookbook new dpo my_dpo.py
+    cookbook doctor my_dpo.py:dpo_loss
     cookbook compare runs/dpo-1 runs/dpo-2
     cookbook export runs/dpo-1 --to merged
     cookbook check --base_url http://127.0.0.1:8000
 
 Recipes are read as text out of the installed package, or out of the checkout it is installed from,
-so a copy always fits the core it will run on. Exit code: 0 done, 1 a file is broken or a
-check failed, 2 the command is mistaken.
+so a copy always fits the core it will run on. Exit code: 0 done; 1 a file is broken, a check failed
+or the loss has a defect; 2 the command is mistaken.
 """
 
 from __future__ import annotations
@@ -102,14 +102,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     never_fail_to_print()
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, words = parser.parse_known_args(argv)
     if not arguments.command:
         parser.print_help(sys.stderr)
         return 2
+    if arguments.command == "doctor":
+        arguments.words = words  # flags of the loss that the doctor examines
+    elif words:
+        parser.error(f"unknown arguments: {' '.join(words)}")
     try:
         commands = {
             "list": _list,
             "new": _new,
+            "doctor": _doctor,
             "compare": _compare,
             "export": _export,
             "check": _check,
@@ -131,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("new", help="copy a recipe into a file of your own")
     add.add_argument("recipe", metavar="RECIPE", help="a name that `cookbook list` shows")
     add.add_argument("file", metavar="FILE", nargs="?", type=Path, help="default: my_RECIPE.py")
+    _add_doctor(commands)
     compare = commands.add_parser(
         "compare",
         help="overlay runs in one picture and one table",
@@ -158,6 +164,28 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--api_key", metavar="KEY", help="of the service")
     check.add_argument("--core", action="store_true", help="only the gradient's arithmetic")
     return parser
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        allow_abbrev=False,
+        help="examine a loss before a run is spent on it",
+        usage="cookbook doctor [-h] [--loss_type_input FORM] FILE.py:LOSS [--ARGUMENT VALUE ...]",
+        description="Examine a loss on example datums; no model is loaded and nothing is trained. "
+        "Further arguments of the loss come from flags (--beta 0.1), else from the defaults of the "
+        "file's Config, else from its own. Exit code: 0 no defect, 1 a defect, 2 the command is "
+        "mistaken.",
+    )
+    doctor.add_argument(
+        "loss", metavar="FILE.py:LOSS", help="or package.module:LOSS; LOSS may be left out"
+    )
+    doctor.add_argument(
+        "--loss_type_input",
+        metavar="FORM",
+        choices=("logprobs", "vocab_logprobs"),
+        help="logprobs or vocab_logprobs; default: by the name of the second parameter (*vocab*)",
+    )
 
 
 def _add_export(commands: Any) -> None:
@@ -198,7 +226,15 @@ def _new(arguments: argparse.Namespace) -> None:
     print(f"{path}: a copy of the recipe {arguments.recipe}. Its loss is {loss}().")
     print(f"  run it           python {_quoted(path)}")
     print(f"  flags            python {_quoted(path)} --help")
-    print(f"  check the loss   python -m cookbook_core.doctor {_quoted(f'{path}:{loss}')}")
+    print(f"  check the loss   cookbook doctor {_quoted(f'{path}:{loss}')}")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from cookbook_core.commands.doctor import examine_file
+
+    report = examine_file(arguments.loss, arguments.words, arguments.loss_type_input)
+    print(report)
+    return 0 if report.ok else 1
 
 
 def _compare(arguments: argparse.Namespace) -> None:
