@@ -39,7 +39,7 @@ def test_help_needs_no_heavy_import() -> None:
         (["new", "dpo", "there.py"], "there.py: exists"),
         (["compare", "nowhere"], "nowhere: not a run's folder"),
         (["compare", "a", "--metrics", "tets_loss"], 'Did you mean "test_loss"?'),
-        (["compare", "a", "--metrics", "loss,loss,loss,loss,loss"], "Expected 1 to 4, got 5"),
+        (["compare", "a", "--metrics", "loss" + ",loss" * 6], "Expected 1 to 6, got 7"),
         (["compare", "a", "--out", "picture"], "--out: cannot be written"),
         (["compare", "a", "--out", "nowhere/a.png"], "--out: cannot be written"),
         (["compare", "a", "other"], "Expected a common metric, got a: loss, test_loss; other: kl"),
@@ -232,6 +232,23 @@ def test_compare_of_other_runs(
     assert names == [str(Path("a/run")), str(Path("b/run"))]
     assert cli.main(["compare", "b/run"]) == 0
     assert titles(drawn[1]) == ["loss"]
+
+
+def test_compare_draws_all_that_dpo_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: list[Any]
+) -> None:
+    """Five held-out metrics: the margin grows whether chosen rises or rejected falls, so both are
+    drawn. A panel whose values span little says how little."""
+    monkeypatch.chdir(tmp_path)
+    names = ("loss", "accuracy", "reward_margin", "chosen_logprob", "rejected_logprob")
+    rows = [{f"test_{name}": 0.5 for name in names}, {"loss": 0.6, "accuracy": 0.7}]
+    rows += [{f"test_{name}": 0.9 for name in names} | {"test_reward_margin": 0.506}]
+    write_run(Path("dpo-1"), {}, rows)
+    assert cli.main(["compare", "dpo-1"]) == 0
+    assert titles(drawn[0]) == [*(f"test_{name}" for name in names), "loss"]
+    labels = [axis.get_ylabel() for axis in drawn[0].axes]
+    assert labels == ["loss", "accuracy", "reward_margin (range 0.006)", *names[3:], "loss"]
+    assert {axis.get_xlabel() for axis in drawn[0].axes} == {"optimizer step"}
 
 
 def test_many_runs_are_told_apart(tmp_path: Path, drawn: list[Any]) -> None:

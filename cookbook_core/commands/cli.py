@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--metrics",
         metavar="A,B",
-        help="1 to 4 metrics to draw; default: held-out ones that all runs logged, then training's",
+        help="1 to 6 metrics to draw; default: held-out ones that all runs logged, then training's",
     )
     compare.add_argument(
         "--out", metavar="FILE", type=Path, default=Path("compare.png"), help="default: %(default)s"

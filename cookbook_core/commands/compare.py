@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cookbook_core.errors import ConfigError, DataError, nearest
-from cookbook_core.runs.plots import draw_comparison
+from cookbook_core.runs.plots import MOST_PANELS, draw_comparison
 from cookbook_core.runs.run_folder import markdown_table, read_metrics
 from cookbook_core.runs.script import recorded
 
@@ -36,7 +36,7 @@ def compare_runs(
     Args:
         folders: run folders; only metrics.jsonl is needed, config.json tells what differs.
         picture: the file to draw, .png, .svg or .pdf; overwritten.
-        metrics: 1 to 4 to draw, each logged by some run. None takes those all runs logged:
+        metrics: 1 to 6 to draw, each logged by some run. None takes those all runs logged:
             held-out ones, then the training metrics of the same names and the loss.
     Returns:
         A markdown table, a column a run: the config fields that differ, the script and its code
@@ -103,15 +103,15 @@ def _common(runs: Mapping[str, _Logged]) -> list[str]:
 def _shared_metrics(runs: Mapping[str, _Logged]) -> list[str]:
     shared = _common(runs)
     held_out = [name for name in shared if name.startswith(_HELD_OUT)]
-    twins = [name.removeprefix(_HELD_OUT) for name in held_out]
-    training = [name for name in shared if name in twins or name == "loss"]
+    twins = dict.fromkeys(["loss", *(name.removeprefix(_HELD_OUT) for name in held_out)])
+    training = [name for name in twins if name in shared]
     if not shared:
         logged = "; ".join(f"{name}: {', '.join(run.final)}" for name, run in runs.items())
         mend = "Choose with --metrics A,B."
         raise ConfigError(
             "RUN", "nothing to compare", expected="a common metric", got=logged, fix=mend
         )
-    return (held_out + training or shared)[:4]
+    return (held_out + training or shared)[:MOST_PANELS]
 
 
 def _known_metrics(runs: Mapping[str, _Logged], metrics: Sequence[str]) -> list[str]:
@@ -119,8 +119,9 @@ def _known_metrics(runs: Mapping[str, _Logged], metrics: Sequence[str]) -> list[
     for name in metrics:
         if name not in known:
             raise ConfigError("--metrics", f'no run logged "{name}"', fix=nearest(name, known))
-    if not 1 <= len(metrics) <= 4:
-        raise ConfigError("--metrics", "cannot be laid out", expected="1 to 4", got=len(metrics))
+    if not 1 <= len(metrics) <= MOST_PANELS:
+        rule = f"1 to {MOST_PANELS}"
+        raise ConfigError("--metrics", "cannot be laid out", expected=rule, got=len(metrics))
     return list(metrics)
 
 
