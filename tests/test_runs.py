@@ -409,10 +409,10 @@ def test_a_plot_names_its_run_and_shows_small_changes_as_small(
     text = " ".join(figures[0].get_suptitle().split())
     assert text.startswith("dpo-7: model ...")
     assert text.endswith("/qwen, beta 0.1, learning_rate 0.0002, clip (0.8, 1.2)")
-    assert [axis.get_ylabel() for axis in figures[0].axes] == ["margin", "nats"]
+    assert [axis.get_ylabel() for axis in figures[0].axes] == ["value", "nats"]
     low, high = figures[0].axes[0].get_ylim()
     assert high - low == pytest.approx(0.05)
-    assert low < 0 < 0.006 < high
+    assert -0.001 < low < 0 < 0.006 < high  # no negative half for values that are not negative
     assert figures[0].axes[1].get_ylim()[1] < 0.001
     draw_panels(panels, rows, tmp_path / "plot.png")
     assert figures[1].get_suptitle() == tmp_path.name

@@ -29,7 +29,7 @@ class Panel:
 
     Attributes:
         title: what it shows.
-        ylabel: the quantity with its unit, such as "loss (nats)"; "" takes the metrics' names.
+        ylabel: the quantity with its unit, such as "loss (nats)".
         metrics: names in metrics.jsonl, each drawn as a line; at most 6.
         null: the value that means "nothing learnt", drawn as a dashed line. None takes the value
             of the one held-out metric, test_..., at step 0, and labels it "untrained".
@@ -80,10 +80,8 @@ def draw_panels(
         if null is not None:
             style: Any = {"color": _GREY, "linestyle": (0, (4, 3)), "linewidth": 1.2}
             axis.axhline(null, label=f"{label}: {null:.3g}", **style)
-        low, high = axis.get_ylim()
-        missing = max(0.0, panel.min_range - (high - low)) / 2
-        axis.set_ylim(low - missing, high + missing)
-        _finish(axis, panel.title, panel.ylabel or ", ".join(panel.metrics))
+        _widen(axis, panel.min_range)
+        _finish(axis, panel.title, panel.ylabel or "value")
         axis.legend(frameon=False, fontsize="small", loc="best")
     text = _title_of(path.parent) if title is None else title
     width = int(12 * figure.get_figwidth())  # characters of this size
@@ -101,6 +99,19 @@ def _untrained(metrics: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> flo
     return next((row[held_out[0]] for row in rows if row["step"] == 0 and held_out[0] in row), None)
 
 
+def _widen(axis: Any, least: float) -> None:
+    """Let the vertical axis span at least this much; not below 0 where no value is."""
+    low, high = axis.get_ylim()
+    missing = max(0.0, least - (high - low))
+    below = 0.0 if min(_values(axis), default=-1.0) >= 0 > low - missing / 2 else missing / 2
+    axis.set_ylim(low - below, high + missing - below)
+
+
+def _values(axis: Any) -> list[float]:
+    """All values drawn in a panel."""
+    return [float(value) for line in axis.get_lines() for value in line.get_ydata()]
+
+
 def _title_of(folder: Path) -> str:
     """The run's name, and the parameters in its config.json that decide what it learns."""
     try:
@@ -108,7 +119,8 @@ def _title_of(folder: Path) -> str:
         fields = {k: v for k, v in config.items() if k not in _UNTITLED.split()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         fields = {}
-    parts = [f"{name} {_short(value)}" for name, value in fields.items() if value not in ("", None)]
+    given = {k: v for k, v in fields.items() if v not in ("", None) and v is not False}
+    parts = [f"{name} {_short(value)}" for name, value in given.items()]
     return f"{folder.resolve().name}{': ' if parts else ''}{', '.join(parts)}"
 
 
@@ -169,7 +181,7 @@ def draw_comparison(
 
 def _small_range(axis: Any) -> str:
     """The range of a panel's values, for its label, where it is small but not 0; else ""."""
-    values = [value for line in axis.get_lines() for value in line.get_ydata()]
+    values = _values(axis)
     span = max(values, default=0.0) - min(values, default=0.0)
     return f" (range {span:.2g})" if 0 < span < _SMALL else ""
 
