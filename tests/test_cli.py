@@ -1,4 +1,5 @@
-"""The command `cookbook`: list, new and compare. tests/test_wheel.py runs it from a wheel."""
+"""The command `cookbook`: list, new, compare. test_wheel.py runs it from a wheel, and other
+commands have tests of their own."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cookbook_core.commands import cli
+from cookbook_core.commands import cli, recipes
 from cookbook_core.runs.script import code_of
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +73,7 @@ def test_arguments_not_understood_exit_with_2(argv: list[str]) -> None:
 def test_version(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
-    assert capsys.readouterr().out == f"cookbook-core {cli.version()}\n"
+    assert capsys.readouterr().out == f"cookbook-core {recipes.version()}\n"
 
 
 # ---- list and new --------------------------------------------------------------------------
@@ -90,8 +91,8 @@ def test_list_says_what_each_recipe_and_tutorial_is(
 
     cells = [{"cell_type": "markdown", "source": ["# A first loss\n", "Text."]}]
     (tmp_path / "01_first.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
-    folder = cli._folder
-    monkeypatch.setattr(cli, "_folder", lambda n: tmp_path if n == "tutorials" else folder(n))
+    folder = recipes._folder
+    monkeypatch.setattr(recipes, "_folder", lambda n: tmp_path if n == "tutorials" else folder(n))
     cli.main(["list"])
     assert "01_first       A first loss\n" in capsys.readouterr().out
 
@@ -109,7 +110,7 @@ def test_new_copies_a_recipe_whole(
     assert 'python "größe und so.py" --help' in shown
     original = (ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8")
     head, text = Path(f"my_{name}.py").read_text(encoding="utf-8").split("\n", 1)
-    assert head == f"# From recipes/{name}.py of cookbook-core {cli.version()}."
+    assert head == f"# From recipes/{name}.py of cookbook-core {recipes.version()}."
     assert f"runs/my_{name}-N" in text
     back = text.replace(f"python my_{name}.py", f"python -m recipes.{name}")
     back = back.replace(f"runs/my_{name}-", f"runs/{name}-")
