@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import tempfile
 
-from cookbook_core import conformance
+from cookbook_core import conformance, tinker
 from cookbook_core.errors import ConfigError, ModelError
-from cookbook_core.tinker import ServiceClient, TrainingClient
 
 
 def check(
@@ -29,14 +28,14 @@ def check(
     """
     checks = conformance.CORE if core else conformance.CHECKS
     with tempfile.TemporaryDirectory() as folder:
-        service = ServiceClient(base_url=base_url, api_key=api_key, checkpoint_dir=folder)
+        service = tinker.ServiceClient(base_url=base_url, api_key=api_key, checkpoint_dir=folder)
         offered = [m.model_name for m in service.get_server_capabilities().supported_models]
         name = model or next(filter(None, offered), None)
         if name is None:
             what = "missing: the service lists no models"
             raise ConfigError("--model", what, fix="Give --model NAME.")
 
-        def make_client() -> TrainingClient:
+        def make_client() -> tinker.TrainingClient:
             future = service.create_lora_training_client(name, rank=8, seed=0, train_unembed=False)
             return future.result()
 
