@@ -101,7 +101,7 @@ def test_list_says_what_each_recipe_and_tutorial_is(
 def test_new_copies_a_recipe_whole(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """But for a first line that says where it is from, and the commands, which name the copy."""
+    """Except for a first line that names its origin, and for commands, which name the copy."""
     monkeypatch.chdir(tmp_path)
     assert cli.main(["new", name]) == 0
     assert cli.main(["new", name, str(Path("größe und so.py"))]) == 0
@@ -127,8 +127,8 @@ def write_run(folder: Path, config: dict[str, Any], rows: list[dict[str, Any]]) 
     folder.mkdir(parents=True)
     lines = "".join(json.dumps({"step": step, **row}) + "\n" for step, row in enumerate(rows))
     (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
-    held = {"recipe": "dpo", "config": config, "versions": {}}
-    (folder / "config.json").write_text(json.dumps(held), encoding="utf-8")
+    record = {"recipe": "dpo", "config": config, "versions": {}}
+    (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_compare_draws_and_tells_what_differs(
 def test_compare_tells_different_code_and_what_was_not_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture, drawn: list[Any]
 ) -> None:
-    """Equal code (but for layout): nothing said. Equal lines can all be seen."""
+    """No row where the code is equal but for layout. Equal lines stay visible."""
     rows = [{"loss": 1.0, "test_loss": 2.0, "kl": 0.5, "grad_norm": 3.0}] * 2
     codes = {"dpo-1": "a = 1", "dpo-2": "a  =  1", "ipo-1": "a = 2"}
     for name, text in codes.items():

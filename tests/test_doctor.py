@@ -114,7 +114,7 @@ def own_function(data: Any, logprobs: Any) -> Any:
 
 
 def float32_only(data: Any, logprobs: Any) -> Any:
-    """torch.dot wants equal dtypes, so that float64 logprobs raise: training gives float32."""
+    """torch.dot requires equal dtypes, so float64 logprobs raise; in training they are float32."""
     dots = [torch.dot(weights_of(d), lp) for d, lp in zip(data, logprobs, strict=True)]
     return -torch.stack(dots).mean(), {}
 
@@ -725,7 +725,7 @@ def test_two_mistakes_are_two_findings() -> None:
     assert {f.check for f in examine(both).defects} == {"finite", "kl"}
 
 
-def test_a_field_nobody_can_guess_is_said_to_be_missing() -> None:
+def test_an_input_of_unknown_kind_is_reported_as_missing() -> None:
     def odd(data: Any, logprobs: Any) -> Any:
         return nll(data, logprobs) * data[0].loss_fn_inputs["annotator_shares"].shares, {}
 
@@ -755,7 +755,7 @@ def test_at_least_fifteen_kinds_are_planted() -> None:
     assert len({check for _, check, _ in PLANTED.values()}) == 15
 
 
-# ---- what it says of healthy ones ----------------------------------------------------------------
+# ---- findings on healthy losses ------------------------------------------------------------------
 
 
 def words_of(report: Report, check: str) -> str:
@@ -790,7 +790,7 @@ def words_of(report: Report, check: str) -> str:
         ("grpo k3", "kl", "behaves like k3: its expected gradient is that of KL(ref || policy)"),
     ],
 )
-def test_what_is_said_of_a_healthy_loss(name: str, check: str, words: str) -> None:
+def test_findings_on_a_healthy_loss(name: str, check: str, words: str) -> None:
     assert words in words_of(report_on(name), check)
 
 
@@ -834,8 +834,8 @@ def test_misaligned_data_is_found_before_the_loss_runs() -> None:
     data[1] = with_inputs(data[1], ref_logprobs=[-1.0] * 3)
     data[3] = with_inputs(data[3], ref_logprobs=[-1.0] * 5)
     report = examine(RECIPES["dpo"], data)
-    found = [(f.check, f.where, f.expected, f.got) for f in report.defects]
-    assert found == [
+    defects = [(f.check, f.where, f.expected, f.got) for f in report.defects]
+    assert defects == [
         ("alignment", 'data[1].loss_fn_inputs["ref_logprobs"]', "4", "3"),
         ("alignment", 'data[3].loss_fn_inputs["ref_logprobs"]', "4", "5"),
     ]
@@ -870,8 +870,8 @@ def test_data_that_a_client_would_refuse_is_a_finding() -> None:
     data = pairs_with_ref()
     data[0] = with_inputs(data[0], weights=[1.0] * 3)
     data[2] = with_inputs(data[2], weights=[float("nan")] * 5)
-    found = [(f.check, f.where, f.got) for f in examine(RECIPES["dpo"], data).defects]
-    assert found == [
+    defects = [(f.check, f.where, f.got) for f in examine(RECIPES["dpo"], data).defects]
+    assert defects == [
         ("data", 'data[0].loss_fn_inputs["weights"]', "(3,)"),
         ("data", 'data[2].loss_fn_inputs["weights"][0]', "nan"),
     ]
@@ -889,7 +889,7 @@ def test_what_cannot_be_examined_is_refused() -> None:
         examine(sharpen, huge, loss_type_input="vocab_logprobs")
 
 
-def test_example_data_has_what_the_loss_asks_for() -> None:
+def test_example_data_has_the_inputs_that_the_loss_reads() -> None:
     """Unequal lengths; the first pair differs in one token, the first of the response; a weight 0
     within or behind some completions; (N,) for tokens, (N, K) for a token set."""
     data, form = example_data(RECIPES["dpo"])
@@ -1006,7 +1006,7 @@ def test_a_copied_and_broken_recipe_from_another_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("at_root")
-def test_an_argument_nobody_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_argument_without_a_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file without a Config; the flag supplies what is missing."""
     file = tmp_path / "mine.py"
     file.write_text(
@@ -1116,13 +1116,13 @@ def test_a_reference_without_effect_is_a_note() -> None:
     assert "step_0" in {f.check for f in examine(RECIPES["dpo"]).findings if f.status == "ok"}
 
 
-def test_an_argument_that_config_lacks_is_told_after_a_pass(tmp_path: Path, capsys: Any) -> None:
+def test_a_flag_that_config_lacks_is_a_note_after_a_pass(tmp_path: Path, capsys: Any) -> None:
     text = (Path(dpo.__file__)).read_text(encoding="utf-8")
     text = text.replace("*, beta: float\n", "*, beta: float, gamma: float = 0.0\n")
     copy = tmp_path / "my_dpo.py"
     copy.write_text(text, encoding="utf-8")
     assert main([f"{copy}:dpo_loss", "--gamma", "0.5"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "note config gamma: no field of Config yet. Add it there" in said
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "note config gamma: no field of Config yet. Add it there" in shown
     assert main([f"{copy}:dpo_loss", "--beta", "0.2"]) == 0
     assert "no field of Config" not in capsys.readouterr().out

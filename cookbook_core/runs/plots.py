@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from cookbook_core.errors import ConfigError
 
-# Okabe and Ito's palette, told apart by every kind of colour vision; markers tell lines in print.
+# Okabe and Ito's palette: distinct in every kind of colour vision; markers distinguish in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = "osD^vX"
 _GREY = "0.35"
@@ -68,7 +68,7 @@ def draw_panels(
         ConfigError: another number of panels.
     """
     if not 2 <= len(panels) <= 4:
-        raise ConfigError("panels", "cannot be laid out", expected="2 to 4", got=len(panels))
+        raise ConfigError("panels", "too many or too few", expected="2 to 4", got=len(panels))
     figure, axes = _figure(len(panels))
     total = len({row["step"] for row in rows})
     for axis, panel in zip(axes, panels, strict=True):
@@ -157,7 +157,7 @@ def draw_comparison(
     """
     if not 1 <= len(metrics) <= MOST_PANELS:
         rule = f"1 to {MOST_PANELS}"
-        raise ConfigError("metrics", "cannot be laid out", expected=rule, got=len(metrics))
+        raise ConfigError("metrics", "too many or none", expected=rule, got=len(metrics))
     figure, axes = _figure(len(metrics))
     for axis, metric in zip(axes, metrics, strict=False):
         for i, (name, rows) in enumerate(runs.items()):
