@@ -260,7 +260,9 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
     panels = [
         runs.Panel("reward", "mean per completion", ["reward", "test_reward"]),
         runs.Panel("KL to the reference", "nats per token", ["kl", "test_kl"], 0.0, "untrained"),
-        runs.Panel("off-policy", "", ["ratio_max", "clip_fraction", "zero_variance"]),
+        runs.Panel(
+            "off-policy", "ratio, or share", ["ratio_max", "clip_fraction", "zero_variance"]
+        ),
         runs.Panel("entropy", "nats per token", ["entropy", "test_entropy"]),
     ]
     progress = ("reward", "kl", "loss")

@@ -63,8 +63,8 @@ def one_pass() -> None:
 
 def curve() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        dpo.train(dpo.Config(log_path=f"{folder}/run"))
-        shutil.copy(f"{folder}/run/plot.png", DOCS / "dpo.png")
+        dpo.train(dpo.Config(log_path=f"{folder}/dpo-1"))
+        shutil.copy(f"{folder}/dpo-1/plot.png", DOCS / "dpo.png")
 
 
 if __name__ == "__main__":

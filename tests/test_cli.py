@@ -1,4 +1,5 @@
-"""The command `cookbook`: list, new and compare. tests/test_wheel.py runs it from a wheel."""
+"""The command `cookbook`: list, new, compare. test_wheel.py runs it from a wheel, and other
+commands have tests of their own."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cookbook_core.commands import cli
+from cookbook_core.commands import cli, recipes
 from cookbook_core.runs.script import code_of
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ def test_help_needs_no_heavy_import() -> None:
         (["new", "dpo", "there.py"], "there.py: exists"),
         (["compare", "nowhere"], "nowhere: not a run's folder"),
         (["compare", "a", "--metrics", "tets_loss"], 'Did you mean "test_loss"?'),
-        (["compare", "a", "--metrics", "loss,loss,loss,loss,loss"], "Expected 1 to 4, got 5"),
+        (["compare", "a", "--metrics", "loss" + ",loss" * 6], "Expected 1 to 6, got 7"),
         (["compare", "a", "--out", "picture"], "--out: cannot be written"),
         (["compare", "a", "--out", "nowhere/a.png"], "--out: cannot be written"),
         (["compare", "a", "other"], "Expected a common metric, got a: loss, test_loss; other: kl"),
@@ -72,7 +73,7 @@ def test_arguments_not_understood_exit_with_2(argv: list[str]) -> None:
 def test_version(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
-    assert capsys.readouterr().out == f"cookbook-core {cli.version()}\n"
+    assert capsys.readouterr().out == f"cookbook-core {recipes.version()}\n"
 
 
 # ---- list and new --------------------------------------------------------------------------
@@ -90,8 +91,8 @@ def test_list_says_what_each_recipe_and_tutorial_is(
 
     cells = [{"cell_type": "markdown", "source": ["# A first loss\n", "Text."]}]
     (tmp_path / "01_first.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
-    folder = cli._folder
-    monkeypatch.setattr(cli, "_folder", lambda n: tmp_path if n == "tutorials" else folder(n))
+    folder = recipes._folder
+    monkeypatch.setattr(recipes, "_folder", lambda n: tmp_path if n == "tutorials" else folder(n))
     cli.main(["list"])
     assert "01_first       A first loss\n" in capsys.readouterr().out
 
@@ -100,7 +101,7 @@ def test_list_says_what_each_recipe_and_tutorial_is(
 def test_new_copies_a_recipe_whole(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """But for a first line that says where it is from, and the commands, which name the copy."""
+    """Except for a first line that names its origin, and for commands, which name the copy."""
     monkeypatch.chdir(tmp_path)
     assert cli.main(["new", name]) == 0
     assert cli.main(["new", name, str(Path("größe und so.py"))]) == 0
@@ -109,7 +110,7 @@ def test_new_copies_a_recipe_whole(
     assert 'python "größe und so.py" --help' in shown
     original = (ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8")
     head, text = Path(f"my_{name}.py").read_text(encoding="utf-8").split("\n", 1)
-    assert head == f"# From recipes/{name}.py of cookbook-core {cli.version()}."
+    assert head == f"# From recipes/{name}.py of cookbook-core {recipes.version()}."
     assert f"runs/my_{name}-N" in text
     back = text.replace(f"python my_{name}.py", f"python -m recipes.{name}")
     back = back.replace(f"runs/my_{name}-", f"runs/{name}-")
@@ -126,8 +127,8 @@ def write_run(folder: Path, config: dict[str, Any], rows: list[dict[str, Any]]) 
     folder.mkdir(parents=True)
     lines = "".join(json.dumps({"step": step, **row}) + "\n" for step, row in enumerate(rows))
     (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
-    held = {"recipe": "dpo", "config": config, "versions": {}}
-    (folder / "config.json").write_text(json.dumps(held), encoding="utf-8")
+    record = {"recipe": "dpo", "config": config, "versions": {}}
+    (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_compare_draws_and_tells_what_differs(
 def test_compare_tells_different_code_and_what_was_not_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture, drawn: list[Any]
 ) -> None:
-    """Equal code (but for layout): nothing said. Equal lines can all be seen."""
+    """No row where the code is equal but for layout. Equal lines stay visible."""
     rows = [{"loss": 1.0, "test_loss": 2.0, "kl": 0.5, "grad_norm": 3.0}] * 2
     codes = {"dpo-1": "a = 1", "dpo-2": "a  =  1", "ipo-1": "a = 2"}
     for name, text in codes.items():
@@ -232,6 +233,23 @@ def test_compare_of_other_runs(
     assert names == [str(Path("a/run")), str(Path("b/run"))]
     assert cli.main(["compare", "b/run"]) == 0
     assert titles(drawn[1]) == ["loss"]
+
+
+def test_compare_draws_all_that_dpo_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: list[Any]
+) -> None:
+    """Five held-out metrics: the margin grows whether chosen rises or rejected falls, so both are
+    drawn. A panel whose values span little says how little."""
+    monkeypatch.chdir(tmp_path)
+    names = ("loss", "accuracy", "reward_margin", "chosen_logprob", "rejected_logprob")
+    rows = [{f"test_{name}": 0.5 for name in names}, {"loss": 0.6, "accuracy": 0.7}]
+    rows += [{f"test_{name}": 0.9 for name in names} | {"test_reward_margin": 0.506}]
+    write_run(Path("dpo-1"), {}, rows)
+    assert cli.main(["compare", "dpo-1"]) == 0
+    assert titles(drawn[0]) == [*(f"test_{name}" for name in names), "loss"]
+    labels = [axis.get_ylabel() for axis in drawn[0].axes]
+    assert labels == ["loss", "accuracy", "reward_margin (range 0.006)", *names[3:], "loss"]
+    assert {axis.get_xlabel() for axis in drawn[0].axes} == {"optimizer step"}
 
 
 def test_many_runs_are_told_apart(tmp_path: Path, drawn: list[Any]) -> None:

@@ -31,9 +31,10 @@ from cookbook_core import (
     with_inputs,
 )
 from cookbook_core.builtin_losses import BUILTIN_LOSSES, with_entropy_bonus
+from cookbook_core.commands import cli
+from cookbook_core.commands import doctor as doctor_command
 from cookbook_core.data import load_rows
 from cookbook_core.doctor import Report, examine
-from cookbook_core.doctor.__main__ import main
 from cookbook_core.doctor.examples import example_data
 from cookbook_core.errors import ConfigError
 from recipes import bradley_terry, dpo, grpo, sft, token_set_kl
@@ -113,7 +114,7 @@ def own_function(data: Any, logprobs: Any) -> Any:
 
 
 def float32_only(data: Any, logprobs: Any) -> Any:
-    """torch.dot wants equal dtypes, so that float64 logprobs raise: training gives float32."""
+    """torch.dot requires equal dtypes, so float64 logprobs raise; in training they are float32."""
     dots = [torch.dot(weights_of(d), lp) for d, lp in zip(data, logprobs, strict=True)]
     return -torch.stack(dots).mean(), {}
 
@@ -213,7 +214,7 @@ def test_a_healthy_loss_has_no_defect(name: str) -> None:
     report = report_on(name)
     assert report.ok, str(report)
     checks = {f.check for f in report.findings}
-    assert {"returns", "gradient", "weights", "order", "reduction", "finite"} <= checks
+    assert {"returns", "gradient", "weights", "order", "reduction", "finite", "sign"} <= checks
     assert str(report).endswith(("no notes", "note", "notes"))
 
 
@@ -501,6 +502,32 @@ def weights_by_place(data: Any, logprobs: Any) -> Any:
     return -(sums * torch.linspace(1, 2, len(sums))).mean(), {}
 
 
+def lengths_of(data: Any) -> torch.Tensor:
+    return torch.stack([mask_of(d).sum() for d in data])
+
+
+@planted("order", "however they are grouped")
+def divides_by_the_neighbours_length(data: Any, logprobs: Any) -> Any:
+    """DPO per token, by the length of the datum before: a rotation of two halves hides it."""
+    gaps = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
+    gaps = gaps / lengths_of(data).roll(1)
+    return -F.logsigmoid(0.1 * (gaps[0::2] - gaps[1::2])).mean(), {}
+
+
+@planted("order", "however they are grouped")
+def divides_by_a_length_far_away(data: Any, logprobs: Any) -> Any:
+    """The same by the datum half a batch away, which two halves that change places keep."""
+    sums = weighted_sums(data, logprobs) / lengths_of(data).roll(len(data) // 2)
+    return -sums.mean(), {}
+
+
+@planted("order", "however they are grouped")
+def weighted_by_both_neighbours(data: Any, logprobs: Any) -> Any:
+    """Neighbours round a ring: neither a rotation nor the reverse order changes who they are."""
+    n = lengths_of(data).double()
+    return -(weighted_sums(data, logprobs) * (n.roll(1) + n.roll(-1))).mean(), {}
+
+
 @planted("reduction", "two copies of a batch get different gradients")
 def at_most_sixteen(data: Any, logprobs: Any) -> Any:
     """A micro-batch size somebody wrote into the loss."""
@@ -676,13 +703,13 @@ BESIDES = {"half_precision": {"gradient"}}
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_defect_is_named_and_no_other(name: str) -> None:
-    """The right check finds it, says where, expected and got (but for an exception of the loss's
-    own) and the words to mend it by; no other check is set off."""
+    """The right check finds it and says where, what is expected, and what it got or how to fix it
+    (an exception of the loss has only a place); no other check finds a defect."""
     loss, check, words = PLANTED[name]
     report = examine(loss)
     named = [f for f in report.defects if f.check == check]
     assert any(words in " ".join(str(f).split()) for f in named), str(report)
-    assert all(f.where and ((f.expected and f.got) or "raised" in f.what) for f in named)
+    assert all(f.where and ((f.expected and (f.got or f.fix)) or "raised" in f.what) for f in named)
     others = {f.check for f in report.defects} - {check}
     assert others == BESIDES.get(name, set()), str(report)
 
@@ -698,7 +725,7 @@ def test_two_mistakes_are_two_findings() -> None:
     assert {f.check for f in examine(both).defects} == {"finite", "kl"}
 
 
-def test_a_field_nobody_can_guess_is_said_to_be_missing() -> None:
+def test_an_input_of_unknown_kind_is_reported_as_missing() -> None:
     def odd(data: Any, logprobs: Any) -> Any:
         return nll(data, logprobs) * data[0].loss_fn_inputs["annotator_shares"].shares, {}
 
@@ -707,12 +734,28 @@ def test_a_field_nobody_can_guess_is_said_to_be_missing() -> None:
     assert "examine(loss_fn, data) takes yours" in words_of(report, "data")
 
 
+@pytest.mark.parametrize(
+    ("loss", "check", "words"),
+    [
+        (divides_by_the_neighbours_length, "sign", "neither pairs nor advantages"),
+        (no_metrics, "returns", "the other checks need a loss that passes this one"),
+        (only_the_first, "order", "not checked: fix every_datum first"),
+        (only_the_first, "reduction", "not checked: fix every_datum first"),
+        (mean_over_positions, "reduction", "times the loss"),
+        (RECIPES["token_set_kl"], "sign", "not checked: several candidates"),
+    ],
+)
+def test_a_check_that_cannot_be_made_says_so(loss: Loss, check: str, words: str) -> None:
+    notes = [f.what for f in examine(loss).findings if f.check == check and f.status != "defect"]
+    assert any(words in what for what in notes), notes
+
+
 def test_at_least_fifteen_kinds_are_planted() -> None:
     assert len(PLANTED) >= 45
     assert len({check for _, check, _ in PLANTED.values()}) == 15
 
 
-# ---- what it says of healthy ones ----------------------------------------------------------------
+# ---- findings on healthy losses ------------------------------------------------------------------
 
 
 def words_of(report: Report, check: str) -> str:
@@ -747,7 +790,7 @@ def words_of(report: Report, check: str) -> str:
         ("grpo k3", "kl", "behaves like k3: its expected gradient is that of KL(ref || policy)"),
     ],
 )
-def test_what_is_said_of_a_healthy_loss(name: str, check: str, words: str) -> None:
+def test_findings_on_a_healthy_loss(name: str, check: str, words: str) -> None:
     assert words in words_of(report_on(name), check)
 
 
@@ -791,8 +834,8 @@ def test_misaligned_data_is_found_before_the_loss_runs() -> None:
     data[1] = with_inputs(data[1], ref_logprobs=[-1.0] * 3)
     data[3] = with_inputs(data[3], ref_logprobs=[-1.0] * 5)
     report = examine(RECIPES["dpo"], data)
-    found = [(f.check, f.where, f.expected, f.got) for f in report.defects]
-    assert found == [
+    defects = [(f.check, f.where, f.expected, f.got) for f in report.defects]
+    assert defects == [
         ("alignment", 'data[1].loss_fn_inputs["ref_logprobs"]', "4", "3"),
         ("alignment", 'data[3].loss_fn_inputs["ref_logprobs"]', "4", "5"),
     ]
@@ -827,8 +870,8 @@ def test_data_that_a_client_would_refuse_is_a_finding() -> None:
     data = pairs_with_ref()
     data[0] = with_inputs(data[0], weights=[1.0] * 3)
     data[2] = with_inputs(data[2], weights=[float("nan")] * 5)
-    found = [(f.check, f.where, f.got) for f in examine(RECIPES["dpo"], data).defects]
-    assert found == [
+    defects = [(f.check, f.where, f.got) for f in examine(RECIPES["dpo"], data).defects]
+    assert defects == [
         ("data", 'data[0].loss_fn_inputs["weights"]', "(3,)"),
         ("data", 'data[2].loss_fn_inputs["weights"][0]', "nan"),
     ]
@@ -846,7 +889,7 @@ def test_what_cannot_be_examined_is_refused() -> None:
         examine(sharpen, huge, loss_type_input="vocab_logprobs")
 
 
-def test_example_data_has_what_the_loss_asks_for() -> None:
+def test_example_data_has_the_inputs_that_the_loss_reads() -> None:
     """Unequal lengths; the first pair differs in one token, the first of the response; a weight 0
     within or behind some completions; (N,) for tokens, (N, K) for a token set."""
     data, form = example_data(RECIPES["dpo"])
@@ -871,6 +914,11 @@ def test_importing_the_core_does_not_import_the_doctor() -> None:
 
 # ---- command line --------------------------------------------------------------------------------
 
+
+def main(words: list[str]) -> int:
+    return cli.main(["doctor", *words])
+
+
 COMMANDS = {
     "recipes/sft.py:sft_loss": 0,
     "recipes/dpo.py:dpo_loss": 0,
@@ -887,11 +935,13 @@ COMMANDS = {
 MISTAKES = {
     "recipes/dpo.py:dpo_los": 'Did you mean "dpo_loss"',
     "recipes/dpo.py --bta 0.1": '--bta: dpo_loss has no such argument. Did you mean "beta"',
-    "recipes/dpo.py --beta": "--beta: not understood",
+    "recipes/dpo.py --beta": "--beta: missing value. Give --beta VALUE.",
+    "recipes/dpo.py --beta --seed 1": "--beta: missing value",
+    "recipes/dpo.py --beta 1 false": "false: not a flag",
     "recipes/dpo.py --beta -1": "Config.beta: out of range",
     "recipes/none.py:x": "recipes/none.py: cannot be imported",
     "recipes.none:x": "recipes.none: cannot be imported",
-    "cookbook_core.runs": "cookbook_core.runs: no loss ''",
+    "cookbook_core.runs": "cookbook_core.runs: not one function called NAME_loss",
 }
 
 
@@ -922,7 +972,8 @@ def test_the_readme_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) ->
     """recipes/README.md quotes a command and the end of its output."""
     text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     quoted = re.findall(
-        r"    python -m cookbook_core\.doctor (.*)\n((?:    \S.*\n|     +.*\n)*)", text
+        r"    (?:python -m cookbook_core\.|cookbook )doctor (.*)\n((?:    \S.*\n|     +.*\n)*)",
+        text,
     )
     shown = {command: textwrap.dedent(output) for command, output in quoted}
     assert "my_dpo.py:dpo_loss" in shown
@@ -941,7 +992,7 @@ def test_a_copied_and_broken_recipe_from_another_folder(tmp_path: Path) -> None:
     assert broken != text
     (tmp_path / "my_dpo.py").write_text(broken, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "cookbook_core.doctor", "my_dpo.py:dpo_loss"],
+        [sys.executable, "-m", "cookbook_core.commands.cli", "doctor", "my_dpo.py:dpo_loss"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -955,7 +1006,7 @@ def test_a_copied_and_broken_recipe_from_another_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("at_root")
-def test_an_argument_nobody_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_argument_without_a_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file without a Config; the flag supplies what is missing."""
     file = tmp_path / "mine.py"
     file.write_text(
@@ -965,7 +1016,7 @@ def test_an_argument_nobody_gives(tmp_path: Path, capsys: pytest.CaptureFixture[
         encoding="utf-8",
     )
     assert main([f"{file}:my_loss"]) == 2
-    assert "my_loss(scale): no value for it" in capsys.readouterr().err
+    assert "my_loss(scale): missing value" in capsys.readouterr().err
     assert main([str(file), "--scale", "2"]) == 0
 
 
@@ -997,7 +1048,58 @@ def test_a_config_by_annotation_and_a_whole_vocabulary(tmp_path: Path) -> None:
 def test_help_explains_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["--help"])
-    assert "0 no defect, 1 a defect, 2 the command is mistaken" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0 no defect, 1 a defect, 2 the command is mistaken" in shown
+
+
+@pytest.mark.usefixtures("at_root")
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        ("", False),
+        ("--plain", True),
+        ("--plain --scale 2", True),
+        ("--plain true", True),
+        ("--plain True --scale 2", True),
+        ("--plain=true", True),
+        ("--plain false", False),
+        ("--plain --no_plain", False),
+        ("--no-plain", False),
+        ("--bare", "bare"),
+        ("--no_keep", "dropped"),
+        ("--fast true", "fast"),
+    ],
+)
+def test_boolean_flags(
+    flags: str, value: bool | str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a recipe takes them: --flag, --no_flag, and --flag with true or false, in any case; for
+    an argument with a boolean default or annotation and for a field of Config."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from cookbook_core import weighted_sums\n\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Config:\n"
+        "    plain: bool = False\n\n\n"
+        "def my_loss(data, logprobs, plain, bare=False, keep=True, fast: bool = False, scale=1):\n"
+        "    names = ['bare'] * bare + ['dropped'] * (not keep) + ['fast'] * fast\n"
+        "    assert all(type(flag) is bool for flag in (plain, bare, keep, fast))\n"
+        "    loss = -scale * weighted_sums(data, logprobs).mean()\n"
+        "    return loss, {name: 1.0 for name in names or [f'plain_is_{plain}']}\n",
+        encoding="utf-8",
+    )
+    name = value if isinstance(value, str) else f"plain_is_{value}"
+    module_loss, module = doctor_command.load(str(file))
+    words = flags.split()
+    parsed = doctor_command.parse_flags(words, doctor_command.booleans(module_loss, module))
+    loss_fn, _ = doctor_command.bind(module_loss, module, parsed)
+    data = example_data(loss_fn)[0]
+    logprobs = [torch.full((d.model_input.length,), -1.0) for d in data]
+    assert set(loss_fn(data, logprobs)[1]) == {name}
+    assert main([str(file), *words]) == 0
+    assert "no defects" in capsys.readouterr().out
 
 
 def simpo_with_the_reference_read(data: Any, logprobs: Any) -> Any:
@@ -1014,13 +1116,13 @@ def test_a_reference_without_effect_is_a_note() -> None:
     assert "step_0" in {f.check for f in examine(RECIPES["dpo"]).findings if f.status == "ok"}
 
 
-def test_an_argument_that_config_lacks_is_told_after_a_pass(tmp_path: Path, capsys: Any) -> None:
+def test_a_flag_that_config_lacks_is_a_note_after_a_pass(tmp_path: Path, capsys: Any) -> None:
     text = (Path(dpo.__file__)).read_text(encoding="utf-8")
     text = text.replace("*, beta: float\n", "*, beta: float, gamma: float = 0.0\n")
     copy = tmp_path / "my_dpo.py"
     copy.write_text(text, encoding="utf-8")
     assert main([f"{copy}:dpo_loss", "--gamma", "0.5"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "note config gamma: no field of Config yet. Add it there" in said
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "note config gamma: no field of Config yet. Add it there" in shown
     assert main([f"{copy}:dpo_loss", "--beta", "0.2"]) == 0
     assert "no field of Config" not in capsys.readouterr().out

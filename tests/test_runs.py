@@ -388,6 +388,38 @@ def test_plot_draws_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         run.plot(panels[:1])
 
 
+def test_a_plot_names_its_run_and_shows_small_changes_as_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's folder and parameters as the title; every axis labelled; at least 0.05 high."""
+    from matplotlib import figure
+
+    from cookbook_core.runs.plots import draw_panels
+
+    figures = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    rows = [{"step": step, "margin": step * 0.002, "kl": 1e-4 * step} for step in range(4)]
+    config = {"model": "/data/models/" + "long/" * 9 + "qwen", "beta": 0.1, "learning_rate": 2e-4}
+    config |= {"init_from": "", "clip": [0.8, 1.2], "device": "auto", "log_path": "runs/dpo-7"}
+    folder = tmp_path / "dpo-7"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"config": config}), encoding="utf-8")
+    panels = [Panel("Margin", "", ["margin"], 0.0), Panel("KL", "nats", ["kl"], min_range=0.0)]
+    draw_panels(panels, rows, folder / "plot.png")
+    text = " ".join(figures[0].get_suptitle().split())
+    assert text.startswith("dpo-7: model ...")
+    assert text.endswith("/qwen, beta 0.1, learning_rate 0.0002, clip (0.8, 1.2)")
+    assert [axis.get_ylabel() for axis in figures[0].axes] == ["value", "nats"]
+    low, high = figures[0].axes[0].get_ylim()
+    assert high - low == pytest.approx(0.05)
+    assert -0.001 < low < 0 < 0.006 < high  # no negative half for values that are not negative
+    assert figures[0].axes[1].get_ylim()[1] < 0.001
+    draw_panels(panels, rows, tmp_path / "plot.png")
+    assert figures[1].get_suptitle() == tmp_path.name
+    draw_panels(panels, rows, folder / "plot.png", "mine")
+    assert figures[2].get_suptitle() == "mine"
+
+
 def test_summary_and_samples_are_markdown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = make_run(tmp_path)
     run.save_before_after("Held-out pairs", {"test_accuracy": 0.5}, {"test_accuracy": 0.97123456})

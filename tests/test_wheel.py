@@ -1,4 +1,4 @@
-"""What `pip install .` gives: a wheel, installed elsewhere; a recipe copied out of it, and run."""
+"""The wheel that `pip install .` builds, installed elsewhere; a recipe copied from it and run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: a checkout may hold a build/ folder whose stale files would come along."""
+    """Built from a copy of the checkout, whose build/ folder may contain stale files."""
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -38,7 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """Run Python in an empty folder, with the wheel and the dependencies to import, and no more.
+    """Run Python in an empty folder where only the wheel and its dependencies can be imported.
 
     -S leaves out .pth files, and with them the editable installation of this checkout.
     """
@@ -69,12 +69,12 @@ def pip(command: str, *arguments: str) -> None:
 
 def test_the_wheel_holds_everything_under_one_name(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
     core = [p for p in (ROOT / "cookbook_core").rglob("*") if "__pycache__" not in p.parts]
     files = {p.relative_to(ROOT).as_posix() for p in core if p.is_file()}
     files |= {f"cookbook_core/recipes/{p.name}" for p in (ROOT / "recipes").glob("*.py")}
-    assert sorted(files - held) == []
-    assert {name.split("/")[0] for name in held} == {"cookbook_core"}
+    assert sorted(files - names) == []
+    assert {name.split("/")[0] for name in names} == {"cookbook_core"}
 
 
 def test_the_wheel_says_what_the_project_files_say(wheel: Path) -> None:
@@ -95,6 +95,8 @@ def test_the_command_and_a_copied_recipe(run: Command) -> None:
     assert recipes <= set(listed.stdout.split()), listed.stderr
     copied = run("-m", "cookbook_core.commands.cli", "new", "dpo", "my_dpo.py")
     assert "python my_dpo.py" in copied.stdout, copied.stderr
+    examined = run("-m", "cookbook_core.commands.cli", "doctor", "my_dpo.py:dpo_loss")
+    assert examined.stdout.endswith("no defects, no notes\n"), examined.stdout + examined.stderr
 
     flags = "--num_steps 2 --batch_size 4 --test_rows 4 --log_path made/run"
     trained = run("my_dpo.py", *flags.split())

@@ -1,7 +1,7 @@
-"""A loss, a batch and made-up logprobs, asked the same question many times.
+"""A loss with a batch and plausible logprobs, to be run many times.
 
-Each call gets copies of its own, so a loss that changes its inputs cannot spoil the next answer,
-and the same random seed, so that what differs between two calls is what was changed on purpose.
+Each run gets its own copies, so a loss that changes its inputs cannot affect the next run, and the
+same random seed, so two runs differ only in what was changed on purpose.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Role: TypeAlias = Literal[
     "reference", "sampling", "logprobs", "advantages", "weights", "probs", "reward", ""
 ]
-MAX_CELLS = 20_000_000
+MAX_CELLS = 20_000_000  # logprobs of a whole vocabulary: 160 MB in float64
 _ROLES: tuple[tuple[Role, str], ...] = (
     ("reference", r"(ref|reference|base|initial)_.*(logp|lp)"),
     ("sampling", r"(sampling|sampled|sampler|old|behaviou?r|rollout|inf)_.*(logp|lp)|logprobs$"),
@@ -40,34 +40,36 @@ _ROLES: tuple[tuple[Role, str], ...] = (
 
 
 def role_of(key: str) -> Role:
-    """What a loss input is by its name; "" where the name does not say."""
-    found: list[Role] = [role for role, pattern in _ROLES if re.match(pattern, key.lower())]
-    return found[0] if found else ""
+    """Read the role of a loss input from its name; "" where the name does not say."""
+    for role, pattern in _ROLES:
+        if re.match(pattern, key.lower()):
+            return role
+    return ""
 
 
 class WatchedInputs(dict[str, Any]):
-    """A datum's loss inputs that remember which names were asked for."""
+    """A datum's loss inputs that add each name a loss looks up to `reads`."""
 
-    def __init__(self, inputs: Mapping[str, Any], asked: set[str]) -> None:
+    def __init__(self, inputs: Mapping[str, Any], reads: set[str]) -> None:
         super().__init__(inputs)
-        self._asked = asked
+        self._reads = reads
 
     def __getitem__(self, key: str) -> Any:
-        self._asked.add(key)
+        self._reads.add(key)
         return super().__getitem__(key)
 
     def __contains__(self, key: object) -> bool:
-        self._asked.add(str(key))
+        self._reads.add(str(key))
         return super().__contains__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As dict's."""
-        self._asked.add(key)
+        """As `dict.get`."""
+        self._reads.add(key)
         return super().get(key, default)
 
 
-def copies(data: Sequence[Datum], asked: set[str]) -> list[Datum]:
-    """Equal datums with arrays of their own; the names they are asked for go to `asked`."""
+def copies(data: Sequence[Datum], reads: set[str]) -> list[Datum]:
+    """Copy datums and their arrays; each input name that is looked up is added to `reads`."""
     made = []
     for datum in data:
         inputs = {
@@ -75,7 +77,7 @@ def copies(data: Sequence[Datum], asked: set[str]) -> list[Datum]:
             for key, value in datum.loss_fn_inputs.items()
         }
         copy = Datum(datum.model_input, inputs)
-        object.__setattr__(copy, "loss_fn_inputs", WatchedInputs(inputs, asked))
+        object.__setattr__(copy, "loss_fn_inputs", WatchedInputs(inputs, reads))
         made.append(copy)
     return made
 
@@ -84,9 +86,13 @@ def copies(data: Sequence[Datum], asked: set[str]) -> list[Datum]:
 class Case:
     """One loss on one batch.
 
-    data: D datums. logprobs: D tensors, nats, float64 where the loss takes it, else float32.
-    reads: names of loss inputs the loss asked for. unit: how many neighbouring datums belong
-    together (pairs: 2), None until `checks.order` has found it or when the order matters.
+    data: D datums.
+    logprobs: D tensors, nats, float64 where the loss takes it, else float32.
+    form: what the logprobs are of, see `custom_loss.LossFn`.
+    reads: names of the loss inputs that the loss has looked up.
+    unit: number of neighbouring datums that belong together (pairs: 2); None before `batch.order`
+        has run, and where the order matters.
+    escapes, tape: see `watch.watch_class`.
     """
 
     loss_fn: LossFn
@@ -100,7 +106,7 @@ class Case:
 
     @property
     def where(self) -> str:
-        """The loss as messages call it."""
+        """The name of the loss in messages."""
         return f"{name_of(self.loss_fn)}()"
 
     @property
@@ -123,27 +129,27 @@ class Case:
         logprobs: Sequence[torch.Tensor] | None = None,
         watch: Any = None,
     ) -> LossResult:
-        """Loss, metrics and gradient, on copies, with the random seed set.
+        """Compute loss, metrics and gradient on copies, with a fixed random seed.
 
         Raises:
-            CookbookError: what the training client would have raised.
+            CookbookError: the error that a training client would raise.
         """
         import torch
 
-        def watched(given: list[Datum], leaves: list[Any]) -> Any:
+        def watched(batch: list[Datum], leaves: list[Any]) -> Any:
             with watch or nullcontext():
-                return self.loss_fn(given, leaves)
+                return self.loss_fn(batch, leaves)
 
         watched.__name__ = name_of(self.loss_fn)
-        given = copies(self.data if data is None else data, self.reads)
+        batch = copies(self.data if data is None else data, self.reads)
         values = self.logprobs if logprobs is None else logprobs
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return differentiate(watched, given, values, view=torch.clone)
+            return differentiate(watched, batch, values, view=torch.clone)
 
     @functools.cached_property
     def base(self) -> LossResult:
-        """The result on the batch as it is; fills `tape` and `escapes`."""
+        """The result on the unchanged batch; fills `tape` and `escapes`."""
         watch = watch_class()()
         result = self.run(watch=watch)
         self.tape, self.escapes = watch.tape, list(dict.fromkeys(watch.escapes))
@@ -160,9 +166,9 @@ class Case:
         return sorted(key for key in self.reads if role_of(key) == role and key in have)
 
     def weighted(self, i: int) -> np.ndarray | None:
-        """Positions of datum i that carry loss `(N,)`, or None where nothing says which.
+        """Which positions of datum i should get gradient, bool `(N,)`; None where nothing says so.
 
-        They are those with a weight; a loss driven by advantages needs these to be not 0 too.
+        Those whose weight is not 0 and, in a loss that reads advantages, whose advantage is not 0.
         """
         inputs, n, marks = self.data[i].loss_fn_inputs, self.data[i].model_input.length, []
         for key in {"weights", *self.keys("weights"), *self.keys("advantages")} & set(inputs):
@@ -172,7 +178,7 @@ class Case:
         return np.logical_and.reduce(marks) if marks else None
 
     def with_side_data(self, change: Callable[[str, int, tuple[int, ...]], Any]) -> list[Datum]:
-        """The datums with each input replaced by change(key, i, shape), kept where that is None."""
+        """Replace each input by change(key, i, shape), unless that is None."""
         made = []
         for i, datum in enumerate(self.data):
             new = {k: change(k, i, tuple(v.shape)) for k, v in datum.loss_fn_inputs.items()}
@@ -181,13 +187,13 @@ class Case:
         return made
 
     def filled(self, names: set[str], value: float) -> list[Datum]:
-        """The datums with these inputs equal to value throughout."""
+        """Fill the inputs of these names with one value."""
         return self.with_side_data(
             lambda k, _, shape: np.full(shape, value) if k in names else None
         )
 
     def at_step_0(self) -> list[Datum]:
-        """The datums with reference and sampling logprobs equal to the logprobs."""
+        """Set reference and sampling logprobs to the policy's: the state before step 1."""
         keys = {*self.keys("reference"), *self.keys("sampling")}
         lps = [lp.numpy() for lp in self.logprobs]
         return self.with_side_data(
@@ -196,7 +202,7 @@ class Case:
 
 
 def per_token(datum: Datum) -> list[str]:
-    """Names of the datum's inputs that have one entry per position."""
+    """List the datum's inputs that have one entry per position."""
     n = datum.model_input.length
     return [
         key
@@ -206,7 +212,7 @@ def per_token(datum: Datum) -> list[str]:
 
 
 def take_rows(datum: Datum, rows: np.ndarray) -> Datum:
-    """The datum made of these positions, in this order; -1 stands for a new one of weight 0."""
+    """Build a datum of these positions, in this order; -1 adds a new position of weight 0."""
     tokens = np.asarray(datum.model_input.to_ints())[rows]
     inputs = dict(datum.loss_fn_inputs)
     for key in per_token(datum):
@@ -218,10 +224,13 @@ def take_rows(datum: Datum, rows: np.ndarray) -> Datum:
 
 
 def draw_logprobs(data: Sequence[Datum], form: LossTypeInput, seed: int) -> list[torch.Tensor]:
-    """Plausible logprobs of the datums' targets, float64, nats, seeded.
+    """Draw plausible logprobs of the datums' targets: float64, nats, seeded.
 
-    Near what the sampler or, failing that, the reference gave, where the datum says so: a policy
-    one step away from them. 0.0 where "score_mask" is 0, as in training.
+    They lie near the datum's sampling logprobs or else its reference logprobs, as those of a policy
+    one step away. They are 0.0 where "score_mask" is 0, as in training.
+
+    Raises:
+        ConfigError: the whole vocabulary's logprobs have more than MAX_CELLS entries.
     """
     import torch
 
@@ -232,9 +241,9 @@ def draw_logprobs(data: Sequence[Datum], form: LossTypeInput, seed: int) -> list
             vocab = max(vocab, 1 + int(targets.to_numpy().max()))
     cells = vocab * sum(datum.model_input.length for datum in data)
     if form == "vocab_logprobs" and cells > MAX_CELLS:
-        rule, mend = f"at most {MAX_CELLS} logprobs", "Examine fewer or shorter datums."
+        rule, fix = f"at most {MAX_CELLS} logprobs", "Examine fewer or shorter datums."
         raise ConfigError(
-            "data", "too large a table of logprobs", expected=rule, got=cells, fix=mend
+            "data", "too large a table of logprobs", expected=rule, got=cells, fix=fix
         )
     drawn = []
     for datum in data:
@@ -250,9 +259,9 @@ def draw_logprobs(data: Sequence[Datum], form: LossTypeInput, seed: int) -> list
             for role, spread in (("reference", 0.3), ("sampling", 0.05)):
                 for key, value in datum.loss_fn_inputs.items():
                     if role_of(key) == role and value.shape == shape:
-                        known = value.to_numpy()
-                        near = np.minimum(known + spread * rng.normal(size=n), -0.01)
-                        lp = np.where(known != 0, near, lp)
+                        center = value.to_numpy()
+                        near = np.minimum(center + spread * rng.normal(size=n), -0.01)
+                        lp = np.where(center != 0, near, lp)
         if SCORE_MASK in datum.loss_fn_inputs:
             lp[datum.loss_fn_inputs[SCORE_MASK].to_numpy() == 0] = 0.0
         drawn.append(torch.tensor(lp))
@@ -266,7 +275,7 @@ def make_case(
     form: LossTypeInput,
     seed: int,
 ) -> Case:
-    """A case in float64, or in float32 where the loss runs in that alone."""
+    """Build a case in float64, or in float32 where the loss runs in that alone."""
     import torch
 
     values = draw_logprobs(data, form, seed) if logprobs is None else list(logprobs)

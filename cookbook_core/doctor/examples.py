@@ -1,4 +1,4 @@
-"""Example datums for a loss nobody has given data for: made up, with what the loss asks for."""
+"""Example datums with the inputs that a loss reads."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Maker = Callable[[int, dict[str, bool]], Datum]
 def example_data(
     loss_fn: LossFn, loss_type_input: str | None = None, *, group_size: int = 1, seed: int = 0
 ) -> tuple[list[Datum], LossTypeInput]:
-    """Datums that `loss_fn` runs on, and the form of logprobs it takes.
+    """Build datums that `loss_fn` runs on, and say which form of logprobs it takes.
 
     Neighbours (0 and 1, 2 and 3, ...) share their prompt, as pairs and groups do; the first two
     differ in one token, the first of the response. Prompts and completions differ in length, some
     have tokens of weight 0 within or behind the completion. Tried in turn: `(N,)` targets, token
     sets of 2 to 5 candidates with "target_probs"; the whole vocabulary where loss_type_input
-    or the name of the second parameter says so. Inputs the loss asks for in vain are filled in by
-    what their names say.
+    or the name of the second parameter says so. An input that the loss looks up and that is missing
+    is added; its name decides its values (see `case.role_of`).
 
     Returns:
-        The first that the loss runs on; where it runs on none, plain `(N,)` datums.
+        The first datums that the loss runs on, else plain `(N,)` ones; and the form of logprobs.
     """
     count = COUNT if COUNT % group_size == 0 else 2 * group_size
     if _wants_vocab(loss_fn, loss_type_input):
@@ -60,21 +60,21 @@ def _wants_vocab(loss_fn: LossFn, loss_type_input: str | None) -> bool:
 def _fill(
     loss_fn: LossFn, make: Maker, form: LossTypeInput, count: int, seed: int
 ) -> tuple[list[Datum], bool]:
-    """Datums with every input the loss asks for, and whether it runs on them.
+    """Build datums with every input that the loss looks up, and say whether it runs on them.
 
-    fields says of each input added whether it is per token or one number for the sequence.
+    `fields` maps each added input to whether it is per token, rather than one number per sequence.
     """
     fields: dict[str, bool] = {}
     flipped = False
     while True:
         data = [make(i, fields) for i in range(count)]
-        asked: set[str] = set()
+        reads: set[str] = set()
         logprobs = [lp.requires_grad_(True).clone() for lp in draw_logprobs(data, form, seed)]
         try:
-            loss_fn(copies(data, asked), logprobs)
+            loss_fn(copies(data, reads), logprobs)
             return data, True
         except Exception:
-            missing = {key for key in asked if key not in data[0].loss_fn_inputs}
+            missing = {key for key in reads if key not in data[0].loss_fn_inputs}
             sets = len(data[0].loss_fn_inputs["target_tokens"].shape) == 2
             if missing and not (any(role_of(k) == "probs" for k in missing) and not sets):
                 fields |= {key: role_of(key) != "reward" for key in missing}
@@ -88,7 +88,7 @@ def _fill(
 
 
 def _sequence(i: int, fields: dict[str, bool]) -> Datum:
-    """Datum i of prompt, completion and, for some, tokens of weight 0 in it or behind it."""
+    """Build datum i of prompt, completion and, for some, tokens of weight 0 within or after it."""
     pair = np.random.default_rng([7, i // 2])
     prompt = pair.integers(1, VOCAB, size=(3, 1, 4, 2, 5)[i // 2 % 5]).tolist()
     completion = pair.integers(1, VOCAB, size=9).tolist()[: 4 if i < 2 else 3 + i * 2 % 5]
@@ -102,7 +102,7 @@ def _sequence(i: int, fields: dict[str, bool]) -> Datum:
 
 
 def _token_set(i: int, fields: dict[str, bool], k: int) -> Datum:
-    """Datum i of a prompt and K candidates for the token after it."""
+    """Build datum i of a prompt and K candidates for the token after it."""
     rng = np.random.default_rng([8, i])
     prompt = rng.integers(1, VOCAB, size=6 + i % 3).tolist()
     extra = _extra(i, fields, np.arange(len(prompt)) == len(prompt) - 1)
@@ -113,7 +113,7 @@ def _token_set(i: int, fields: dict[str, bool], k: int) -> Datum:
 
 
 def _extra(i: int, fields: dict[str, bool], on: np.ndarray) -> dict[str, Any]:
-    """The inputs asked for: logprobs in nats, advantages that sum to 0 in pairs, and so on."""
+    """Values of the added inputs, such as advantages that sum to 0 in pairs."""
     rng = np.random.default_rng([9, i])
     behaviour = -0.2 - rng.exponential(size=len(on))
     near = np.minimum(behaviour + 0.3 * rng.normal(size=len(on)), -0.01)

@@ -1,4 +1,4 @@
-"""The checks of losses with a direction: pairs, advantages, a reference, a KL term."""
+"""Checks of direction and reference: sign, identities at step 0, the KL estimator."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cookbook_core.doctor.case import Case
-from cookbook_core.doctor.report import Finding, defect
+from cookbook_core.doctor.report import Finding, defect, not_checked
 from cookbook_core.errors import CookbookError
 
 if TYPE_CHECKING:
     import torch
 
-OUTCOMES = 6  # of the small vocabulary that KL terms are enumerated on
+OUTCOMES = 6  # size of the vocabulary that KL terms are enumerated over
 
 
 def is_pairwise(case: Case) -> bool:
-    """Whether the loss takes its datums in twos (see `checks.order`)."""
+    """Whether the loss takes its datums in pairs (see `batch.order`)."""
     return case.unit == 2
 
 
@@ -29,20 +29,20 @@ def is_pairwise(case: Case) -> bool:
 def sign(case: Case) -> list[Finding]:
     """Descent makes chosen likelier than rejected, good likelier than bad, targets likelier."""
     if any(lp.dim() != 1 for lp in case.logprobs):
-        return []  # candidates or a whole vocabulary: some must rise, some fall
+        return [not_checked("sign", "several candidates per position: some rise, others fall")]
     try:
         grads = case.run(case.at_step_0()).grads
     except CookbookError:
-        return []  # the step-0 identities say so
+        return [not_checked("sign", "the loss fails where the reference equals the policy")]
     sums = [float(g.sum()) for g in grads]
     if is_pairwise(case):
         chosen, rejected = sum(sums[0::2]), sum(sums[1::2])
         if chosen > 0 > rejected:
             what = "descent makes the rejected likelier and the chosen less likely"
-            mend = "The order is chosen, rejected, chosen, ...: data[0::2] and data[1::2]."
+            fix = "The order is chosen, rejected, chosen, ...: data[0::2] and data[1::2]."
             got = f"{chosen:+.3g} on chosen, {rejected:+.3g} on rejected"
             rule = "gradient < 0 on chosen, > 0 on rejected"
-            return [defect("sign", case.where, what, rule, got, mend)]
+            return [defect("sign", case.where, what, rule, got, fix)]
         return [Finding("sign", "ok", "descent lifts chosen over rejected")]
     if keys := case.keys("advantages"):
         pull = 0.0
@@ -50,23 +50,29 @@ def sign(case: Case) -> list[Finding]:
             pull += float((g * datum.loss_fn_inputs[keys[0]].to_torch()).sum())
         if pull > 0:
             what = "descent makes tokens with a positive advantage less likely"
-            mend = "The loss is minus the objective: -(ratio * advantages)."
+            fix = "The loss is minus the objective: -(ratio * advantages)."
             rule = "sum(gradient * advantages) < 0"
-            return [defect("sign", case.where, what, rule, f"{pull:+.3g}", mend)]
+            return [defect("sign", case.where, what, rule, f"{pull:+.3g}", fix)]
         return [Finding("sign", "ok", "descent lifts tokens with a positive advantage")]
-    return _bounded(case, sums)
+    return _all_one_way(case, sums)
 
 
-def _bounded(case: Case, sums: list[float]) -> list[Finding]:
-    """A loss that falls for ever as every target gets less likely has lost its minus."""
-    if min(sums) < 0 or max(sums) <= 0:
-        return []
+def _all_one_way(case: Case, sums: list[float]) -> list[Finding]:
+    """Without pairs or advantages, a loss that lowers every target without a bound lost its minus.
+
+    sums: total gradient of each datum.
+    """
+    if max(sums) <= 0:
+        return [Finding("sign", "ok", "descent makes the target tokens likelier")]
+    if min(sums) < 0:
+        reason = "descent lifts some datums and lowers others, and neither pairs nor advantages "
+        return [not_checked("sign", reason + "say which of them should rise")]
     far, farther = (case.run(logprobs=[lp * 0 - x for lp in case.logprobs]).loss for x in (30, 60))
     if farther < far - 1e-3 * max(1.0, abs(far)):
         what = "the loss falls without end as every target token gets less likely"
-        mend = "A minus sign is missing: the loss is -log p."
+        fix = "A minus sign is missing: the loss is -log p."
         rule, got = "a loss that is bounded below", f"{far:.4g} at -30 nats, {farther:.4g} at -60"
-        return [defect("sign", case.where, what, rule, got, mend)]
+        return [defect("sign", case.where, what, rule, got, fix)]
     return [Finding("sign", "note", "descent makes the target tokens less likely (unlikelihood?)")]
 
 
@@ -77,14 +83,17 @@ def _without_effect(case: Case) -> bool:
     """Whether other reference logprobs leave loss, metrics and gradient as they are."""
     keys, rng = case.keys("reference"), np.random.default_rng(1)
     other = case.with_side_data(lambda key, _, shape: -rng.random(shape) if key in keys else None)
-    found, base = case.run(other), case.base
-    same = zip(found.grads, base.grads, strict=True)
-    values = found.loss == base.loss and found.metrics == base.metrics
-    return bool(keys) and values and all(bool((a == b).all()) for a, b in same)
+    result, base = case.run(other), case.base
+    pairs = zip(result.grads, base.grads, strict=True)
+    values = result.loss == base.loss and result.metrics == base.metrics
+    return bool(keys) and values and all(bool((a == b).all()) for a, b in pairs)
 
 
 def _identity(name: str, case: Case, reference: bool) -> float | None:
-    """What a metric of this name must be while the policy is still the reference."""
+    """The value that a metric of this name must have while the policy equals the reference.
+
+    None where the name does not say. reference: whether the loss uses reference logprobs.
+    """
     name = name.lower()
     if re.search(r"coef|clip|frac|weight|beta", name):
         return None
@@ -96,7 +105,7 @@ def _identity(name: str, case: Case, reference: bool) -> float | None:
 
 
 def step_0(case: Case) -> list[Finding]:
-    """While policy, reference and sampler are one: margin 0, ratio 1, KL 0."""
+    """While policy, reference and sampler are equal: margin 0, ratio 1, KL 0."""
     reference = [] if _without_effect(case) else case.keys("reference")
     keys = [*reference, *case.keys("sampling")]
     if is_pairwise(case) and case.keys("reference") and not reference:
@@ -108,37 +117,37 @@ def step_0(case: Case) -> list[Finding]:
         return []
     data, names = case.at_step_0(), " and ".join(f'"{key}"' for key in keys)
     result = case.run(data)
-    found, held = [], []
+    findings, identities = [], []
     for name, value in result.metrics.items():
         expected = _identity(name, case, bool(reference))
         if expected is None:
             continue
         if case.same(value, expected, 1.0):
-            held.append(f"{name} {expected:g}")
+            identities.append(f"{name} {expected:g}")
         else:
             where = f'{case.where} metrics["{name}"]'
             what = f"wrong where {names} equal the policy's"
-            mend = "Look at the sign of the reference and at what is summed on either side."
-            found.append(defect("step_0", where, what, f"{expected:g}", f"{value:.6g}", mend))
+            fix = "Look at the sign of the reference and at what is summed on either side."
+            findings.append(defect("step_0", where, what, f"{expected:g}", f"{value:.6g}", fix))
     if is_pairwise(case) and reference:
         order = np.arange(len(data)).reshape(-1, 2)[:, ::-1].reshape(-1)
-        turned = case.run([data[j] for j in order], [case.logprobs[j] for j in order]).loss
-        if not case.same(turned, result.loss):
+        swapped = case.run([data[j] for j in order], [case.logprobs[j] for j in order]).loss
+        if not case.same(swapped, result.loss):
             what = f"swapping the pairs changes the loss where {names} equal the policy's"
-            mend = "margin = (chosen - ref_chosen) - (rejected - ref_rejected)."
+            fix = "margin = (chosen - ref_chosen) - (rejected - ref_rejected)."
             rule = f"{result.loss:.6g} either way"
-            found.append(defect("step_0", case.where, what, rule, f"{turned:.6g}", mend))
-        held.append("margin 0")
+            findings.append(defect("step_0", case.where, what, rule, f"{swapped:.6g}", fix))
+        identities.append("margin 0")
     shown = "ln 2" if case.same(result.loss, math.log(2)) else f"{result.loss:.4g}"
     words = f"with the policy's own {names} the loss is {shown}"
-    return found or [Finding("step_0", "ok", ", ".join([words, *dict.fromkeys(held)]))]
+    return findings or [Finding("step_0", "ok", ", ".join([words, *dict.fromkeys(identities)]))]
 
 
 # ---- KL ------------------------------------------------------------------------------------------
 
 
 def _estimators(d: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Value and slope in log p of each KL term at log-ratios d, policy = sampler."""
+    """Value and slope in log p of each KL estimator at log-ratios d (nats), policy = sampler."""
     k3 = (-d).exp() - 1 + d
     return {
         "k1": (d, d * 0 + 1),
@@ -150,22 +159,24 @@ def _estimators(d: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def _enumerate(case: Case, logp: torch.Tensor, ref: torch.Tensor) -> tuple[Any, Any]:
-    """Loss and total gradient in log p for each outcome x: every weighted token of the batch is x.
+    """Compute the loss and its total gradient in log p where every target token is outcome x.
 
-    Policy and sampler give it logp[x], the reference ref[x]; advantages and rewards are 0, which
-    leaves the KL term alone.
+    Policy and sampler have logp[x], the reference ref[x]; advantages and rewards are 0, so that
+    only the KL term is left.
+
+    logp, ref and both results are `(OUTCOMES,)`, logprobs in nats.
     """
     import torch
 
     reference, sampling = case.keys("reference"), case.keys("sampling")
-    none = {*case.keys("advantages"), *case.keys("reward")}
+    zero = {*case.keys("advantages"), *case.keys("reward")}
     values, slopes = [], []
     for x in range(len(logp)):
 
         def side(key: str, i: int, shape: tuple[int, ...], x: int = x) -> Any:
-            known = ref[x] if key in reference else logp[x] if key in sampling else None
-            known = 0.0 if key in none else known
-            return None if known is None else np.full(shape, float(known))
+            value = ref[x] if key in reference else logp[x] if key in sampling else None
+            value = 0.0 if key in zero else value
+            return None if value is None else np.full(shape, float(value))
 
         at_x = [torch.full_like(lp, float(logp[x])) for lp in case.logprobs]
         result = case.run(case.with_side_data(side), at_x)
@@ -174,14 +185,14 @@ def _enumerate(case: Case, logp: torch.Tensor, ref: torch.Tensor) -> tuple[Any, 
     return torch.tensor(values).double(), torch.tensor(slopes).double()
 
 
-def _fits(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether found is a multiple of wanted."""
-    scale = float((found * wanted).sum() / (wanted * wanted).sum())
-    return float((found - scale * wanted).abs().max()) <= 1e-5 * float(found.abs().max())
+def _is_multiple(values: torch.Tensor, of: torch.Tensor) -> bool:
+    """Whether `values` is a multiple of `of`, to 1e-5."""
+    scale = float((values * of).sum() / (of * of).sum())
+    return float((values - scale * of).abs().max()) <= 1e-5 * float(values.abs().max())
 
 
 def kl(case: Case) -> list[Finding]:
-    """Which KL estimator the use of the reference behaves like, and whether it holds anything.
+    """Which KL estimator the loss behaves like, and whether its gradient is that of a KL.
 
     Exact enumeration over a softmax of six outcomes: the expected gradient under the policy
     against that of KL(policy || reference).
@@ -189,10 +200,12 @@ def kl(case: Case) -> list[Finding]:
     """
     import torch
 
-    if not case.keys("reference") or is_pairwise(case) or not case.exact:
+    if not case.keys("reference") or is_pairwise(case):
         return []
+    if not case.exact:
+        return [not_checked("kl", "the loss takes float32 logprobs alone")]
     if any(lp.dim() != 1 for lp in case.logprobs):
-        return []
+        return [not_checked("kl", "several candidates per position")]
     rng = np.random.default_rng(1)
     logits = [torch.tensor(rng.normal(size=OUTCOMES)) for _ in range(2)]
     logp, ref = (x.log_softmax(-1) for x in logits)
@@ -205,11 +218,16 @@ def kl(case: Case) -> list[Finding]:
         if torch.allclose(values, others, rtol=1e-9, atol=1e-12):
             words = f"{key} is read but does not enter the loss (kl_coef 0?)"
             return [Finding("kl", "note", words)]
-        what = f"{key} moves the loss but never its gradient: the KL term holds nothing"
-        mend = "Keep the logprobs attached: ratio.detach() * (logprobs - ref)**2 / 2."
-        return [defect("kl", case.where, what, "gradient of KL(policy || reference)", 0.0, mend)]
+        what = f"{key} moves the loss but never its gradient: the KL term regularises nothing"
+        fix = "Keep the logprobs attached: ratio.detach() * (logprobs - ref)**2 / 2."
+        return [defect("kl", case.where, what, "gradient of KL(policy || reference)", 0.0, fix)]
     name = next(
-        (n for n, (v, s) in _estimators(d).items() if _fits(slopes, s) and _fits(values, v)), ""
+        (
+            n
+            for n, (v, s) in _estimators(d).items()
+            if _is_multiple(slopes, s) and _is_multiple(values, v)
+        ),
+        "",
     )
     expected = p * (slopes - (p * slopes).sum())  # d E[loss] / d logits
     exact = p * (d - (p * d).sum())  # d KL(policy || reference) / d logits
@@ -225,26 +243,31 @@ def _verdict(
     size: float,
     along: float,
 ) -> list[Finding]:
-    """What the enumeration says: size of the expected gradient, its cosine to the exact one."""
+    """Judge the enumerated KL term.
+
+    name: the estimator it behaves like, "" for none. slopes: d loss / d log p for each outcome;
+    at_ref: the same where the policy is the reference. size: norm of the expected gradient.
+    along: its cosine to the gradient of KL(policy || reference).
+    """
     largest = float(slopes.abs().max())
     learns = bool(case.keys("advantages") or case.keys("sampling") or case.keys("reward"))
     rule = "the gradient of KL(policy || reference)"
-    mend = (
+    fix = (
         "Use k2, ratio.detach() * d**2 / 2 with d = logprobs - ref_logprobs; recipes/grpo.py has "
         "it and others that hold."
     )
     if size <= 1e-9 * largest:
         what = "the KL term behaves like k1: its expected gradient is 0, it regularises nothing"
         if learns:
-            return [defect("kl", case.where, what, rule, 0, mend)]
+            return [defect("kl", case.where, what, rule, 0, fix)]
         return [Finding("kl", "note", "the reference shifts the loss but not its gradient")]
     if float(at_ref.abs().max()) > 1e-6 * largest:
         words = "the gradient is not 0 at the reference: not a KL term, or not that alone"
         return [Finding("kl", "note", words)]
     if along < 0:
         what = "the KL term pushes the policy away from the reference"
-        mend = "Add kl_coef * KL to the loss, with a plus."
-        return [defect("kl", case.where, what, rule, f"cosine {along:.3f} with it", mend)]
+        fix = "Add kl_coef * KL to the loss, with a plus."
+        return [defect("kl", case.where, what, rule, f"cosine {along:.3f} with it", fix)]
     if along > 1 - 1e-9:
         words = f"behaves like {name}" if name else "has the gradient of k2"
         return [Finding("kl", "ok", f"{words}: its expected gradient is that of KL(policy || ref)")]

@@ -1,10 +1,10 @@
-"""What the doctor found: findings, and the report they make up."""
+"""The doctor's findings, and the report that lists them."""
 
 from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cookbook_core.errors import CookbookError
@@ -14,10 +14,12 @@ Status = Literal["ok", "note", "defect"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
-    status: "defect" spoils a run, "note" is worth knowing and may be meant, "ok" is as it should.
-    where: datum index and field, such as `data[3].loss_fn_inputs["ref_logprobs"]`.
+    check: the check's name, such as "padding".
+    status: "defect" spoils a run, "note" may be intended, "ok" is as it should be.
+    what: one sentence; where, expected, got, fix: as in `errors.CookbookError`, "" where empty.
+    error: the error that the finding reports, None where a check compared values.
     """
 
     check: str
@@ -26,37 +28,40 @@ class Finding:
     where: str = ""
     expected: str = ""
     got: str = ""
-    mend: str = ""
+    fix: str = ""
+    error: CookbookError | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
-        text = self.what
-        if self.expected:
-            slots = {"expected": self.expected, "got": self.got, "fix": self.mend}
-            text = str(CookbookError(self.where, self.what, **slots))
-        elif self.where or self.mend:
-            text = f"{self.where}: {self.what}. {self.mend}".rstrip().removeprefix(": ")
+        slots = {"expected": self.expected or None, "fix": self.fix}
+        slots |= {"got": self.got} if self.got else {}
+        text = str(CookbookError(self.where, self.what, **slots))
+        if self.status != "defect":
+            text = text.removesuffix(".")
         head = f"{self.status:<7} {self.check:<14}"
         return textwrap.fill(text, 100, initial_indent=head, subsequent_indent=" " * len(head))
 
 
 def defect(
-    check: str, where: str, what: str, expected: object, got: object, mend: str = ""
+    check: str, where: str, what: str, expected: object, got: object, fix: str = ""
 ) -> Finding:
-    """Make a finding that spoils a run; the words go into `errors.message`'s shape."""
-    return Finding(check, "defect", what, where, str(expected), str(got), mend)
+    """Make a finding that spoils a run."""
+    return Finding(check, "defect", what, where, str(expected), str(got), fix)
 
 
-def from_error(check: str, where: str, error: Exception | str) -> Finding:
-    """Read an error of this package, which says where, expected and got, as a defect."""
-    if isinstance(error, CookbookError):
-        fix = "" if error.fix.startswith("Nothing was accumulated") else error.fix
-        return Finding(check, "defect", error.what, error.where, error.expected, error.got, fix)
-    return Finding(check, "defect", str(error).rstrip("."), where)
+def not_checked(check: str, reason: str) -> Finding:
+    """Make a note that a check could not be made."""
+    return Finding(check, "note", f"not checked: {reason}")
+
+
+def from_error(check: str, where: str, error: CookbookError) -> Finding:
+    """Report an error as a defect, at `where` unless the error has a place of its own."""
+    slots = error.slots() | {"where": error.where or where}
+    return Finding(check, "defect", error=error, **slots)
 
 
 @dataclass(frozen=True)
 class Report:
-    """All findings about one loss on one batch; `str(report)` is what to read."""
+    """All findings about one loss on one batch; `print(report)` shows them."""
 
     subject: str
     findings: tuple[Finding, ...]

@@ -1,4 +1,4 @@
-"""How a value leaves the graph: stopped on purpose, or lost on the way."""
+"""How a value leaves the graph: stopped on purpose (.detach()) or by accident (.item())."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 @functools.cache
 def watch_class() -> Any:
-    """The class Watch; made on demand because its base needs torch.
+    """Make the class Watch, on demand because its base class needs torch.
 
-    `Watch()` around a loss writes down what `.detach()`, `.data` and no_grad blocks gave (tape),
-    and where values left the graph otherwise (escapes: ".item() at my.py:12"). `Watch(tape)` gives
-    those tensors out again, so that finite differences see them as the constants they are meant
-    to be. That tells a stopped gradient from a lost one.
+    `Watch()` around a loss records the results of `.detach()`, `.data` and no_grad blocks (tape),
+    and where else values leave the graph (escapes: ".item() at my.py:12"). `Watch(tape)` returns
+    the recorded tensors in place of new ones, so that finite differences see them as constants.
+    That distinguishes a gradient stopped on purpose from one lost by accident.
     """
     import torch
     from torch.overrides import TorchFunctionMode
