@@ -23,15 +23,13 @@ about ln 2 = 0.693 downwards: one that stays there means that nothing was learnt
 command that puts the scorer to use as the reward of recipes/grpo.py.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from cookbook_core import chat, clients, datum_from_token_set, runs, single_tokens, tinker
+from cookbook_core import chat, clients, errors, runs, tinker, token_set
 from cookbook_core.data import batch_indices, train_test
 
 # ---- config --------------------------------------------------------------------------------------
@@ -53,34 +51,32 @@ class Config:
     """What the model is asked after each answer."""
     verdicts: tuple[str, str] = (" yes", " no")
     """The two replies compared, the good one first; each must be one token, space included."""
-    num_steps: int = 40
+    num_steps: runs.PositiveInt = 40
     """Optimizer steps."""
-    batch_size: int = 16
+    batch_size: runs.PositiveInt = 16
     """Pairs per step."""
-    learning_rate: float = 1e-3
+    learning_rate: runs.PositiveFloat = 1e-3
     """Adam's step size at the first step; falls linearly to 0."""
-    lora_rank: int = 32
+    lora_rank: runs.PositiveInt = 32
     """Rank of the adapter (alpha is 32)."""
-    max_length: int = 512
+    max_length: runs.PositiveInt = 512
     """Longest prompt + answer + question, tokens; a pair with a longer one is dropped and
     counted."""
-    test_rows: int = 100
+    test_rows: runs.PositiveInt = 100
     """Held-out pairs."""
-    eval_every: int = 5
+    eval_every: runs.PositiveInt = 5
     """Steps between evaluations on the held-out pairs."""
     seed: int = 0
     """Of the adapter and the order of the data."""
     device: str = "auto"
-    """cuda, mps or cpu; auto takes the first there is."""
+    """cuda, mps or cpu; auto takes the first that is available."""
     dtype: str = "auto"
     """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
     log_path: str = ""
     """Run folder; empty takes the next free runs/bradley_terry-N."""
 
     def __post_init__(self) -> None:
-        runs.check_types(self)
-        sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
-        runs.check_positive(self, "learning_rate", *sizes)
+        runs.check_fields(self)
 
 
 # ---- loss ------------------------------------------------------------------------ change me ----
@@ -105,13 +101,11 @@ def bradley_terry_loss(
         metrics: accuracy in [0, 1] (a tie counts one half), reward_margin, chosen_reward and
             rejected_reward (nats).
     Raises:
-        ValueError: odd number of datums.
+        DatumError: odd number of datums.
     """
     if len(data) % 2:
-        raise ValueError(
-            f"bradley_terry_loss: {len(data)} datums do not pair up; data[{len(data) - 1}] is "
-            "left over. Expected chosen, rejected, chosen, rejected, ..."
-        )
+        where, rule = f"data[{len(data) - 1}]", "chosen, rejected, chosen, rejected, ..."
+        raise errors.DatumError(where, "has no partner", expected=rule, got=f"{len(data)} datums")
     reward = torch.stack([lp[-1, 0] - lp[-1, 1] for lp in logprobs])  # (D,)
     chosen, rejected = reward[0::2], reward[1::2]
     loss = -F.logsigmoid(chosen - rejected).mean()
@@ -145,7 +139,8 @@ class Judge:
             turns = (("assistant", answer), ("user", self.question))
             asked = [*prompt, *({"role": role, "content": text} for role, text in turns)]
         tokens = chat.render_prompt(self.tokenizer, asked)
-        return datum_from_token_set(tokens, single_tokens(self.tokenizer, self.verdicts))
+        verdicts = token_set.single_tokens(self.tokenizer, self.verdicts)
+        return token_set.datum_from_token_set(tokens, verdicts)
 
 
 def build_pairs(
@@ -183,19 +178,16 @@ def load_scorer(
     """A scorer that this recipe saved at `path`, on base model `model`, for `score_texts`.
 
     Raises:
-        CheckpointError: no checkpoint there. ValueError: one that this recipe did not save.
+        CheckpointError: no checkpoint, or one that this recipe did not save.
     """
+    saved = service.get_checkpoint_metadata(path)
+    if missing := {"question", "verdict_good", "verdict_bad"} - saved.keys():
+        what, got = "not a scorer of recipes/bradley_terry.py", f"no {', '.join(sorted(missing))}"
+        rule, fix = "its question and verdicts in the metadata", "Give the scorer it printed."
+        raise errors.CheckpointError(path, what, expected=rule, got=got, fix=fix)
     client = service.create_training_client_from_state(path, model).result()
-    try:
-        held = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
-        asked = held["user_metadata"]
-        verdicts = (asked["verdict_good"], asked["verdict_bad"])
-        return client, Judge(client.get_tokenizer(), asked["question"], verdicts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not a scorer that recipes/bradley_terry.py saved. Expected its question and "
-            f"verdicts in state.json, got {type(error).__name__}: {error}."
-        ) from error
+    verdicts = (saved["verdict_good"], saved["verdict_bad"])
+    return client, Judge(client.get_tokenizer(), saved["question"], verdicts)
 
 
 # ---- train ---------------------------------------------------------------------------------------
@@ -212,10 +204,10 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         ),
     ]
     progress = ("loss", "accuracy")
-    with runs.Run(
+    with runs.Run.open(
         "bradley_terry", config, config.num_steps, flags, progress=progress, best="test_accuracy"
     ) as run:
-        service = tinker.ServiceClient(device=config.device, dtype=config.dtype, **run.service)
+        service = run.service_client(config.device, config.dtype)
         client = clients.start(
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
@@ -223,11 +215,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         given = len(train_rows) + len(test_rows)
         data, train_rows = build_pairs(train_rows, judge, config.max_length)
         test_data, test_rows = build_pairs(test_rows, judge, config.max_length)
-        dropped = given - len(train_rows) - len(test_rows)
-        print(
-            f"pairs: {len(data) // 2} to train on, {len(test_data) // 2} held out; "
-            f"dropped as longer than {config.max_length} tokens: {dropped}"
-        )
+        run.report_rows("pairs", len(train_rows), len(test_rows), given, config.max_length)
 
         def evaluate() -> tuple[dict[str, float], list[torch.Tensor]]:
             logprobs = clients.score(client, test_data)
@@ -243,15 +231,15 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
             backward = client.forward_backward_custom(batch, bradley_terry_loss)
             stepped = client.optim_step(adam)  # submitted before waiting: no gap between the two
-            metrics = {**backward.result().metrics, **stepped.result().metrics}
+            metrics = backward.result().metrics | (stepped.result().metrics or {})
             run.log(step, metrics)
 
         after, logprobs = evaluate()
         run.log(config.num_steps, after)
 
-        asked = {"question": config.question}
-        asked |= {"verdict_good": config.verdicts[0], "verdict_bad": config.verdicts[1]}
-        saved = client.save_weights_for_sampler("final", user_metadata=asked).result().path
+        good, bad = config.verdicts
+        metadata = {"question": config.question, "verdict_good": good, "verdict_bad": bad}
+        saved = client.save_weights_for_sampler("final", user_metadata=metadata).result().path
         run.save_before_after("Held-out pairs, before and after", before, after)
         reward = [float(lp[-1, 0] - lp[-1, 1]) for lp in logprobs[:6]]
         run.save_samples(

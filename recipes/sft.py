@@ -55,35 +55,33 @@ class Config:
     init_from: str = ""
     """Run folder (for its final adapter) or LoRA folder to start from; its rank and alpha hold, not
     --lora_rank. Empty starts a fresh adapter."""
-    num_steps: int = 200
+    num_steps: runs.PositiveInt = 200
     """Optimizer steps."""
-    batch_size: int = 32
+    batch_size: runs.PositiveInt = 32
     """Sequences per step."""
-    learning_rate: float = 2e-3
+    learning_rate: runs.PositiveFloat = 2e-3
     """Adam's step size at the first step; falls linearly to 0."""
-    lora_rank: int = 32
+    lora_rank: runs.PositiveInt = 32
     """Rank of the adapter (alpha is 32)."""
-    max_length: int = 512
+    max_length: runs.PositiveInt = 512
     """Longest sequence, tokens; longer ones are dropped and counted."""
-    test_rows: int = 100
+    test_rows: runs.PositiveInt = 100
     """Held-out sequences."""
-    max_tokens: int = 64
+    max_tokens: runs.PositiveInt = 64
     """Longest answer generated when measuring exact match, tokens."""
-    eval_every: int = 20
+    eval_every: runs.PositiveInt = 20
     """Steps between evaluations on the held-out sequences."""
     seed: int = 0
     """Of the adapter and the order of the data."""
     device: str = "auto"
-    """cuda, mps or cpu; auto takes the first there is."""
+    """cuda, mps or cpu; auto takes the first that is available."""
     dtype: str = "auto"
     """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
     log_path: str = ""
     """Run folder; empty takes the next free runs/sft-N."""
 
     def __post_init__(self) -> None:
-        runs.check_types(self)
-        sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
-        runs.check_positive(self, "max_tokens", "learning_rate", *sizes)
+        runs.check_fields(self)
 
 
 # ---- loss ------------------------------------------------------------------------ change me ----
@@ -135,7 +133,7 @@ def build_data(
     return data, kept
 
 
-def question_and_answer(row: dict) -> tuple[str | list[dict], str]:
+def question_and_answer(row: dict) -> tuple[str | list[chat.Message], str]:
     """What to ask and the text expected back, for the exact match."""
     if "messages" in row:
         prompt, answer = chat.before_last_answer(row["messages"], "messages")
@@ -164,10 +162,10 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         runs.Panel("held-out exact match", "share of answers", ["test_exact_match"], 0.0),
     ]
     progress = ("loss", "test_exact_match")
-    with runs.Run(
+    with runs.Run.open(
         "sft", config, config.num_steps, flags, progress=progress, best="test_exact_match"
     ) as run:
-        service = tinker.ServiceClient(device=config.device, dtype=config.dtype, **run.service)
+        service = run.service_client(config.device, config.dtype)
         client = clients.start(
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
@@ -175,11 +173,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         given = len(train_rows) + len(test_rows)
         data, train_rows = build_data(train_rows, tokenizer, config.max_length, config.train_on)
         test_data, test_rows = build_data(test_rows, tokenizer, config.max_length, config.train_on)
-        dropped = given - len(train_rows) - len(test_rows)
-        print(
-            f"sequences: {len(data)} to train on, {len(test_data)} held out; "
-            f"dropped as longer than {config.max_length} tokens: {dropped}"
-        )
+        run.report_rows("sequences", len(train_rows), len(test_rows), given, config.max_length)
         expected = [question_and_answer(row)[1] for row in test_rows]
 
         samples = run.once("samples", lambda: clients.offers_sampling(service, config.model))
@@ -200,7 +194,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
             backward = client.forward_backward_custom([data[row] for row in rows], sft_loss)
             stepped = client.optim_step(adam)  # submitted before waiting: no gap between the two
-            metrics = {**backward.result().metrics, **stepped.result().metrics}
+            metrics = backward.result().metrics | (stepped.result().metrics or {})
             run.log(step, metrics)
 
         after, answers_after = evaluate()

@@ -109,7 +109,7 @@ def look(folder: Path) -> tuple[int, int]:
         assert int(held["step"]) <= entry["step"]  # less where grpo had nothing to learn from
         for file in Path(entry["path"]).glob("*.safetensors"):
             assert all(tensor.isfinite().all() for tensor in load_file(file).values())
-    entry = run_folder.newest(record)
+    entry = run_folder.newest_checkpoint(record)
     step = entry["step"] if entry else 0
     rows = [  # of training: grpo logs no loss where no completion beats another
         row["step"]

@@ -50,7 +50,7 @@ def steps(
 ) -> TrainingClient:
     """A run of six steps that saves after every second one."""
     data = grouped(2, 2, 18)
-    with Run("r", Config(str(folder)), 6, RunFlags(save_every=2)) as run:
+    with Run.open("r", Config(str(folder)), 6, RunFlags(save_every=2)) as run:
         client = clients.start(service, model, "", 4, 0, run.checkpoint)
         for step in run.steps(client):
             before(step)

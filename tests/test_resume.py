@@ -1,4 +1,4 @@
-"""A run that is interrupted and goes on ends as one that was not: bytes and metrics."""
+"""A run that is interrupted and resumed ends as one that was not: bytes and metrics."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 from cookbook_core import runs
 from cookbook_core.errors import CheckpointError, ConfigError
 from cookbook_core.runs import Run, RunFlags, read_metrics, run_folder
+from cookbook_core.runs.claim import lock
 from cookbook_core.tinker import TrainingClient
 from tests import kill_harness
 from tests.test_runs import Config
@@ -123,7 +124,9 @@ class Client:
 def go(tmp_path: Path, until: int, num_steps: int = 10, **flags: Any) -> Run:
     """Run to `until` updates, then stop without a word, as a killed process does."""
     config = Config(num_steps, log_path=str(tmp_path / "run"))
-    run = Run("sft", config, num_steps, RunFlags(**{"save_every": 2, **flags}), best="-test_loss")
+    run = Run.open(
+        "sft", config, num_steps, RunFlags(**{"save_every": 2, **flags}), best="-test_loss"
+    )
     client: Any = Client(run.path)
     for step in run.steps(client):
         if step == until:
@@ -132,7 +135,7 @@ def go(tmp_path: Path, until: int, num_steps: int = 10, **flags: Any) -> Run:
             run.log(step, {"test_loss": abs(step - 5)})
         client.state = step + 1
         run.log(step, {"loss": float(step), "random": float(torch.rand(()))})
-    run._lock.release()
+    run._claim.release()
     return run
 
 
@@ -178,8 +181,12 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(tmp_path: Pa
     newest = run.path / "checkpoints/model-0/weights/step-000006"
     (newest / "state").write_text("9", encoding="utf-8")
     metrics = (run.path / "metrics.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match=r"state: damaged.* of step 5: .* remove .*000006"):
+    with pytest.raises(
+        CheckpointError, match=r"state: damaged.* of step 5: .* remove .*000006"
+    ) as caught:
         go(tmp_path, 8)
+    assert caught.traceback  # keeps the frames alive that would hold the lock
+    lock(run.path).release()  # the failed start has released it
     assert (run.path / "metrics.jsonl").read_bytes() == metrics
     for file in newest.iterdir():
         file.unlink()
@@ -216,10 +223,10 @@ def test_another_config_is_refused_and_fresh_moves_the_run_aside(tmp_path: Path)
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     config = Config(3, log_path=str(tmp_path / "run"))
-    with Run("sft", config, 3):
+    with Run.open("sft", config, 3):
         code = (
             "import sys; from tests.test_runs import Config; from cookbook_core.runs import Run\n"
-            "Run('sft', Config(3, log_path=sys.argv[1]), 3)"
+            "Run.open('sft', Config(3, log_path=sys.argv[1]), 3)"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, config.log_path],
@@ -229,7 +236,9 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
             check=False,
         )
     assert done.returncode == 1
-    assert f"in use. Expected a run of one process, got {config.log_path}" in done.stderr
+    assert f"in use. Expected a folder that no other process uses, got {config.log_path}" in (
+        done.stderr
+    )
     assert f"process {os.getpid()} on" in done.stderr
 
 
@@ -238,7 +247,7 @@ def test_numbered_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
 
     def start(steps: int, **flags: Any) -> Run:
-        return Run("dpo", Config(steps), steps, RunFlags(**flags))
+        return Run.open("dpo", Config(steps), steps, RunFlags(**flags))
 
     first = start(3)
     assert first.path.as_posix() == "runs/test_runs-1"
@@ -282,10 +291,10 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     process.send_signal(number)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number
-    entry = run_folder.newest(run_folder.read_record(tmp_path / "run"))
+    entry = run_folder.newest_checkpoint(run_folder.read_record(tmp_path / "run"))
     assert entry is not None
     assert f"stopped at step {entry['step']} of 400, which is saved in" in said
-    assert "Give the same command to go on." in said
+    assert "Give the same command to resume." in said
     assert read_metrics(tmp_path / "run")[-1]["step"] == entry["step"] - 1
 
 
@@ -296,7 +305,7 @@ def test_a_second_signal_is_the_plain_one(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with Run("s", Config(log_path=str(tmp_path / "r")), 3), pytest.raises(KeyboardInterrupt):
+    with Run.open("s", Config(log_path=str(tmp_path / "r")), 3), pytest.raises(KeyboardInterrupt):
         twice()
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 

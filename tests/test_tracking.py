@@ -68,7 +68,7 @@ def test_tensorboard_writes_what_tensorboard_reads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb", "trackio"])
-def test_a_missing_library_is_said_with_its_mend(
+def test_a_missing_library_is_named_with_its_fix(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = "torch.utils.tensorboard" if kind == "tensorboard" else kind

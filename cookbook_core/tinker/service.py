@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cookbook_core.backend.interface import Backend
-from cookbook_core.errors import CheckpointError, ConfigError
+from cookbook_core.errors import CheckpointError, ConfigError, RequestError
 from cookbook_core.storage.paths import usable_path
 from cookbook_core.tinker.futures import APIFuture, ClientFuture, mapped
 from cookbook_core.tinker.sampling import SamplingClient
@@ -164,6 +164,19 @@ class ServiceClient:
             )
         created = self._backend_of(model_path, base_model).create_sampler(model_path)
         return ClientFuture(mapped(created, SamplingClient), "create_sampling_client")
+
+    def get_checkpoint_metadata(self, path: str) -> dict[str, str]:
+        """The user_metadata that the checkpoint at `path` was saved with.
+
+        Raises:
+            CheckpointError: not a checkpoint. RequestError: at a service.
+        """
+        if self._service is not None:
+            fix = "Download the checkpoint, and use it on this machine."
+            raise RequestError("get_checkpoint_metadata", "not offered by a service", fix=fix)
+        from cookbook_core.backend.local.checkpoints import metadata_of
+
+        return metadata_of(usable_path("path", path, CheckpointError))
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
         """The models a service names; here the bundled one, any Hugging Face causal LM besides."""

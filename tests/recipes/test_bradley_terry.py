@@ -122,7 +122,9 @@ def test_what_is_no_scorer_is_said_to_be_none(tmp_path):
     service = tinker.ServiceClient(device="cpu", checkpoint_dir=tmp_path)
     client = service.create_lora_training_client("tiny", rank=2, train_unembed=False).result()
     path = client.save_weights_for_sampler("other").result().path
-    with pytest.raises(ValueError, match=r"other: not a scorer .* KeyError: 'verdict_good'"):
+    with pytest.raises(
+        CheckpointError, match=r"other: not a scorer .*got no question, verdict_bad"
+    ):
         load_scorer(service, path, "tiny")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         load_scorer(service, str(tmp_path / "nowhere"), "tiny")

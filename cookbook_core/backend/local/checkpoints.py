@@ -363,6 +363,22 @@ def put_in_place(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def metadata_of(path: str | Path) -> dict[str, str]:
+    """The user_metadata that a checkpoint was saved with; empty in a folder that peft wrote.
+
+    Raises:
+        CheckpointError: not a LoRA folder, or its state.json is damaged.
+    """
+    base_model_of(path)
+    file = Path(path) / "state.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")).get("user_metadata") or {})
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(str(file), "damaged", expected="JSON", got=error) from error
+
+
 def base_model_of(path: str | Path) -> str:
     """The base model a LoRA folder names.
 
