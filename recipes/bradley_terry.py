@@ -3,16 +3,16 @@ r"""Bradley-Terry: a reward model out of preference pairs, read from two words o
     L = -mean over pairs of log sigmoid(r(chosen) - r(rejected))
     r(answer) = log p(" yes" | ...) - log p(" no" | ...)
 
-After each answer the model is asked whether it was a good one, and the reward r (nats) is how much
-likelier it finds the one verdict than the other as its next token. No new head: the scorer is a
-LoRA adapter like any other, and what the base model knows of the two words is its start.
+After each answer comes the question whether it was a good one. The reward r (nats) is how much
+likelier the model finds the verdict " yes" than " no" as its next token. There is no new head: the
+scorer is a LoRA adapter like any other, and starts from what the base model knows of both words.
 
 Paper: Bradley and Terry 1952; as a reward model Ouyang et al. 2022, arXiv 2203.02155, equation 1.
 Left out: margins between ratings, and the centring term that keeps the mean reward near 0.
 
 Data: columns prompt, chosen, rejected, the same pairs as for recipes/dpo.py; each plain text, or
 lists of messages as TRL has them, chosen and rejected with the one answer; or chosen and rejected
-as whole conversations, of which the turns that both begin with are the prompt.
+as whole conversations, whose shared turns at the start are the prompt.
 
     python -m recipes.bradley_terry             # bundled tiny model, under a minute on two cores
     python -m recipes.bradley_terry --model Qwen/Qwen3-0.6B --dataset my_pairs.jsonl \
@@ -45,10 +45,10 @@ class Config:
     """Hub name, local file or folder with columns prompt, chosen, rejected, or the last two.
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     init_from: str = ""
-    """Run folder (for its final adapter) or LoRA folder to start from; its rank and alpha hold, not
-    --lora_rank. Empty starts a fresh adapter."""
+    """Run folder (for its final adapter) or LoRA folder to start from, with its own rank and alpha
+    instead of --lora_rank. Empty starts a fresh adapter."""
     question: str = "Was that a good answer?"
-    """What the model is asked after each answer."""
+    """Question put to the model after each answer."""
     verdicts: tuple[str, str] = (" yes", " no")
     """The two replies compared, the good one first; each must be one token, space included."""
     num_steps: runs.PositiveInt = 40
@@ -67,11 +67,11 @@ class Config:
     eval_every: runs.PositiveInt = 5
     """Steps between evaluations on the held-out pairs."""
     seed: int = 0
-    """Of the adapter and the order of the data."""
+    """Seed of the adapter's initial values and of the order of the data."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first that is available."""
     dtype: str = "auto"
-    """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
+    """Type of the base model: float32 or bfloat16; auto is bfloat16 on cuda, else float32."""
     log_path: str = ""
     """Run folder; empty takes the next free runs/bradley_terry-N."""
 
@@ -130,15 +130,15 @@ class Judge:
     verdicts: tuple[str, str]
 
     def datum(self, prompt, answer) -> tinker.Datum:
-        """The datum whose last position is where the verdict would stand."""
+        """Build the datum whose last position predicts the verdict."""
         answer = chat.last_text(answer)
         if isinstance(prompt, str):
-            asked = f"{prompt}{answer}\n\n{self.question}"
+            conversation = f"{prompt}{answer}\n\n{self.question}"
         else:
             chat.check_messages(prompt, "prompt")
             turns = (("assistant", answer), ("user", self.question))
-            asked = [*prompt, *({"role": role, "content": text} for role, text in turns)]
-        tokens = chat.render_prompt(self.tokenizer, asked)
+            conversation = [*prompt, *({"role": role, "content": text} for role, text in turns)]
+        tokens = chat.render_prompt(self.tokenizer, conversation)
         verdicts = token_set.single_tokens(self.tokenizer, self.verdicts)
         return token_set.datum_from_token_set(tokens, verdicts)
 
@@ -148,15 +148,15 @@ def build_pairs(
 ) -> tuple[list[tinker.Datum], list[dict]]:
     """Rows -> interleaved datums (chosen, rejected, ...), and the rows that were kept. A pair with
     a member longer than max_length tokens is not."""
-    data, kept = [], []
+    data, kept_rows = [], []
     for given in rows:
         with chat.naming(given):  # errors name the row
             row = chat.split_pair(given)
             pair = [judge.datum(row["prompt"], row[side]) for side in ("chosen", "rejected")]
         if max(datum.model_input.length for datum in pair) <= max_length:
-            kept.append(row)
+            kept_rows.append(row)
             data += pair
-    return data, kept
+    return data, kept_rows
 
 
 # ---- the scorer ----------------------------------------------------------------------------------
@@ -165,8 +165,8 @@ def build_pairs(
 def score_texts(client: tinker.TrainingClient, judge: Judge, texts: Sequence[tuple]) -> list[float]:
     """Rewards (nats) of (prompt, answer) pairs under a client's present weights.
 
-    Each is the answer's own: neither the batch it is scored in nor padding enters, but for the last
-    bits of float arithmetic.
+    A reward does not depend on the batch it is computed in, except for the last bits of float
+    arithmetic.
     """
     data = [judge.datum(prompt, answer) for prompt, answer in texts]
     return [float(lp[-1, 0] - lp[-1, 1]) for lp in clients.score(client, data)]
@@ -175,7 +175,7 @@ def score_texts(client: tinker.TrainingClient, judge: Judge, texts: Sequence[tup
 def load_scorer(
     service: tinker.ServiceClient, path: str, model: str
 ) -> tuple[tinker.TrainingClient, Judge]:
-    """A scorer that this recipe saved at `path`, on base model `model`, for `score_texts`.
+    """Load a scorer that this recipe saved at `path`, on base model `model`, for `score_texts`.
 
     Raises:
         CheckpointError: no checkpoint, or one that this recipe did not save.
@@ -194,7 +194,7 @@ def load_scorer(
 
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
-    """The whole run, or the rest of one; returns the held-out metrics at its end."""
+    """Train from the start, or resume; return the held-out metrics at the end."""
     train_rows, test_rows = train_test(config.dataset, chat.PAIRS, config.test_rows, config.seed)
     panels = [
         runs.Panel("loss", "loss", ["loss", "test_loss"]),

@@ -18,8 +18,8 @@ Data: columns prompt, chosen, rejected (all three; splits train and, if there, t
 text, or lists of messages as TRL has them, chosen and rejected with the one answer
     {"prompt": [{"role": "user", "content": "..."}],
      "chosen": [{"role": "assistant", "content": "..."}], "rejected": [...]}
-or chosen and rejected as whole conversations, with or without a prompt beside them: the turns that
-both begin with are the prompt.
+or chosen and rejected as whole conversations, with or without a prompt beside them: the turns they
+share at the start are the prompt.
 
     python -m recipes.dpo                       # bundled tiny model, about a minute on two cores
     python -m recipes.dpo --model Qwen/Qwen3-0.6B --dataset my_pairs.jsonl
@@ -60,7 +60,7 @@ class Config:
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     init_from: str = ""
     """Run folder (for its final adapter) or LoRA folder to start from; it is then the reference
-    too. Its rank and alpha hold, not --lora_rank."""
+    too. Its own rank and alpha are used instead of --lora_rank."""
     beta: runs.PositiveFloat = 0.1
     """Strength of the pull to the reference, 1/nats. Larger stays closer."""
     num_steps: runs.PositiveInt = 120
@@ -78,11 +78,11 @@ class Config:
     eval_every: runs.PositiveInt = 20
     """Steps between evaluations on the held-out pairs."""
     seed: int = 0
-    """Of the adapter, the order of the data and the samples."""
+    """Seed of the adapter's initial values, of the order of the data and of the samples."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first that is available."""
     dtype: str = "auto"
-    """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
+    """Type of the base model: float32 or bfloat16; auto is bfloat16 on cuda, else float32."""
     log_path: str = ""
     """Run folder; empty takes the next free runs/dpo-N."""
 
@@ -140,7 +140,7 @@ def build_pairs(
 ) -> tuple[list[tinker.Datum], list[dict]]:
     """Rows -> interleaved datums (chosen, rejected, ...), and the rows that were kept. Those with a
     member longer than max_length tokens are not: a pair stays together or goes together."""
-    data, kept = [], []
+    data, kept_rows = [], []
     for given in rows:
         with chat.naming(given):  # errors name the row
             row, pair = chat.split_pair(given), []
@@ -149,16 +149,16 @@ def build_pairs(
                 pair.append(chat.render_completion(tokenizer, row["prompt"], row[side]))
         if max(len(prompt) + len(completion) for prompt, completion in pair) > max_length:
             continue
-        kept.append(row)
+        kept_rows.append(row)
         data += [datum_from_prompt_completion(*tokens, score_prompt=False) for tokens in pair]
-    return data, kept
+    return data, kept_rows
 
 
 # ---- train ---------------------------------------------------------------------------------------
 
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
-    """The whole run, or the rest of one; returns the held-out metrics at its end."""
+    """Train from the start, or resume; return the held-out metrics at the end."""
     train_rows, test_rows = train_test(config.dataset, chat.PAIRS, config.test_rows, config.seed)
     panels = [
         runs.Panel("loss", "loss", ["loss", "test_loss"]),

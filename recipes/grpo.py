@@ -21,7 +21,7 @@ the loss has the expected gradient
     k3_ratio              ratio * (exp(-d) - 1 + d)          of KL(p || p_ref)
     k1_reward             ratio * d (constant)               of KL(p || p_ref); a reward of -d
     k3                    exp(-d) - 1 + d                    of KL(p_ref || p): the other direction
-    k1_no_regularisation  d                                  zero: published, and holds nothing
+    k1_no_regularisation  d                                  zero: published, regularises nothing
 
 Data: column prompt, text or messages, and column answer, which `reward` reads.
 
@@ -69,16 +69,16 @@ class Config:
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     init_from: str = ""
     """Run folder (for its final adapter) or LoRA folder to start from; it is then the reference
-    too. Its rank and alpha hold, not --lora_rank."""
+    too. Its own rank and alpha are used instead of --lora_rank."""
     reward_model: str = ""
     """A scorer saved by recipes/bradley_terry.py on the same base model, as the reward."""
     kl_coef: runs.NonNegativeFloat = 0.02
     """Weight of the KL term; 0 leaves it out."""
     kl_estimator: KLEstimator = "k2"
-    """See the top of this file."""
+    """Form of the KL term: see the table at the top."""
     reduction: Reduction = "token_mean"
     """Of the token terms: mean over all tokens of the step, mean of each sequence's mean, or sum
-    over sequences * max_tokens."""
+    divided by sequences * max_tokens."""
     normalize_std: bool = False
     """Divide advantages by the group's standard deviation."""
     clip: Annotated[
@@ -105,11 +105,11 @@ class Config:
     eval_every: runs.PositiveInt = 10
     """Steps between evaluations on the held-out prompts."""
     seed: int = 0
-    """Of the adapter, the order of the data and the samples."""
+    """Seed of the adapter's initial values, of the order of the data and of the samples."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first that is available."""
     dtype: str = "auto"
-    """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
+    """Type of the base model: float32 or bfloat16; auto is bfloat16 on cuda, else float32."""
     log_path: str = ""
     """Run folder; empty takes the next free runs/grpo-N."""
 
@@ -126,7 +126,7 @@ def reward(row: dict, completions: list[str]) -> list[float]:
 
 
 def bradley_terry_reward(service: tinker.ServiceClient, config: Config) -> Callable:
-    """The reward that recipes/bradley_terry.py has learnt, nats."""
+    """The reward of a scorer that recipes/bradley_terry.py trained, nats."""
     try:
         from recipes.bradley_terry import load_scorer, score_texts
     except ModuleNotFoundError:  # this file is a copy: the installed package has the recipe
@@ -243,20 +243,20 @@ def measure(data: list[tinker.Datum], rewards: list[list[float]]) -> dict[str, f
 
 def with_prompt_tokens(rows: list[dict], tokenizer, longest: int) -> list[dict]:
     """The rows whose prompt has at most `longest` tokens, with these."""
-    kept = []
+    kept_rows = []
     for row in rows:
         with chat.naming(row):  # errors name the row
             tokens = chat.render_prompt(tokenizer, row["prompt"])
         if len(tokens) <= longest:
-            kept.append({**row, "prompt_tokens": tokens})
-    return kept
+            kept_rows.append({**row, "prompt_tokens": tokens})
+    return kept_rows
 
 
 # ---- train ---------------------------------------------------------------------------------------
 
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
-    """The whole run, or the rest of one; returns the held-out metrics at its end."""
+    """Train from the start, or resume; return the held-out metrics at the end."""
     fields = ("prompt",) if config.reward_model else ("prompt", "answer")
     train_rows, test_rows = train_test(config.dataset, fields, config.test_rows, config.seed)
     panels = [
@@ -280,8 +280,14 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         longest = (client.get_info().model_data.max_context_length or 10**9) - config.max_tokens
         train_rows = with_prompt_tokens(train_rows, tokenizer, longest)
         test_rows = with_prompt_tokens(test_rows, tokenizer, longest)
-        fix = "Give a smaller --max_tokens, or a model with a longer context."
-        run.report_rows("prompts", len(train_rows), len(test_rows), given, longest, fix=fix)
+        run.report_rows(
+            "prompts",
+            len(train_rows),
+            len(test_rows),
+            given,
+            longest,
+            flag="a smaller --max_tokens",
+        )
         print("a loss near 0 is normal: advantages of a group sum to 0. Watch reward and kl.")
 
         def sample(rows: list[dict], count: int, seed: str) -> tuple[list, list, list]:
@@ -298,8 +304,8 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
 
         def evaluate() -> tuple[dict[str, float], list[str]]:
             texts, rewards, data = sample(test_rows, 4, f"{config.seed}/test")
-            found = measure(data, rewards)
-            return {f"test_{k}": v for k, v in found.items()}, [group[0] for group in texts[:3]]
+            metrics = {f"test_{k}": v for k, v in measure(data, rewards).items()}
+            return metrics, [group[0] for group in texts[:3]]
 
         before, shown_before = run.once("before", evaluate)
         for step in run.steps(client):

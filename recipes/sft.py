@@ -12,8 +12,8 @@ sequence packing by the recipe (the backend batches as it sees fit) and warm-up.
 Data: columns prompt, completion; each plain text, or lists of messages as TRL has them
     {"prompt": [{"role": "user", "content": "..."}],
      "completion": [{"role": "assistant", "content": "..."}]}
-or a column messages, whole conversations of which --train_on says what is learnt; nothing after
-the last answer is, and held-out conversations are cut there.
+or a column messages with whole conversations, of which --train_on says which answers are trained
+on. Turns after the last answer are not used.
 
     python -m recipes.sft                       # bundled tiny model, about a minute on two cores
     python -m recipes.sft --model Qwen/Qwen3-0.6B --dataset my_data.jsonl
@@ -51,10 +51,10 @@ class Config:
     """Hub name, local file or folder with columns prompt, completion, or messages.
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     train_on: Literal["last", "all"] = "last"
-    """Which assistant messages of a messages column are learnt."""
+    """Which assistant messages of a messages column are trained on."""
     init_from: str = ""
-    """Run folder (for its final adapter) or LoRA folder to start from; its rank and alpha hold, not
-    --lora_rank. Empty starts a fresh adapter."""
+    """Run folder (for its final adapter) or LoRA folder to start from, with its own rank and alpha
+    instead of --lora_rank. Empty starts a fresh adapter."""
     num_steps: runs.PositiveInt = 200
     """Optimizer steps."""
     batch_size: runs.PositiveInt = 32
@@ -72,11 +72,11 @@ class Config:
     eval_every: runs.PositiveInt = 20
     """Steps between evaluations on the held-out sequences."""
     seed: int = 0
-    """Of the adapter and the order of the data."""
+    """Seed of the adapter's initial values and of the order of the data."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first that is available."""
     dtype: str = "auto"
-    """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
+    """Type of the base model: float32 or bfloat16; auto is bfloat16 on cuda, else float32."""
     log_path: str = ""
     """Run folder; empty takes the next free runs/sft-N."""
 
@@ -118,7 +118,7 @@ def build_data(
     rows: list[dict], tokenizer, max_length: int, train_on: Literal["last", "all"]
 ) -> tuple[list[tinker.Datum], list[dict]]:
     """Rows -> datums, and the rows that were kept: those of at most max_length tokens."""
-    data, kept = [], []
+    data, kept_rows = [], []
     for row in rows:
         with chat.naming(row):  # errors name the row
             if "messages" in row:
@@ -128,13 +128,13 @@ def build_data(
                 tokens = parts[0] + parts[1]
                 weights = [0.0] * len(parts[0]) + [1.0] * len(parts[1])
             if len(tokens) <= max_length:
-                kept.append(row)
+                kept_rows.append(row)
                 data.append(datum_from_tokens_weights(tokens, weights))
-    return data, kept
+    return data, kept_rows
 
 
 def question_and_answer(row: dict) -> tuple[str | list[chat.Message], str]:
-    """What to ask and the text expected back, for the exact match."""
+    """The prompt of a row, and the text expected back for an exact match."""
     if "messages" in row:
         prompt, answer = chat.before_last_answer(row["messages"], "messages")
         return prompt, answer["content"]
@@ -154,7 +154,7 @@ def generate(client: tinker.TrainingClient, rows: list[dict], max_tokens: int) -
 
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
-    """The whole run, or the rest of one; returns the held-out metrics at its end."""
+    """Train from the start, or resume; return the held-out metrics at the end."""
     columns = (("prompt", "completion"), ("messages",))
     train_rows, test_rows = train_test(config.dataset, columns, config.test_rows, config.seed)
     panels = [

@@ -60,8 +60,8 @@ class Config:
     mass_coef: runs.NonNegativeFloat = 0.1
     """Weight of -log(mass of the set), which keeps p on the labels; 0 is the divergence alone."""
     init_from: str = ""
-    """Run folder (for its final adapter) or LoRA folder to start from; its rank and alpha hold, not
-    --lora_rank. Empty starts a fresh adapter."""
+    """Run folder (for its final adapter) or LoRA folder to start from, with its own rank and alpha
+    instead of --lora_rank. Empty starts a fresh adapter."""
     num_steps: runs.PositiveInt = 200
     """Optimizer steps."""
     batch_size: runs.PositiveInt = 32
@@ -77,11 +77,11 @@ class Config:
     eval_every: runs.PositiveInt = 10
     """Steps between evaluations on the held-out rows."""
     seed: int = 0
-    """Of the adapter and the order of the data."""
+    """Seed of the adapter's initial values and of the order of the data."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first that is available."""
     dtype: str = "auto"
-    """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
+    """Type of the base model: float32 or bfloat16; auto is bfloat16 on cuda, else float32."""
     log_path: str = ""
     """Run folder; empty takes the next free runs/token_set_kl-N."""
 
@@ -151,7 +151,7 @@ def build_data(
     """Rows -> datums, and the rows that were kept: those of at most max_length tokens."""
     ids = token_set.single_tokens(tokenizer, config.labels)
     chats = getattr(tokenizer, "chat_template", None)
-    data, kept = [], []
+    data, kept_rows = [], []
     for i, row in enumerate(rows):
         probs = token_set.label_distribution(
             row,
@@ -165,16 +165,16 @@ def build_data(
         with chat.naming(row, prompt=column):  # errors name the row
             tokens = chat.render_prompt(tokenizer, prompt)
         if len(tokens) <= config.max_length:
-            kept.append(row)
+            kept_rows.append(row)
             data.append(token_set.datum_from_token_set(tokens, ids, target_probs=probs))
-    return data, kept
+    return data, kept_rows
 
 
 # ---- train ---------------------------------------------------------------------------------------
 
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
-    """The whole run, or the rest of one; returns the held-out metrics at its end."""
+    """Train from the start, or resume; return the held-out metrics at the end."""
     columns = (("text", "label_probs"), ("question", "answer"))
     train_rows, test_rows = train_test(config.dataset, columns, config.test_rows, config.seed)
     chance = 1 / len(config.labels)

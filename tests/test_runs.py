@@ -212,7 +212,7 @@ def test_a_recipe_on_the_command_line(flags: list[str], code: int, says: str) ->
         docs = done.stdout.split("usage:")[0].splitlines()
         assert docs[2].startswith("    L = - sum over tokens")
         assert all(len(line) <= 80 for line in docs if not line.startswith("    "))
-        assert "hold, not --lora_rank. Empty starts" in " ".join(done.stdout.split()).replace(
+        assert "instead of --lora_rank. Empty starts" in " ".join(done.stdout.split()).replace(
             " ? ? ", " "
         )
 
@@ -476,7 +476,7 @@ def test_rows_that_are_all_too_long_are_refused_with_the_flag(
     said = "pairs: 3 to train on, 1 held out; dropped as longer than 512 tokens: 2\n"
     assert said in capsys.readouterr().out
     for train, test, purpose in ((0, 3, "to train on"), (3, 0, "held out")):
-        says = rf"max_length: no pairs {purpose}: all are longer than 8 tokens.*larger --max_length"
+        says = rf"dataset: no pairs {purpose}: all are longer than 8 tokens.*larger --max_length"
         with pytest.raises(ConfigError, match=says):
             run.report_rows("pairs", train, test, 6, 8)
 

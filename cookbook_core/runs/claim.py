@@ -202,8 +202,8 @@ def _check_same_run(
     different = differences(path, recipe, config)
     if not has_begun(path) and [name for name, *_ in different] != ["config.json"]:
         return
-    fix = "Give another --log_path, or --fresh to move that run aside."
-    where = "Config.log_path"
+    where = "--resume" if any_code else "Config.log_path"
+    fix = "" if any_code else "Give another --log_path, or --fresh to move that run aside."
     if different:
         got = ", ".join(f"{name} {old!r} there, {new!r} here" for name, old, new in different)
         what = f"{path} holds a run with other parameters"

@@ -194,7 +194,7 @@ class Run:
         test: int,
         given: int,
         longest: int,
-        fix: str = "Give a larger --max_length.",
+        flag: str = "a larger --max_length",
     ) -> None:
         """Print how many rows are used and how many were dropped as too long.
 
@@ -204,7 +204,7 @@ class Run:
             test: rows left that are held out.
             given: rows before the long ones were dropped.
             longest: the limit, tokens.
-            fix: the flag that lets longer rows in.
+            flag: what to give to allow longer rows.
         Raises:
             ConfigError: no row is left to train on, or none is held out.
         """
@@ -215,7 +215,7 @@ class Run:
         if not train or not test:
             purpose = "held out" if train else "to train on"
             what = f"no {unit} {purpose}: all are longer than {longest} tokens"
-            raise ConfigError("Config.max_length", what, got=longest, fix=fix)
+            raise ConfigError("Config.dataset", what, fix=f"Give {flag}.")
 
     def _announce(self) -> None:
         """Print the folder when it has results: a command that fails earlier leaves none."""
@@ -330,9 +330,9 @@ class Run:
         entries.append({"step": step, "path": saved.path})
         entries.sort(key=lambda entry: entry["step"])
         best = (self._record["best"] or {"step": None})["step"]
-        kept = [e for e in entries if e in entries[-self._flags.keep_last :] or e["step"] == best]
-        dropped = [entry for entry in entries if entry not in kept]
-        self._record["checkpoints"] = kept
+        newest = entries[-self._flags.keep_last :]
+        dropped = [e for e in entries if e not in newest and e["step"] != best]
+        self._record["checkpoints"] = [e for e in entries if e not in dropped]
         run_folder.write_record(self.path, self._record)
         for entry in dropped:
             run_folder.random_file(self.path, entry["step"]).unlink(missing_ok=True)

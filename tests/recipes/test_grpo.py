@@ -325,3 +325,14 @@ def test_a_reward_that_raises_leaves_the_runs_files(tmp_path, monkeypatch):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 0, 1, 2, 3, 4]
     assert (tmp_path / "run" / "checkpoints" / "model-0" / "weights" / "reference").is_dir()
+
+
+def test_a_constant_reward_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("recipes.grpo.reward", lambda row, completions: [1.0] * len(completions))
+    sizes = {"num_steps": 5, "batch_size": 2, "group_size": 2, "test_rows": 2, "eval_every": 9}
+    train(Config(**sizes, log_path=str(tmp_path / "run")))
+    summary = (tmp_path / "run" / "summary.md").read_text(encoding="utf-8")
+    assert "every completion of a prompt had the same reward at each of the 5 steps" in summary
+    assert "warning: step 4: every completion of a prompt had the same reward" in (
+        capsys.readouterr().out
+    )
