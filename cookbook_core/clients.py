@@ -194,5 +194,6 @@ def grade(
         raise LossError(where, what, expected=rule) from error
     if len(rewards) != len(completions) or not all(map(math.isfinite, rewards)):
         rule = f"{len(completions)} finite numbers, one per completion"
-        raise LossError(where, "wrong return value", expected=rule, got=rewards)
+        fix = "Return them in the order of the completions; a failed one can be 0."
+        raise LossError(where, "wrong return value", expected=rule, got=rewards, fix=fix)
     return rewards

@@ -105,7 +105,8 @@ def bradley_terry_loss(
     """
     if len(data) % 2:
         where, rule = f"data[{len(data) - 1}]", "chosen, rejected, chosen, rejected, ..."
-        raise errors.DatumError(where, "has no partner", expected=rule, got=f"{len(data)} datums")
+        fix = "Keep both members of each pair in the batch."
+        raise errors.DatumError(where, "has no partner", expected=rule, fix=fix)
     reward = torch.stack([lp[-1, 0] - lp[-1, 1] for lp in logprobs])  # (D,)
     chosen, rejected = reward[0::2], reward[1::2]
     loss = -F.logsigmoid(chosen - rejected).mean()

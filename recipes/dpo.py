@@ -115,8 +115,8 @@ def dpo_loss(
     """
     if len(data) % 2:
         raise ValueError(
-            f"data[{len(data) - 1}]: has no partner. Expected chosen, rejected, chosen, rejected, "
-            f"..., got {len(data)} datums."
+            f"data[{len(data) - 1}]: has no partner. Expected chosen, rejected, chosen, ... "
+            "Keep both members of each pair in the batch."
         )
     policy = weighted_sums(data, logprobs)  # (D,) log p of each completion
     reference = weighted_sums(data, "ref_logprobs").to(policy)

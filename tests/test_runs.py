@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -76,6 +77,20 @@ def test_flags_set_fields() -> None:
 def test_boolean_flags_take_a_value_or_none(argv: list[str], shuffle: bool) -> None:
     assert parse_config(Config, argv)[0].shuffle is shuffle
     assert parse_config(Config, ["--fresh", "true"])[1].fresh
+
+
+def test_a_field_without_a_default_is_a_flag_that_must_be_given(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    @dataclass
+    class Required:
+        beta: float
+        log_path: str = ""
+
+    assert parse_config(Required, ["--beta", "2"])[0] == Required(2.0)
+    with pytest.raises(SystemExit, match="2"):
+        parse_config(Required, [])
+    assert "--beta" in capsys.readouterr().err
 
 
 def test_help_shows_each_docstring_default_and_the_recipe(capsys: pytest.CaptureFixture) -> None:
@@ -244,6 +259,8 @@ class Checked:
     kind: Literal["last", "all"] = "last"
     pair: tuple[str, str] = ("a", "b")
     words: tuple[str, ...] = ("a",)
+    others: list[int] = dataclasses.field(default_factory=list)
+    either: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -257,14 +274,15 @@ class Checked:
         ({"count": 3.0}, r"Config\.count: wrong type\. Expected int, got 3\.0 \(float\)\."),
         ({"count": 0}, r"Config\.count: out of range\. Expected > 0, got 0\."),
         ({"share": 1}, r"Config\.share: out of range\. Expected in \[0, 1\), got 1\."),
-        ({"share": math.nan}, r"Config\.share: out of range\. Expected finite, got nan\."),
+        ({"share": math.nan}, r"Config\.share: out of range\. Expected a finite number, got nan\."),
         ({"share": True}, r"Config\.share: wrong type\. Expected float, got True"),
         ({"flag": 1}, r"Config\.flag: wrong type\. Expected bool, got 1"),
         ({"name": 1}, r"Config\.name: wrong type\. Expected str, got 1"),
         ({"kind": "al"}, r"Config\.kind: unknown choice\. .*got 'al'\. Did you mean \"all\"\?"),
         ({"pair": ("a",)}, r"Config\.pair: wrong type\. Expected 2 values, got \('a',\)"),
         ({"pair": ("a", 1)}, r"Config\.pair\[1\]: wrong type\. Expected str, got 1"),
-        ({"words": "ab"}, r"Config\.words: wrong type"),
+        ({"words": "ab"}, r"Config\.words: wrong type\. Expected a list of values, got 'ab'"),
+        ({"either": 3}, r"Config\.either: wrong type\. Expected str \| None, got 3"),
         ({"words": ("a", 2)}, r"Config\.words\[1\]: wrong type"),
         ({"count": 0, "flag": "x"}, r"Config\.count: out(.|\n)*Config\.flag: wrong type"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -10,7 +11,6 @@ import platform
 import re
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ _OWN = {"config.json", COPY, "metrics.jsonl", "progress.json", "checkpoints", ".
 """What a run has written by its first step."""
 
 
-@dataclass
+@dataclasses.dataclass
 class Claim:
     """A run folder that this process has locked.
 
@@ -258,8 +258,7 @@ def differences(path: Path, recipe: str, config: Any) -> list[tuple[str, Any, An
     except ConfigError as error:
         return [("config.json", f"unreadable ({error.got})", "a run's config")]
     there = {"recipe": written["recipe"], **written["config"]}
-    content = json.loads(describe(recipe, config, None))
-    here = {"recipe": content["recipe"], **content["config"]}
+    here = {"recipe": recipe, **json.loads(json.dumps(dataclasses.asdict(config), default=str))}
     return [
         (name, there.get(name), here.get(name))
         for name in here | there

@@ -100,17 +100,18 @@ def _read_flags(
     names = {field.name for field in dataclasses.fields(recipe)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items() if k in names}
     flags = dataclasses.make_dataclass("Flags", [("recipe", recipe), ("run", run)])
+    defaults = {"default": flags(recipe(**values), run())} if recorded else {}
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             return tyro.cli(
                 tyro.conf.OmitArgPrefixes[flags],
-                default=flags(recipe(**values), run()),
                 args=_without_bool_values(arguments, booleans),
                 prog=_program(),
                 description=" ",
                 use_underscores=True,
                 return_unknown_args=True,
+                **defaults,
             )
     except SystemExit as end:
         if end.code:

@@ -6,7 +6,6 @@ group_size: Annotated[int, Rule(lambda size: size >= 2, ">= 2")] = 8
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,7 @@ def check_fields(config: Any) -> None:
 
 
 def _mismatch(where: str, value: Any, kind: Any) -> ConfigError | None:
-    """The error of a value that is not of a type: bool, int, float, str, Literal or a tuple."""
+    """The error of a value that does not have the type `kind`; None if it has."""
     parts, got = get_args(kind), f"{value!r:.80} ({type(value).__name__})"
     if get_origin(kind) is Literal:
         if isinstance(value, str) and value in parts:
@@ -62,15 +61,21 @@ def _mismatch(where: str, value: Any, kind: Any) -> ConfigError | None:
         fix = fix.partition("Known:")[0].rstrip()
         return ConfigError(where, "unknown choice", expected=rule, got=repr(value), fix=fix)
     if get_origin(kind) is tuple:
-        if isinstance(value, (tuple, list)) and Ellipsis in parts:
-            parts = parts[:1] * len(value)
-        if not isinstance(value, (tuple, list)) or len(value) != len(parts):
-            return ConfigError(where, "wrong type", expected=f"{len(parts)} values", got=got)
-        named = zip(itertools.count(), value, parts, strict=False)
-        return next(filter(None, (_mismatch(f"{where}[{i}]", v, k) for i, v, k in named)), None)
-    if kind in (int, float) and isinstance(value, (int, kind)) and not isinstance(value, bool):
-        finite = is_finite(value)
-        return None if finite else ConfigError(where, "out of range", expected="finite", got=value)
-    if kind not in (int, float) and isinstance(value, (str, Path) if kind is str else kind):
-        return None
-    return ConfigError(where, "wrong type", expected=getattr(kind, "__name__", kind), got=got)
+        many = Ellipsis in parts
+        if not isinstance(value, (tuple, list)) or (len(value) != len(parts) and not many):
+            rule = "a list of values" if many else f"{len(parts)} values"
+            return ConfigError(where, "wrong type", expected=rule, got=got)
+        kinds = parts[:1] * len(value) if many else parts
+        items = (_mismatch(f"{where}[{i}]", value[i], kinds[i]) for i in range(len(value)))
+        return next(filter(None, items), None)
+    if kind in (int, float):
+        fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if fits and not is_finite(value):
+            return ConfigError(where, "out of range", expected="a finite number", got=value)
+    else:
+        try:
+            fits = isinstance(value, (str, Path) if kind is str else kind)
+        except TypeError:  # a type that isinstance does not take, such as list[int]
+            fits = True
+    rule = getattr(kind, "__name__", kind)
+    return None if fits else ConfigError(where, "wrong type", expected=rule, got=got)

@@ -263,6 +263,8 @@ class Run:
             if self._announced:
                 print(f"{self.path} is removed: no step was finished in it")
         else:
+            if self._claim.aside is not None:
+                self._announce()  # also where --fresh moved the run that was there
             self._claim.release()
 
     def _stop(self, number: int, _: FrameType | None) -> None:
@@ -372,7 +374,8 @@ class Run:
                 number = float(value)
             except (TypeError, ValueError, RuntimeError) as error:
                 got = f"{type(value).__name__} {value!r:.60}"
-                raise LossError(f'metrics["{name}"]', "not a number", got=got) from error
+                where, fix = f'metrics["{name}"]', "Log numbers and 0-d tensors only."
+                raise LossError(where, "not a number", got=got, fix=fix) from error
             if name == "step":
                 fix = "Give the metric another name."
                 raise LossError('metrics["step"]', "name is reserved", fix=fix)
