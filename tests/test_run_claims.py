@@ -12,7 +12,7 @@ import pytest
 
 from cookbook_core import runs
 from cookbook_core.errors import ConfigError, RequestError
-from cookbook_core.runs import Run, RunFlags, script
+from cookbook_core.runs import Run, RunFlags, script, tracking
 
 RECIPE = '''"""A recipe."""
 
@@ -218,6 +218,28 @@ def test_a_run_that_failed_before_its_first_step_was_done_leaves_no_folder(
             fail_in(run, 0, error)
         assert not run.path.exists()
         assert run.path.as_posix() == (log_path or "runs/my_dpo-1")
+
+
+def test_a_failed_run_leaves_no_files_of_its_tracker() -> None:
+    run = start(config_of(RECIPE))
+    (run.path / "events.out.tfevents.1.host").touch()
+    (run.path / "wandb").mkdir()
+    (run.path / "wandb" / "log").touch()
+    with pytest.raises(ValueError, match="early"):
+        fail_in(run, 0, ValueError("early"))
+    assert not run.path.exists()
+
+
+def test_a_tracker_that_cannot_end_leaves_the_folder_to_the_next_run() -> None:
+    def fail() -> None:
+        raise OSError("connection lost")
+
+    run = start(config_of(RECIPE))
+    run._tracker = tracking.Tracker(lambda step, metrics: None, fail)
+    run.log(0, {"loss": 1.0})
+    with pytest.raises(OSError, match="connection lost"):
+        run.close()
+    assert interrupted(config_of(RECIPE)) == run.path.as_posix()
 
 
 def test_a_failed_run_keeps_a_folder_with_anything_in_it() -> None:

@@ -26,8 +26,11 @@ from cookbook_core.runs.run_folder import (
 from cookbook_core.runs.script import COPY, Script, described, recorded
 from cookbook_core.storage.paths import usable_path
 
-_OWN = {"config.json", COPY, "metrics.jsonl", "progress.json", "checkpoints", ".owner", ".lock"}
-"""What a run has written by its first step."""
+_OWN = (
+    r"config\.json|script\.py|metrics\.jsonl|progress\.json|checkpoints|\.owner|\.lock"
+    r"|wandb|events\.out\.tfevents\..*"
+)
+"""Names of what a run, and its tracker, have written by its first step."""
 
 
 @dataclasses.dataclass
@@ -54,7 +57,8 @@ class Claim:
 
     def has_files_of_others(self) -> bool:
         """Whether it holds files that no run writes, or checkpoints saved by name."""
-        return not {file.name for file in self.path.iterdir()} <= _OWN or saved_by_name(self.path)
+        names = (file.name for file in self.path.iterdir())
+        return saved_by_name(self.path) or not all(re.fullmatch(_OWN, name) for name in names)
 
     def remove(self) -> None:
         """Remove the folder, put back the run that --fresh moved aside, and release the lock."""

@@ -225,7 +225,7 @@ class Run:
             self._progress.say(f"{note}{self._recipe}: run folder {self.path}")
 
     def __enter__(self) -> Run:
-        with contextlib.suppress(ValueError):  # signals are the main thread's alone
+        with contextlib.suppress(ValueError):  # only the main thread can set signal handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._stop)
         return self
@@ -254,11 +254,16 @@ class Run:
             signal.signal(number, handler)
         self._handlers.clear()
         self._progress.close()
-        if self._tracker is not None:
-            self._tracker.close()
-            self._tracker = None
-        removed = failed and self._claim.made and not self._has_results
-        if removed and not self._claim.has_files_of_others():
+        tracker, self._tracker = self._tracker, None
+        try:
+            if tracker is not None:
+                tracker.close()
+        finally:
+            self._release_folder(failed=failed)
+
+    def _release_folder(self, *, failed: bool) -> None:
+        unused = failed and self._claim.made and not self._has_results
+        if unused and not self._claim.has_files_of_others():
             self._claim.remove()
             if self._announced:
                 print(f"{self.path} is removed: no step was finished in it")

@@ -44,7 +44,7 @@ def read_config(run: str | Path) -> dict[str, Any]:
         ConfigError: not a run folder, or a config.json that no run wrote.
     """
     try:
-        written = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
+        written = json.loads((Path(run).expanduser() / "config.json").read_text(encoding="utf-8"))
         return {**written, "config": dict(written["config"]), "recipe": written["recipe"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         what, rule = "not a run folder", "the config.json of a run, as in runs/dpo-1"
