@@ -79,8 +79,8 @@ def test_a_run_is_resumed_by_the_code_that_started_it_only(capsys: pytest.Captur
     """Without log_path, other code starts a folder of its own, named by the script."""
     assert interrupted(config_of(RECIPE)) == "runs/my_dpo-1"
     assert Path("runs/my_dpo-1/script.py").read_text(encoding="utf-8") == RECIPE
-    held = json.loads(Path("runs/my_dpo-1/config.json").read_text(encoding="utf-8"))
-    assert held["script"] == {"file": "my_dpo.py", "code": script.code_of(RECIPE)}
+    written = json.loads(Path("runs/my_dpo-1/config.json").read_text(encoding="utf-8"))
+    assert written["script"] == {"file": "my_dpo.py", "code": script.code_of(RECIPE)}
     assert interrupted(config_of(RECIPE + "\n# my note\n")) == "runs/my_dpo-1"
     assert "other code" not in capsys.readouterr().out
 
@@ -146,7 +146,7 @@ def test_old_runs_are_left_as_they_are() -> None:
     assert interrupted(config_of(RECIPE)) == "runs/my_dpo-2"
     assert interrupted(config_of(RECIPE, num_steps=9)) == "runs/my_dpo-3"
     assert (run.path / ".owner").read_text(encoding="utf-8") == "me"
-    lock = Path("runs/my_dpo-2/.lock")  # no lock can be taken, as in a folder of somebody else
+    lock = Path("runs/my_dpo-2/.lock")  # no lock can be taken, as in a folder of another user
     lock.unlink()
     lock.mkdir()
     assert interrupted(config_of(RECIPE)) == "runs/my_dpo-4"
@@ -165,9 +165,9 @@ def test_a_notebook_goes_on_with_its_own_runs_in_folders_of_the_recipe() -> None
 
 def test_a_run_folder_of_before_the_code_was_recorded_goes_on() -> None:
     path = Path(interrupted(config_of(RECIPE)))
-    held = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    del held["script"]
-    (path / "config.json").write_text(json.dumps(held), encoding="utf-8")
+    written = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    del written["script"]
+    (path / "config.json").write_text(json.dumps(written), encoding="utf-8")
     (path / "script.py").unlink()
     assert interrupted(config_of(OTHER)) == "runs/my_dpo-1"
 
@@ -243,7 +243,7 @@ def test_a_tracker_that_cannot_end_leaves_the_folder_to_the_next_run() -> None:
 
 
 def test_a_failed_run_keeps_a_folder_with_anything_in_it() -> None:
-    """A step's result, what a run began before, somebody's folder, somebody's file in it."""
+    """A step's result, what an earlier run wrote, a folder that existed, a foreign file."""
     run = start(config_of(RECIPE))
     with pytest.raises(ValueError, match="late"):
         fail_in(run, 1, ValueError("late"))
@@ -300,9 +300,9 @@ def test_a_command_that_fails_before_its_first_step_announces_no_folder(
     run = start(config_of(RECIPE))
     with pytest.raises(ValueError, match="early"):
         fail_in(run, 0, ValueError("early"))
-    said = capsys.readouterr().out.replace("\\", "/")
-    assert "dpo: run folder runs/my_dpo-1\n" in said
-    assert said.endswith("runs/my_dpo-1 is removed: no step was finished in it\n")
+    printed = capsys.readouterr().out.replace("\\", "/")
+    assert "dpo: run folder runs/my_dpo-1\n" in printed
+    assert printed.endswith("runs/my_dpo-1 is removed: no step was finished in it\n")
 
 
 @pytest.mark.parametrize("name", ["reference", "step-000020", ".final-x-y", "mine"])

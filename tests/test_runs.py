@@ -131,9 +131,9 @@ def test_help_shows_each_docstring_default_and_the_recipe(capsys: pytest.Capture
 def test_bad_flags_exit_with_2(argv: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
         parse_config(Config, argv)
-    told = capsys.readouterr().err
-    assert says in told
-    assert len(told.splitlines()) <= 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert len(err.splitlines()) <= 2
 
 
 def test_help_whose_reader_has_gone() -> None:
@@ -299,8 +299,8 @@ def test_a_run_that_never_began_leaves_its_folder_to_another(tmp_path: Path) -> 
     first.close()
     corrected = Config(shuffle=False, log_path=str(tmp_path / "run"))
     with Run.open("sft", corrected, 30) as run:
-        held = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
-        assert held["config"]["shuffle"] is False
+        written = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
+        assert written["config"]["shuffle"] is False
         run.log(0, {"loss": 1.0})
     with pytest.raises(ConfigError, match="holds a run with other parameters"):
         make_run(tmp_path)
@@ -491,8 +491,8 @@ def test_rows_that_are_all_too_long_are_refused_with_the_flag(
 ) -> None:
     run = make_run(tmp_path)
     run.report_rows("pairs", 3, 1, 6, 512)
-    said = "pairs: 3 to train on, 1 held out; dropped as longer than 512 tokens: 2\n"
-    assert said in capsys.readouterr().out
+    printed = "pairs: 3 to train on, 1 held out; dropped as longer than 512 tokens: 2\n"
+    assert printed in capsys.readouterr().out
     for train, test, purpose in ((0, 3, "to train on"), (3, 0, "held out")):
         says = rf"dataset: no pairs {purpose}: all are longer than 8 tokens.*larger --max_length"
         with pytest.raises(ConfigError, match=says):
