@@ -1,6 +1,6 @@
-"""What every recipe does with clients: start one, freeze a copy of it, score and sample under it.
+"""What every recipe does with clients: start one, freeze a copy of it, score, sample.
 
-Only names of the `tinker` SDK are used, so a client of a hosted service will do.
+These functions call only what the `tinker` SDK has, so clients of a service work too.
 """
 
 from __future__ import annotations
@@ -38,11 +38,19 @@ def start(
     seed: int,
     checkpoint: str | None = None,
 ) -> TrainingClient:
-    """The client a run trains: a fresh LoRA adapter, or what `init_from` holds.
+    """Create the client that a run trains; the unembedding gets no LoRA.
 
-    That is a LoRA's folder, or a run's folder for its final adapter; its rank and alpha hold, and
-    lora_rank and seed are not used. The unembedding is left alone. Where there is a `checkpoint`,
-    of a run that goes on, it is that, optimizer and all, and the rest is not used.
+    Args:
+        service: where to train.
+        model: the base model.
+        init_from: a LoRA folder, or a run folder for its final adapter, to start from. "" starts a
+            fresh adapter.
+        lora_rank: of a fresh adapter; not used with init_from or checkpoint.
+        seed: of a fresh adapter's initial values.
+        checkpoint: of a resumed run: restores weights and optimizer; init_from is not used then.
+    Raises:
+        ConfigError: init_from is a run without a final adapter. CheckpointError: not a checkpoint,
+            or one that does not fit the model.
     """
     if checkpoint:
         restored = service.create_training_client_from_state_with_optimizer(checkpoint, model)
@@ -55,18 +63,18 @@ def start(
 
 
 def final_adapter(init_from: str) -> str:
-    """The final adapter of a run folder, said in a line; anything else is given back as it is.
+    """Find, and print, the final adapter of a run folder; return any other path unchanged.
 
     Raises:
-        ConfigError: the run has no final adapter; its checkpoints are named.
+        ConfigError: the run has no final adapter; its checkpoints are listed.
     """
     if not has_begun(usable_path("Config.init_from", init_from, ConfigError)):
         return init_from
     try:
         folder, _ = find_checkpoint(init_from)
     except ConfigError as error:
-        mend = f"Give the folder of a checkpoint that is in {init_from}/checkpoints."
-        raise error.replace(where="Config.init_from", fix=mend) from error
+        fix = f"{error.fix} Give the folder of a checkpoint that is in {init_from}/checkpoints."
+        raise error.replace(where="Config.init_from", fix=fix.strip()) from error
     print(f"init_from {init_from}: starting from {folder}")
     return str(folder)
 
@@ -77,17 +85,17 @@ def frozen_copy(
     model: str,
     once: Callable[..., Any] | None = None,
 ) -> TrainingClient:
-    """A second client with the first one's weights as they were when the run began.
+    """Create a second client with the weights that the first one had when the run started.
 
-    Nobody trains it, so it stays what it is: the reference of DPO and of KL terms. Scoring goes
-    through the same path, so at the start both give the same bits.
+    It is never trained: the reference of DPO and of KL terms. It scores through the same path as
+    the first, so at the start both give the same bits.
 
     Args:
-        service: where both live.
-        client: with weights as the run begins; not looked at in a run that goes on.
+        service: where both are created.
+        client: with the run's initial weights; not used in a resumed run.
         model: the base model.
-        once: `Run.once`, with which weights saved under the name "reference" in a new run are read
-            from there in one that goes on; None saves them now.
+        once: `Run.once`: a new run saves the weights under the name "reference", and a resumed one
+            loads them from there. None saves them now.
     """
 
     def save() -> str:
@@ -98,7 +106,7 @@ def frozen_copy(
 
 
 def score(client: TrainingClient, data: Sequence[Datum]) -> list[torch.Tensor]:
-    """Logprobs of the datums' target_tokens under a client's present weights, no gradient.
+    """Compute logprobs of the datums' target_tokens under the client's weights, without gradient.
 
     Returns:
         D tensors, nats, each of the shape of its target_tokens.
@@ -107,22 +115,22 @@ def score(client: TrainingClient, data: Sequence[Datum]) -> list[torch.Tensor]:
 
 
 def add_ref_logprobs(reference: TrainingClient, data: Sequence[Datum]) -> list[Datum]:
-    """The same datums, each carrying the reference's logprobs of its own tokens."""
+    """Copy the datums, each with the reference's logprobs of its own tokens in "ref_logprobs"."""
     ref_logprobs = score(reference, data)
     return [with_inputs(d, ref_logprobs=lp) for d, lp in zip(data, ref_logprobs, strict=True)]
 
 
 def offers_sampling(service: ServiceClient, model: str) -> bool:
-    """Whether there is sampling from the model; where there is not, why is printed.
+    """Whether the service can sample from the model; prints why not.
 
-    A service may train only (TuFT without vLLM). A recipe that samples just to show or to measure
-    asks this first, and goes on without. The base model is asked for, as a training client whose
-    request fails may be of no use afterwards.
+    A service may only train (TuFT without vLLM). A recipe that samples just to show or measure
+    calls this first and leaves samples out if it is False. It tries the base model, because a
+    training client may be unusable after a failed request.
     """
     try:
         service.create_sampling_client(base_model=model).result()
     except RequestError as error:
-        print(f"No sampling here, so what needs it is left out: {error}")
+        print(f"This service cannot sample, so samples are left out: {error}")
         return False
     return True
 
@@ -140,15 +148,15 @@ def rollout(
 
     Args:
         sampler: the weights to sample from.
-        prompts: token ids, such as `chat.render_prompt` gives.
+        prompts: P lists of token ids, such as `chat.render_prompt` returns.
         num_samples: completions per prompt.
-        max_tokens: of each completion.
+        max_tokens: longest completion, tokens.
         temperature: 0 takes the likeliest token each time.
         seed: fixes every completion; text such as f"{seed}/{step}" gives each step its own.
     Returns:
-        For each prompt, num_samples sequences: token ids (train on these) and their logprobs.
+        P lists of num_samples sequences: token ids (train on these) and their logprobs, nats.
     Raises:
-        DatumError, ConfigError: a prompt or parameter the sampler refuses.
+        DatumError, ConfigError: a prompt or parameter that the sampler refuses.
     """
     seeds, stop = random.Random(str(seed)), chat.stop_tokens(sampler.get_tokenizer())
     params = [
@@ -163,7 +171,7 @@ def rollout(
 
 
 def texts_of(tokenizer: Any, sequences: Sequence[SampledSequence]) -> list[str]:
-    """What was written, without end tokens: for rewards and for people, never to train on."""
+    """Decode sequences without end tokens, for rewards and for people: never train on the text."""
     return [tokenizer.decode(s.tokens, skip_special_tokens=True) for s in sequences]
 
 
@@ -172,10 +180,12 @@ def grade(
     row: Mapping[str, Any],
     completions: list[str],
 ) -> list[float]:
-    """`reward_fn(row, completions)`, one number per completion of the row's prompt, checked.
+    """Call `reward_fn(row, completions)` and check that it gives one number per completion.
 
+    Returns:
+        Rewards, in the order of the completions.
     Raises:
-        LossError: it raised, returned another count, or a number that is not finite; the message
+        LossError: it raised, or returned another count or a number that is not finite; the error
             names the prompt.
     """
     where = f"reward for the prompt {chat.last_text(row['prompt'])!r}"
@@ -185,5 +195,6 @@ def grade(
         raise LossError.caused_by(where, error) from error
     if len(rewards) != len(completions) or not all(map(math.isfinite, rewards)):
         rule = f"{len(completions)} finite numbers, one per completion"
-        raise LossError(where, "not usable", expected=rule, got=rewards)
+        fix = "Return them in the order of the completions; a failed one can be 0."
+        raise LossError(where, "wrong return value", expected=rule, got=rewards, fix=fix)
     return rewards

@@ -3,16 +3,16 @@ r"""Bradley-Terry: a reward model out of preference pairs, read from two words o
     L = -mean over pairs of log sigmoid(r(chosen) - r(rejected))
     r(answer) = log p(" yes" | ...) - log p(" no" | ...)
 
-After each answer the model is asked whether it was a good one, and the reward r (nats) is how much
-likelier it finds the one verdict than the other as its next token. No new head: the scorer is a
-LoRA adapter like any other, and what the base model knows of the two words is its start.
+After each answer comes the question whether it was a good one. The reward r (nats) is how much
+likelier the model finds the verdict " yes" than " no" as its next token. There is no new head: the
+scorer is a LoRA adapter like any other, and starts from what the base model knows of both words.
 
 Paper: Bradley and Terry 1952; as a reward model Ouyang et al. 2022, arXiv 2203.02155, equation 1.
 Left out: margins between ratings, and the centring term that keeps the mean reward near 0.
 
 Data: columns prompt, chosen, rejected, the same pairs as for recipes/dpo.py; each plain text, or
 lists of messages as TRL has them, chosen and rejected with the one answer; or chosen and rejected
-as whole conversations, of which the turns that both begin with are the prompt.
+as whole conversations, whose shared turns at the start are the prompt.
 
     python -m recipes.bradley_terry             # bundled tiny model, under a minute on two cores
     python -m recipes.bradley_terry --model Qwen/Qwen3-0.6B --dataset my_pairs.jsonl \
@@ -23,15 +23,13 @@ about ln 2 = 0.693 downwards: one that stays there means that nothing was learnt
 command that puts the scorer to use as the reward of recipes/grpo.py.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from cookbook_core import chat, clients, datum_from_token_set, runs, single_tokens, tinker
+from cookbook_core import chat, clients, errors, runs, tinker, token_set
 from cookbook_core.data import batch_indices, train_test
 
 # ---- config --------------------------------------------------------------------------------------
@@ -47,40 +45,38 @@ class Config:
     """Hub name, local file or folder with columns prompt, chosen, rejected, or the last two.
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     init_from: str = ""
-    """Run folder (for its final adapter) or LoRA folder to start from; its rank and alpha hold, not
-    --lora_rank. Empty starts a fresh adapter."""
+    """Run folder (for its final adapter) or LoRA folder to start from, with its own rank and alpha
+    instead of --lora_rank. Empty starts a fresh adapter."""
     question: str = "Was that a good answer?"
-    """What the model is asked after each answer."""
+    """Question put to the model after each answer."""
     verdicts: tuple[str, str] = (" yes", " no")
     """The two replies compared, the good one first; each must be one token, space included."""
-    num_steps: int = 40
+    num_steps: runs.PositiveInt = 40
     """Optimizer steps."""
-    batch_size: int = 16
+    batch_size: runs.PositiveInt = 16
     """Pairs per step."""
-    learning_rate: float = 1e-3
+    learning_rate: runs.PositiveFloat = 1e-3
     """Adam's step size at the first step; falls linearly to 0."""
-    lora_rank: int = 32
+    lora_rank: runs.PositiveInt = 32
     """Rank of the adapter (alpha is 32)."""
-    max_length: int = 512
+    max_length: runs.PositiveInt = 512
     """Longest prompt + answer + question, tokens; a pair with a longer one is dropped and
     counted."""
-    test_rows: int = 100
+    test_rows: runs.PositiveInt = 100
     """Held-out pairs."""
-    eval_every: int = 5
+    eval_every: runs.PositiveInt = 5
     """Steps between evaluations on the held-out pairs."""
     seed: int = 0
-    """Of the adapter and the order of the data."""
+    """Seed of the adapter's initial values and of the order of the data."""
     device: str = "auto"
-    """cuda, mps or cpu; auto takes the first there is."""
+    """cuda, mps or cpu; auto takes the first that is available."""
     dtype: str = "auto"
-    """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
+    """Type of the base model: float32 or bfloat16; auto is bfloat16 on cuda, else float32."""
     log_path: str = ""
     """Run folder; empty takes the next free runs/bradley_terry-N."""
 
     def __post_init__(self) -> None:
-        runs.check_types(self)
-        sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
-        runs.check_positive(self, "learning_rate", *sizes)
+        runs.check_fields(self)
 
 
 # ---- loss ------------------------------------------------------------------------ change me ----
@@ -105,13 +101,12 @@ def bradley_terry_loss(
         metrics: accuracy in [0, 1] (a tie counts one half), reward_margin, chosen_reward and
             rejected_reward (nats).
     Raises:
-        ValueError: odd number of datums.
+        DatumError: odd number of datums.
     """
     if len(data) % 2:
-        raise ValueError(
-            f"bradley_terry_loss: {len(data)} datums do not pair up; data[{len(data) - 1}] is "
-            "left over. Expected chosen, rejected, chosen, rejected, ..."
-        )
+        where, rule = f"data[{len(data) - 1}]", "chosen, rejected, chosen, rejected, ..."
+        fix = "Keep both members of each pair in the batch."
+        raise errors.DatumError(where, "has no partner", expected=rule, fix=fix)
     reward = torch.stack([lp[-1, 0] - lp[-1, 1] for lp in logprobs])  # (D,)
     chosen, rejected = reward[0::2], reward[1::2]
     loss = -F.logsigmoid(chosen - rejected).mean()
@@ -136,16 +131,17 @@ class Judge:
     verdicts: tuple[str, str]
 
     def datum(self, prompt, answer) -> tinker.Datum:
-        """The datum whose last position is where the verdict would stand."""
+        """Build the datum whose last position predicts the verdict."""
         answer = chat.last_text(answer)
         if isinstance(prompt, str):
-            asked = f"{prompt}{answer}\n\n{self.question}"
+            conversation = f"{prompt}{answer}\n\n{self.question}"
         else:
             chat.check_messages(prompt, "prompt")
             turns = (("assistant", answer), ("user", self.question))
-            asked = [*prompt, *({"role": role, "content": text} for role, text in turns)]
-        tokens = chat.render_prompt(self.tokenizer, asked)
-        return datum_from_token_set(tokens, single_tokens(self.tokenizer, self.verdicts))
+            conversation = [*prompt, *({"role": role, "content": text} for role, text in turns)]
+        tokens = chat.render_prompt(self.tokenizer, conversation)
+        verdicts = token_set.single_tokens(self.tokenizer, self.verdicts)
+        return token_set.datum_from_token_set(tokens, verdicts)
 
 
 def build_pairs(
@@ -153,15 +149,15 @@ def build_pairs(
 ) -> tuple[list[tinker.Datum], list[dict]]:
     """Rows -> interleaved datums (chosen, rejected, ...), and the rows that were kept. A pair with
     a member longer than max_length tokens is not."""
-    data, kept = [], []
+    data, kept_rows = [], []
     for given in rows:
         with chat.naming(given):  # errors name the row
             row = chat.split_pair(given)
             pair = [judge.datum(row["prompt"], row[side]) for side in ("chosen", "rejected")]
         if max(datum.model_input.length for datum in pair) <= max_length:
-            kept.append(row)
+            kept_rows.append(row)
             data += pair
-    return data, kept
+    return data, kept_rows
 
 
 # ---- the scorer ----------------------------------------------------------------------------------
@@ -170,8 +166,8 @@ def build_pairs(
 def score_texts(client: tinker.TrainingClient, judge: Judge, texts: Sequence[tuple]) -> list[float]:
     """Rewards (nats) of (prompt, answer) pairs under a client's present weights.
 
-    Each is the answer's own: neither the batch it is scored in nor padding enters, but for the last
-    bits of float arithmetic.
+    A reward does not depend on the batch it is computed in, except for the last bits of float
+    arithmetic.
     """
     data = [judge.datum(prompt, answer) for prompt, answer in texts]
     return [float(lp[-1, 0] - lp[-1, 1]) for lp in clients.score(client, data)]
@@ -180,29 +176,26 @@ def score_texts(client: tinker.TrainingClient, judge: Judge, texts: Sequence[tup
 def load_scorer(
     service: tinker.ServiceClient, path: str, model: str
 ) -> tuple[tinker.TrainingClient, Judge]:
-    """A scorer that this recipe saved at `path`, on base model `model`, for `score_texts`.
+    """Load a scorer that this recipe saved at `path`, on base model `model`, for `score_texts`.
 
     Raises:
-        CheckpointError: no checkpoint there. ValueError: one that this recipe did not save.
+        CheckpointError: no checkpoint, or one that this recipe did not save.
     """
+    saved = service.get_checkpoint_metadata(path)
+    if missing := {"question", "verdict_good", "verdict_bad"} - saved.keys():
+        what, got = "not a scorer of recipes/bradley_terry.py", f"no {', '.join(sorted(missing))}"
+        rule, fix = "its question and verdicts in the metadata", "Give the scorer it printed."
+        raise errors.CheckpointError(path, what, expected=rule, got=got, fix=fix)
     client = service.create_training_client_from_state(path, model).result()
-    try:
-        held = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
-        asked = held["user_metadata"]
-        verdicts = (asked["verdict_good"], asked["verdict_bad"])
-        return client, Judge(client.get_tokenizer(), asked["question"], verdicts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not a scorer that recipes/bradley_terry.py saved. Expected its question and "
-            f"verdicts in state.json, got {type(error).__name__}: {error}."
-        ) from error
+    verdicts = (saved["verdict_good"], saved["verdict_bad"])
+    return client, Judge(client.get_tokenizer(), saved["question"], verdicts)
 
 
 # ---- train ---------------------------------------------------------------------------------------
 
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
-    """The whole run, or the rest of one; returns the held-out metrics at its end."""
+    """Train from the start, or resume; return the held-out metrics at the end."""
     train_rows, test_rows = train_test(config.dataset, chat.PAIRS, config.test_rows, config.seed)
     panels = [
         runs.Panel("loss", "loss", ["loss", "test_loss"]),
@@ -212,10 +205,10 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         ),
     ]
     progress = ("loss", "accuracy")
-    with runs.Run(
+    with runs.Run.open(
         "bradley_terry", config, config.num_steps, flags, progress=progress, best="test_accuracy"
     ) as run:
-        service = tinker.ServiceClient(device=config.device, dtype=config.dtype, **run.service)
+        service = run.service_client(config.device, config.dtype)
         client = clients.start(
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
@@ -223,11 +216,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         given = len(train_rows) + len(test_rows)
         data, train_rows = build_pairs(train_rows, judge, config.max_length)
         test_data, test_rows = build_pairs(test_rows, judge, config.max_length)
-        dropped = given - len(train_rows) - len(test_rows)
-        print(
-            f"pairs: {len(data) // 2} to train on, {len(test_data) // 2} held out; "
-            f"dropped as longer than {config.max_length} tokens: {dropped}"
-        )
+        run.report_rows("pairs", len(train_rows), len(test_rows), given, config.max_length)
 
         def evaluate() -> tuple[dict[str, float], list[torch.Tensor]]:
             logprobs = clients.score(client, test_data)
@@ -243,15 +232,15 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
             backward = client.forward_backward_custom(batch, bradley_terry_loss)
             stepped = client.optim_step(adam)  # submitted before waiting: no gap between the two
-            metrics = {**backward.result().metrics, **stepped.result().metrics}
+            metrics = backward.result().metrics | (stepped.result().metrics or {})
             run.log(step, metrics)
 
         after, logprobs = evaluate()
         run.log(config.num_steps, after)
 
-        asked = {"question": config.question}
-        asked |= {"verdict_good": config.verdicts[0], "verdict_bad": config.verdicts[1]}
-        saved = client.save_weights_for_sampler("final", user_metadata=asked).result().path
+        good, bad = config.verdicts
+        metadata = {"question": config.question, "verdict_good": good, "verdict_bad": bad}
+        saved = client.save_weights_for_sampler("final", user_metadata=metadata).result().path
         run.save_before_after("Held-out pairs, before and after", before, after)
         reward = [float(lp[-1, 0] - lp[-1, 1]) for lp in logprobs[:6]]
         run.save_samples(

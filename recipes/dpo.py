@@ -18,8 +18,8 @@ Data: columns prompt, chosen, rejected (all three; splits train and, if there, t
 text, or lists of messages as TRL has them, chosen and rejected with the one answer
     {"prompt": [{"role": "user", "content": "..."}],
      "chosen": [{"role": "assistant", "content": "..."}], "rejected": [...]}
-or chosen and rejected as whole conversations, with or without a prompt beside them: the turns that
-both begin with are the prompt.
+or chosen and rejected as whole conversations, with or without a prompt beside them: the turns they
+share at the start are the prompt.
 
     python -m recipes.dpo                       # bundled tiny model, about a minute on two cores
     python -m recipes.dpo --model Qwen/Qwen3-0.6B --dataset my_pairs.jsonl
@@ -60,36 +60,34 @@ class Config:
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     init_from: str = ""
     """Run folder (for its final adapter) or LoRA folder to start from; it is then the reference
-    too. Its rank and alpha hold, not --lora_rank."""
-    beta: float = 0.1
+    too. Its own rank and alpha are used instead of --lora_rank."""
+    beta: runs.PositiveFloat = 0.1
     """Strength of the pull to the reference, 1/nats. Larger stays closer."""
-    num_steps: int = 120
+    num_steps: runs.PositiveInt = 120
     """Optimizer steps."""
-    batch_size: int = 16
+    batch_size: runs.PositiveInt = 16
     """Pairs per step."""
-    learning_rate: float = 2e-4
+    learning_rate: runs.PositiveFloat = 2e-4
     """Adam's step size at the first step; falls linearly to 0."""
-    lora_rank: int = 32
+    lora_rank: runs.PositiveInt = 32
     """Rank of the adapter (alpha is 32)."""
-    max_length: int = 512
+    max_length: runs.PositiveInt = 512
     """Longest prompt + completion, tokens; a pair with a longer one is dropped and counted."""
-    test_rows: int = 100
+    test_rows: runs.PositiveInt = 100
     """Held-out pairs."""
-    eval_every: int = 20
+    eval_every: runs.PositiveInt = 20
     """Steps between evaluations on the held-out pairs."""
     seed: int = 0
-    """Of the adapter, the order of the data and the samples."""
+    """Seed of the adapter's initial values, of the order of the data and of the samples."""
     device: str = "auto"
-    """cuda, mps or cpu; auto takes the first there is."""
+    """cuda, mps or cpu; auto takes the first that is available."""
     dtype: str = "auto"
-    """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
+    """Type of the base model: float32 or bfloat16; auto is bfloat16 on cuda, else float32."""
     log_path: str = ""
     """Run folder; empty takes the next free runs/dpo-N."""
 
     def __post_init__(self) -> None:
-        runs.check_types(self)
-        sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
-        runs.check_positive(self, "beta", "learning_rate", *sizes)
+        runs.check_fields(self)
 
 
 # ---- loss ------------------------------------------------------------------------ change me ----
@@ -117,8 +115,8 @@ def dpo_loss(
     """
     if len(data) % 2:
         raise ValueError(
-            f"dpo_loss: {len(data)} datums do not pair up; data[{len(data) - 1}] is "
-            "left over. Expected chosen, rejected, chosen, rejected, ..."
+            f"data[{len(data) - 1}]: has no partner. Expected chosen, rejected, chosen, ... "
+            "Keep both members of each pair in the batch."
         )
     policy = weighted_sums(data, logprobs)  # (D,) log p of each completion
     reference = weighted_sums(data, "ref_logprobs").to(policy)
@@ -142,7 +140,7 @@ def build_pairs(
 ) -> tuple[list[tinker.Datum], list[dict]]:
     """Rows -> interleaved datums (chosen, rejected, ...), and the rows that were kept. Those with a
     member longer than max_length tokens are not: a pair stays together or goes together."""
-    data, kept = [], []
+    data, kept_rows = [], []
     for given in rows:
         with chat.naming(given):  # errors name the row
             row, pair = chat.split_pair(given), []
@@ -151,16 +149,16 @@ def build_pairs(
                 pair.append(chat.render_completion(tokenizer, row["prompt"], row[side]))
         if max(len(prompt) + len(completion) for prompt, completion in pair) > max_length:
             continue
-        kept.append(row)
+        kept_rows.append(row)
         data += [datum_from_prompt_completion(*tokens, score_prompt=False) for tokens in pair]
-    return data, kept
+    return data, kept_rows
 
 
 # ---- train ---------------------------------------------------------------------------------------
 
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
-    """The whole run, or the rest of one; returns the held-out metrics at its end."""
+    """Train from the start, or resume; return the held-out metrics at the end."""
     train_rows, test_rows = train_test(config.dataset, chat.PAIRS, config.test_rows, config.seed)
     panels = [
         runs.Panel("loss", "loss", ["loss", "test_loss"]),
@@ -173,10 +171,10 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         ),
     ]
     progress = ("loss", "accuracy")
-    with runs.Run(
+    with runs.Run.open(
         "dpo", config, config.num_steps, flags, progress=progress, best="test_accuracy"
     ) as run:
-        service = tinker.ServiceClient(device=config.device, dtype=config.dtype, **run.service)
+        service = run.service_client(config.device, config.dtype)
         client = clients.start(
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
@@ -186,11 +184,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         given = len(train_rows) + len(test_rows)
         data, train_rows = build_pairs(train_rows, tokenizer, config.max_length)
         test_data, test_rows = build_pairs(test_rows, tokenizer, config.max_length)
-        dropped = given - len(train_rows) - len(test_rows)
-        print(
-            f"pairs: {len(data) // 2} to train on, {len(test_data) // 2} held out; "
-            f"dropped as longer than {config.max_length} tokens: {dropped}"
-        )
+        run.report_rows("pairs", len(train_rows), len(test_rows), given, config.max_length)
         test_data = clients.add_ref_logprobs(reference, test_data)
         loss_fn = partial(dpo_loss, beta=config.beta)
 
@@ -214,7 +208,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
             backward = client.forward_backward_custom(batch, loss_fn)
             stepped = client.optim_step(adam)  # submitted before waiting: no gap between the two
-            metrics = {**backward.result().metrics, **stepped.result().metrics}
+            metrics = backward.result().metrics | (stepped.result().metrics or {})
             run.log(step, metrics)
 
         after, shown_after = evaluate(), show()
@@ -238,7 +232,8 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
 
 def sample(client: tinker.TrainingClient, rows: list[dict], seed: int) -> list[str]:
     """One completion of each row's prompt at temperature 1."""
-    tokenizer, sampler = client.get_tokenizer(), client.save_weights_and_get_sampling_client()
+    tokenizer = client.get_tokenizer()
+    sampler = client.save_weights_and_get_sampling_client().result()
     prompts = [chat.render_prompt(tokenizer, row["prompt"]) for row in rows]
     groups = clients.rollout(sampler, prompts, max_tokens=64, seed=seed)
     return clients.texts_of(tokenizer, [group[0] for group in groups])

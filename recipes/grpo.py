@@ -1,7 +1,8 @@
 """GRPO with KL: reinforce the completions that beat the others of their own prompt.
 
-    L = sum over tokens of w * [ -min(ratio * A, clip(ratio, 1 - lo, 1 + hi) * A) + kl_coef * KL ]
-    ratio = p(token) / p_sampled(token)        A = reward - mean reward of the prompt's group
+    L = sum over tokens of w * [ -min(ratio * A, clip(ratio) * A) + kl_coef * KL ]
+    ratio = p(token) / p_sampled(token), clipped to [clip_low, clip_high]
+    A = reward - mean reward of the prompt's group
 
 Each step samples group_size completions per prompt from the current policy p at temperature 1,
 rewards them, and descends L on the sampled token ids themselves. p_ref, the reference of the KL
@@ -20,7 +21,7 @@ the loss has the expected gradient
     k3_ratio              ratio * (exp(-d) - 1 + d)          of KL(p || p_ref)
     k1_reward             ratio * d (constant)               of KL(p || p_ref); a reward of -d
     k3                    exp(-d) - 1 + d                    of KL(p_ref || p): the other direction
-    k1_no_regularisation  d                                  zero: published, and holds nothing
+    k1_no_regularisation  d                                  zero: published, regularises nothing
 
 Data: column prompt, text or messages, and column answer, which `reward` reads.
 
@@ -37,7 +38,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
@@ -68,55 +69,52 @@ class Config:
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     init_from: str = ""
     """Run folder (for its final adapter) or LoRA folder to start from; it is then the reference
-    too. Its rank and alpha hold, not --lora_rank."""
+    too. Its own rank and alpha are used instead of --lora_rank."""
     reward_model: str = ""
     """A scorer saved by recipes/bradley_terry.py on the same base model, as the reward."""
-    kl_coef: float = 0.02
+    kl_coef: runs.NonNegativeFloat = 0.02
     """Weight of the KL term; 0 leaves it out."""
     kl_estimator: KLEstimator = "k2"
-    """See the top of this file."""
+    """Form of the KL term: see the table at the top."""
     reduction: Reduction = "token_mean"
     """Of the token terms: mean over all tokens of the step, mean of each sequence's mean, or sum
-    over sequences * max_tokens."""
+    divided by sequences * max_tokens."""
     normalize_std: bool = False
     """Divide advantages by the group's standard deviation."""
-    clip: tuple[float, float] = (0.2, 0.2)
-    """lo and hi: the ratio is clipped to [1 - lo, 1 + hi]."""
-    num_steps: int = 40
+    clip: Annotated[
+        tuple[float, float],
+        runs.Rule(lambda c: 0 < c[0] < 1 < c[1], "0 < clip_low < 1 < clip_high"),
+    ] = (0.8, 1.2)
+    """clip_low and clip_high: the ratio's bounds for negative and for positive advantages."""
+    num_steps: runs.PositiveInt = 40
     """Rollout steps."""
-    updates_per_rollout: int = 1
+    updates_per_rollout: runs.PositiveInt = 1
     """Optimizer steps on each rollout; above 1 the ratio leaves 1 and clipping acts."""
-    batch_size: int = 16
+    batch_size: runs.PositiveInt = 16
     """Prompts per step."""
-    group_size: int = 8
+    group_size: Annotated[int, runs.Rule(lambda size: size >= 2, ">= 2")] = 8
     """Completions per prompt."""
-    max_tokens: int = 8
+    max_tokens: runs.PositiveInt = 8
     """Longest completion, tokens."""
-    learning_rate: float = 1e-3
+    learning_rate: runs.PositiveFloat = 1e-3
     """Adam's step size at the first step; falls linearly to 0."""
-    lora_rank: int = 32
+    lora_rank: runs.PositiveInt = 32
     """Rank of the adapter (alpha is 32)."""
-    test_rows: int = 100
+    test_rows: runs.PositiveInt = 100
     """Held-out prompts, each answered four times."""
-    eval_every: int = 10
+    eval_every: runs.PositiveInt = 10
     """Steps between evaluations on the held-out prompts."""
     seed: int = 0
-    """Of the adapter, the order of the data and the samples."""
+    """Seed of the adapter's initial values, of the order of the data and of the samples."""
     device: str = "auto"
-    """cuda, mps or cpu; auto takes the first there is."""
+    """cuda, mps or cpu; auto takes the first that is available."""
     dtype: str = "auto"
-    """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
+    """Type of the base model: float32 or bfloat16; auto is bfloat16 on cuda, else float32."""
     log_path: str = ""
     """Run folder; empty takes the next free runs/grpo-N."""
 
     def __post_init__(self) -> None:
-        runs.check_types(self)
-        sizes = ("num_steps", "batch_size", "lora_rank", "max_tokens", "test_rows", "eval_every")
-        runs.check_positive(self, "updates_per_rollout", "learning_rate", *sizes)
-        runs.check(self, "group_size", self.group_size >= 2, ">= 2")
-        runs.check(self, "kl_coef", 0 <= self.kl_coef < float("inf"), ">= 0")
-        low, high = self.clip
-        runs.check(self, "clip", 0 < low < 1 and high > 0, "0 < lo < 1 and hi > 0")
+        runs.check_fields(self)
 
 
 # ---- reward ---------------------------------------------------------------------- change me ----
@@ -128,11 +126,14 @@ def reward(row: dict, completions: list[str]) -> list[float]:
 
 
 def bradley_terry_reward(service: tinker.ServiceClient, config: Config) -> Callable:
-    """The reward that recipes/bradley_terry.py has learnt, nats."""
+    """The reward of a scorer that recipes/bradley_terry.py trained, nats."""
     try:
         from recipes.bradley_terry import load_scorer, score_texts
     except ModuleNotFoundError:  # this file is a copy: the installed package has the recipe
-        from cookbook_core.recipes.bradley_terry import load_scorer, score_texts
+        from cookbook_core.recipes.bradley_terry import (  # pyright: ignore[reportMissingImports]
+            load_scorer,
+            score_texts,
+        )
 
     scorer, judge = load_scorer(service, config.reward_model, config.model)
     return lambda row, texts: score_texts(scorer, judge, [(row["prompt"], t) for t in texts])
@@ -187,7 +188,8 @@ def grpo_loss(
     flat = columns(data, logprobs, *keys)
     lp, weights, advantages, sampled, ref = (x[flat[1] != 0] for x in flat)
     ratio = (lp - sampled).clamp(-20.0, 20.0).exp()
-    clipped = ratio.clamp(1 - config.clip[0], 1 + config.clip[1])
+    clip_low, clip_high = config.clip
+    clipped = ratio.clamp(clip_low, clip_high)
     policy = -torch.minimum(ratio * advantages, clipped * advantages)
     kl = kl_term(config.kl_estimator, lp, ref, ratio)
     loss = (weights * (policy + config.kl_coef * kl)).sum()
@@ -241,20 +243,20 @@ def measure(data: list[tinker.Datum], rewards: list[list[float]]) -> dict[str, f
 
 def with_prompt_tokens(rows: list[dict], tokenizer, longest: int) -> list[dict]:
     """The rows whose prompt has at most `longest` tokens, with these."""
-    kept = []
+    kept_rows = []
     for row in rows:
         with chat.naming(row):  # errors name the row
             tokens = chat.render_prompt(tokenizer, row["prompt"])
         if len(tokens) <= longest:
-            kept.append({**row, "prompt_tokens": tokens})
-    return kept
+            kept_rows.append({**row, "prompt_tokens": tokens})
+    return kept_rows
 
 
 # ---- train ---------------------------------------------------------------------------------------
 
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
-    """The whole run, or the rest of one; returns the held-out metrics at its end."""
+    """Train from the start, or resume; return the held-out metrics at the end."""
     fields = ("prompt",) if config.reward_model else ("prompt", "answer")
     train_rows, test_rows = train_test(config.dataset, fields, config.test_rows, config.seed)
     panels = [
@@ -266,10 +268,10 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         runs.Panel("entropy", "nats per token", ["entropy", "test_entropy"]),
     ]
     progress = ("reward", "kl", "loss")
-    with runs.Run(
+    with runs.Run.open(
         "grpo", config, config.num_steps, flags, progress=progress, best="test_reward"
     ) as run:
-        service = tinker.ServiceClient(device=config.device, dtype=config.dtype, **run.service)
+        service = run.service_client(config.device, config.dtype)
         client = clients.start(
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
@@ -280,11 +282,15 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         longest = (client.get_info().model_data.max_context_length or 10**9) - config.max_tokens
         train_rows = with_prompt_tokens(train_rows, tokenizer, longest)
         test_rows = with_prompt_tokens(test_rows, tokenizer, longest)
-        print(
-            f"prompts: {len(train_rows)} to train on, {len(test_rows)} held out; dropped as longer "
-            f"than {longest} tokens: {given - len(train_rows) - len(test_rows)}\n"
-            "a loss near 0 is normal: advantages of a group sum to 0. Watch reward and kl."
+        run.report_rows(
+            "prompts",
+            len(train_rows),
+            len(test_rows),
+            given,
+            longest,
+            flag="a smaller --max_tokens",
         )
+        print("a loss near 0 is normal: advantages of a group sum to 0. Watch reward and kl.")
 
         def sample(rows: list[dict], count: int, seed: str) -> tuple[list, list, list]:
             """Completions, their rewards, and their datums with ref_logprobs."""
@@ -300,8 +306,8 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
 
         def evaluate() -> tuple[dict[str, float], list[str]]:
             texts, rewards, data = sample(test_rows, 4, f"{config.seed}/test")
-            found = measure(data, rewards)
-            return {f"test_{k}": v for k, v in found.items()}, [group[0] for group in texts[:3]]
+            metrics = {f"test_{k}": v for k, v in measure(data, rewards).items()}
+            return metrics, [group[0] for group in texts[:3]]
 
         before, shown_before = run.once("before", evaluate)
         for step in run.steps(client):
@@ -320,7 +326,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             for update in range(config.updates_per_rollout if data else 0):
                 backward = client.forward_backward_custom(data, partial(grpo_loss, config=config))
                 stepped = client.optim_step(adam)
-                new = {**backward.result().metrics, **stepped.result().metrics}
+                new = backward.result().metrics | (stepped.result().metrics or {})
                 gap = new["logprob_gap"] if update == 0 else metrics["logprob_gap"]
                 metrics |= {**new, "logprob_gap": gap}  # later it holds the updates' own change
             seconds = time.perf_counter() - started

@@ -12,8 +12,8 @@ sequence packing by the recipe (the backend batches as it sees fit) and warm-up.
 Data: columns prompt, completion; each plain text, or lists of messages as TRL has them
     {"prompt": [{"role": "user", "content": "..."}],
      "completion": [{"role": "assistant", "content": "..."}]}
-or a column messages, whole conversations of which --train_on says what is learnt; nothing after
-the last answer is, and held-out conversations are cut there.
+or a column messages with whole conversations, of which --train_on says which answers are trained
+on. Turns after the last answer are not used.
 
     python -m recipes.sft                       # bundled tiny model, about a minute on two cores
     python -m recipes.sft --model Qwen/Qwen3-0.6B --dataset my_data.jsonl
@@ -51,39 +51,37 @@ class Config:
     """Hub name, local file or folder with columns prompt, completion, or messages.
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     train_on: Literal["last", "all"] = "last"
-    """Which assistant messages of a messages column are learnt."""
+    """Which assistant messages of a messages column are trained on."""
     init_from: str = ""
-    """Run folder (for its final adapter) or LoRA folder to start from; its rank and alpha hold, not
-    --lora_rank. Empty starts a fresh adapter."""
-    num_steps: int = 200
+    """Run folder (for its final adapter) or LoRA folder to start from, with its own rank and alpha
+    instead of --lora_rank. Empty starts a fresh adapter."""
+    num_steps: runs.PositiveInt = 200
     """Optimizer steps."""
-    batch_size: int = 32
+    batch_size: runs.PositiveInt = 32
     """Sequences per step."""
-    learning_rate: float = 2e-3
+    learning_rate: runs.PositiveFloat = 2e-3
     """Adam's step size at the first step; falls linearly to 0."""
-    lora_rank: int = 32
+    lora_rank: runs.PositiveInt = 32
     """Rank of the adapter (alpha is 32)."""
-    max_length: int = 512
+    max_length: runs.PositiveInt = 512
     """Longest sequence, tokens; longer ones are dropped and counted."""
-    test_rows: int = 100
+    test_rows: runs.PositiveInt = 100
     """Held-out sequences."""
-    max_tokens: int = 64
+    max_tokens: runs.PositiveInt = 64
     """Longest answer generated when measuring exact match, tokens."""
-    eval_every: int = 20
+    eval_every: runs.PositiveInt = 20
     """Steps between evaluations on the held-out sequences."""
     seed: int = 0
-    """Of the adapter and the order of the data."""
+    """Seed of the adapter's initial values and of the order of the data."""
     device: str = "auto"
-    """cuda, mps or cpu; auto takes the first there is."""
+    """cuda, mps or cpu; auto takes the first that is available."""
     dtype: str = "auto"
-    """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
+    """Type of the base model: float32 or bfloat16; auto is bfloat16 on cuda, else float32."""
     log_path: str = ""
     """Run folder; empty takes the next free runs/sft-N."""
 
     def __post_init__(self) -> None:
-        runs.check_types(self)
-        sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
-        runs.check_positive(self, "max_tokens", "learning_rate", *sizes)
+        runs.check_fields(self)
 
 
 # ---- loss ------------------------------------------------------------------------ change me ----
@@ -120,7 +118,7 @@ def build_data(
     rows: list[dict], tokenizer, max_length: int, train_on: Literal["last", "all"]
 ) -> tuple[list[tinker.Datum], list[dict]]:
     """Rows -> datums, and the rows that were kept: those of at most max_length tokens."""
-    data, kept = [], []
+    data, kept_rows = [], []
     for row in rows:
         with chat.naming(row):  # errors name the row
             if "messages" in row:
@@ -130,13 +128,13 @@ def build_data(
                 tokens = parts[0] + parts[1]
                 weights = [0.0] * len(parts[0]) + [1.0] * len(parts[1])
             if len(tokens) <= max_length:
-                kept.append(row)
+                kept_rows.append(row)
                 data.append(datum_from_tokens_weights(tokens, weights))
-    return data, kept
+    return data, kept_rows
 
 
-def question_and_answer(row: dict) -> tuple[str | list[dict], str]:
-    """What to ask and the text expected back, for the exact match."""
+def question_and_answer(row: dict) -> tuple[str | list[chat.Message], str]:
+    """The prompt of a row, and the text expected back for an exact match."""
     if "messages" in row:
         prompt, answer = chat.before_last_answer(row["messages"], "messages")
         return prompt, answer["content"]
@@ -156,7 +154,7 @@ def generate(client: tinker.TrainingClient, rows: list[dict], max_tokens: int) -
 
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
-    """The whole run, or the rest of one; returns the held-out metrics at its end."""
+    """Train from the start, or resume; return the held-out metrics at the end."""
     columns = (("prompt", "completion"), ("messages",))
     train_rows, test_rows = train_test(config.dataset, columns, config.test_rows, config.seed)
     panels = [
@@ -164,10 +162,10 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         runs.Panel("held-out exact match", "share of answers", ["test_exact_match"], 0.0),
     ]
     progress = ("loss", "test_exact_match")
-    with runs.Run(
+    with runs.Run.open(
         "sft", config, config.num_steps, flags, progress=progress, best="test_exact_match"
     ) as run:
-        service = tinker.ServiceClient(device=config.device, dtype=config.dtype, **run.service)
+        service = run.service_client(config.device, config.dtype)
         client = clients.start(
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
@@ -175,11 +173,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         given = len(train_rows) + len(test_rows)
         data, train_rows = build_data(train_rows, tokenizer, config.max_length, config.train_on)
         test_data, test_rows = build_data(test_rows, tokenizer, config.max_length, config.train_on)
-        dropped = given - len(train_rows) - len(test_rows)
-        print(
-            f"sequences: {len(data)} to train on, {len(test_data)} held out; "
-            f"dropped as longer than {config.max_length} tokens: {dropped}"
-        )
+        run.report_rows("sequences", len(train_rows), len(test_rows), given, config.max_length)
         expected = [question_and_answer(row)[1] for row in test_rows]
 
         samples = run.once("samples", lambda: clients.offers_sampling(service, config.model))
@@ -200,7 +194,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
             backward = client.forward_backward_custom([data[row] for row in rows], sft_loss)
             stepped = client.optim_step(adam)  # submitted before waiting: no gap between the two
-            metrics = {**backward.result().metrics, **stepped.result().metrics}
+            metrics = backward.result().metrics | (stepped.result().metrics or {})
             run.log(step, metrics)
 
         after, answers_after = evaluate()

@@ -29,7 +29,7 @@ cross-entropy of the right label, and accuracy the share of rows where it is the
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
@@ -55,42 +55,38 @@ class Config:
     """The label words, in the order of label_probs; each must be one token, space included."""
     divergence: Divergence = "forward"
     """KL(target || model), or reverse: KL(model || target), or js: Jensen-Shannon."""
-    smoothing: float = 0.0
+    smoothing: Annotated[float, runs.Rule(lambda share: 0 <= share < 1, "in [0, 1)")] = 0.0
     """Share of each target spread evenly over the labels; reverse needs it where a target is 0."""
-    mass_coef: float = 0.1
+    mass_coef: runs.NonNegativeFloat = 0.1
     """Weight of -log(mass of the set), which keeps p on the labels; 0 is the divergence alone."""
     init_from: str = ""
-    """Run folder (for its final adapter) or LoRA folder to start from; its rank and alpha hold, not
-    --lora_rank. Empty starts a fresh adapter."""
-    num_steps: int = 200
+    """Run folder (for its final adapter) or LoRA folder to start from, with its own rank and alpha
+    instead of --lora_rank. Empty starts a fresh adapter."""
+    num_steps: runs.PositiveInt = 200
     """Optimizer steps."""
-    batch_size: int = 32
+    batch_size: runs.PositiveInt = 32
     """Rows per step."""
-    learning_rate: float = 3e-3
+    learning_rate: runs.PositiveFloat = 3e-3
     """Adam's step size at the first step; falls linearly to 0."""
-    lora_rank: int = 32
+    lora_rank: runs.PositiveInt = 32
     """Rank of the adapter (alpha is 32)."""
-    max_length: int = 512
+    max_length: runs.PositiveInt = 512
     """Longest prompt, tokens; longer ones are dropped and counted."""
-    test_rows: int = 100
+    test_rows: runs.PositiveInt = 100
     """Held-out rows."""
-    eval_every: int = 10
+    eval_every: runs.PositiveInt = 10
     """Steps between evaluations on the held-out rows."""
     seed: int = 0
-    """Of the adapter and the order of the data."""
+    """Seed of the adapter's initial values and of the order of the data."""
     device: str = "auto"
-    """cuda, mps or cpu; auto takes the first there is."""
+    """cuda, mps or cpu; auto takes the first that is available."""
     dtype: str = "auto"
-    """Of the base model: float32, bfloat16; auto is bfloat16 on cuda, else float32."""
+    """Type of the base model: float32 or bfloat16; auto is bfloat16 on cuda, else float32."""
     log_path: str = ""
     """Run folder; empty takes the next free runs/token_set_kl-N."""
 
     def __post_init__(self) -> None:
-        runs.check_types(self)
-        sizes = ("num_steps", "batch_size", "lora_rank", "max_length", "test_rows", "eval_every")
-        runs.check_positive(self, "learning_rate", *sizes)
-        runs.check(self, "smoothing", 0 <= self.smoothing < 1, "in [0, 1)")
-        runs.check(self, "mass_coef", 0 <= self.mass_coef < math.inf, "at least 0")
+        runs.check_fields(self)
 
 
 # ---- loss ------------------------------------------------------------------------ change me ----
@@ -155,7 +151,7 @@ def build_data(
     """Rows -> datums, and the rows that were kept: those of at most max_length tokens."""
     ids = token_set.single_tokens(tokenizer, config.labels)
     chats = getattr(tokenizer, "chat_template", None)
-    data, kept = [], []
+    data, kept_rows = [], []
     for i, row in enumerate(rows):
         probs = token_set.label_distribution(
             row,
@@ -169,16 +165,16 @@ def build_data(
         with chat.naming(row, prompt=column):  # errors name the row
             tokens = chat.render_prompt(tokenizer, prompt)
         if len(tokens) <= config.max_length:
-            kept.append(row)
+            kept_rows.append(row)
             data.append(token_set.datum_from_token_set(tokens, ids, target_probs=probs))
-    return data, kept
+    return data, kept_rows
 
 
 # ---- train ---------------------------------------------------------------------------------------
 
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
-    """The whole run, or the rest of one; returns the held-out metrics at its end."""
+    """Train from the start, or resume; return the held-out metrics at the end."""
     columns = (("text", "label_probs"), ("question", "answer"))
     train_rows, test_rows = train_test(config.dataset, columns, config.test_rows, config.seed)
     chance = 1 / len(config.labels)
@@ -188,10 +184,10 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         runs.Panel("mass on the set", "probability", ["set_mass", "test_set_mass"]),
     ]
     progress = ("divergence",)
-    with runs.Run(
+    with runs.Run.open(
         "token_set_kl", config, config.num_steps, flags, progress=progress, best="-test_divergence"
     ) as run:
-        service = tinker.ServiceClient(device=config.device, dtype=config.dtype, **run.service)
+        service = run.service_client(config.device, config.dtype)
         client = clients.start(
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
@@ -199,11 +195,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         given = len(train_rows) + len(test_rows)
         data, train_rows = build_data(train_rows, tokenizer, config, "train")
         test_data, test_rows = build_data(test_rows, tokenizer, config, "test")
-        dropped = given - len(train_rows) - len(test_rows)
-        print(
-            f"rows: {len(data)} to train on, {len(test_data)} held out; "
-            f"dropped as longer than {config.max_length} tokens: {dropped}"
-        )
+        run.report_rows("rows", len(train_rows), len(test_rows), given, config.max_length)
         loss_fn = partial(
             token_set_kl_loss, divergence=config.divergence, mass_coef=config.mass_coef
         )
@@ -222,7 +214,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
             backward = client.forward_backward_custom([data[row] for row in rows], loss_fn)
             stepped = client.optim_step(adam)  # submitted before waiting: no gap between the two
-            metrics = {**backward.result().metrics, **stepped.result().metrics}
+            metrics = backward.result().metrics | (stepped.result().metrics or {})
             run.log(step, metrics)
 
         after, shown_after = evaluate()

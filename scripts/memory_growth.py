@@ -1,8 +1,9 @@
-"""Does a long run grow? Trains the bundled model and makes a sampling client at every step.
+"""Check that memory does not grow in a long run with a new sampling client at every step.
 
     python -m scripts.memory_growth            # 2,000 steps, some minutes on two cores
 
-Prints resident memory on the way; ends with 1 where it grew by more than 5% after step 100.
+Trains the bundled model and prints resident memory; exits with 1 if it grows by more than 5% after
+step 100.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python -m tests.kill_harness --kills 50
 
 Each life of the run is a process of its own that is sent SIGKILL with all its children at a random
-moment; then the folder is looked at, and the same command is given again. Saves are slowed down, by
+moment; then the folder is checked, and the same command is given again. Saves are slowed down, by
 a pause after every file, so that kills fall into them; half of the moments are chosen inside a
-save. At the end the run is compared with one that nobody killed. A short form runs in the tests.
+save. At the end the run is compared with one that was not killed. A short form runs in the tests.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def child(recipe: str, steps: int, folder: str, slow: bool) -> None:
-    """One life of the run; says on standard output when it steps and when it saves."""
+    """One life of the run; prints a word when it steps and when it saves."""
     import safetensors.torch
 
     from cookbook_core.backend.local import checkpoints
@@ -88,7 +88,7 @@ def start(recipe: str, steps: int, folder: Path, *, slow: bool) -> subprocess.Po
 
 
 def wait_for(process: subprocess.Popen[str], word: str, count: int) -> bool:
-    """Whether `word` was said `count` times before the process ended."""
+    """Whether the process printed `word` `count` times before it ended."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.strip() == "end":
@@ -104,12 +104,12 @@ def look(folder: Path) -> tuple[int, int]:
     """The newest checkpoint's step and how many steps were done after it; all is checked."""
     record = run_folder.read_record(folder)
     for entry in record["checkpoints"]:
-        held = manifest.check(Path(entry["path"]))
-        assert held is not None, entry["step"]
-        assert int(held["step"]) <= entry["step"]  # less where grpo had nothing to learn from
+        written = manifest.check(Path(entry["path"]))
+        assert written is not None, entry["step"]
+        assert int(written["step"]) <= entry["step"]  # less where grpo had nothing to learn from
         for file in Path(entry["path"]).glob("*.safetensors"):
             assert all(tensor.isfinite().all() for tensor in load_file(file).values())
-    entry = run_folder.newest(record)
+    entry = run_folder.newest_checkpoint(record)
     step = entry["step"] if entry else 0
     rows = [  # of training: grpo logs no loss where no completion beats another
         row["step"]
@@ -131,9 +131,9 @@ def result_of(folder: Path, steps: int) -> dict[str, Any]:
         *folder.glob("s*.md"),
     ]
     assert len(files) == 5, files
-    found: dict[str, Any] = {str(f.relative_to(folder)): f.read_bytes() for f in files}
+    contents: dict[str, Any] = {str(f.relative_to(folder)): f.read_bytes() for f in files}
     rows = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(folder)]
-    return found | {"metrics": json.dumps(rows)}
+    return contents | {"metrics": json.dumps(rows)}
 
 
 def torture(recipe: str, kills: int, steps: int, folder: Path, seed: int) -> str:
@@ -157,8 +157,8 @@ def torture(recipe: str, kills: int, steps: int, folder: Path, seed: int) -> str
     last = start(recipe, steps, folder / "killed", slow=False)
     assert not wait_for(last, "never", 1)
     assert last.wait() == 0
-    expected, found = (result_of(folder / name, steps) for name in ("whole", "killed"))
-    differ = [key for key in expected if found.get(key) != expected[key]]
+    expected, actual = (result_of(folder / name, steps) for name in ("whole", "killed"))
+    differ = [key for key in expected if actual.get(key) != expected[key]]
     assert not differ, f"differ: {differ}"
     return (
         f"{recipe}: {done} kills ({where['save']} in a save, {where['step']} in a step, "

@@ -927,7 +927,7 @@ COMMANDS = {
     "recipes/dpo.py --beta 0.5": 0,
     "recipes/grpo.py:grpo_loss": 0,
     "recipes/grpo.py --kl_estimator k1_no_regularisation": 1,
-    "recipes/grpo.py --group_size=6 --clip=(0.1,0.3)": 0,
+    "recipes/grpo.py --group_size=6 --clip=(0.9,1.3)": 0,
     "recipes/bradley_terry.py:bradley_terry_loss": 0,
     "recipes/token_set_kl.py:token_set_kl_loss": 0,
     "recipes/token_set_kl.py --divergence js": 0,

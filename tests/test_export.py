@@ -351,13 +351,17 @@ def test_init_from_takes_a_run_s_final_adapter_and_says_so(
 @pytest.mark.parametrize(
     ("argv", "code", "says"),
     [
-        (["nowhere", "--to", "peft"], 2, "nowhere: not a run's folder nor a checkpoint"),
-        (["empty", "--to", "peft"], 2, "runs/dpo-1, or one with adapter_config.json, got a folder"),
-        (["stopped", "--to", "peft"], 2, "not finished; its command again goes on"),
+        (["nowhere", "--to", "peft"], 2, "nowhere: no such folder. Expected a run folder such as"),
+        (
+            ["empty", "--to", "peft"],
+            2,
+            "empty: neither a run folder nor a checkpoint. Expected a run folder",
+        ),
+        (["stopped", "--to", "peft"], 2, "not finished; --resume stopped finishes it"),
         (["stopped", "--to", "peft"], 2, "Expected --checkpoint 20, --checkpoint 40, got final"),
         (["stopped", "--to", "peft", "--checkpoint", "30"], 2, "--checkpoint 40, got 30"),
         (["stopped", "--to", "peft", "--checkpoint", "best"], 2, "the untrained weights"),
-        (["new", "--to", "merged"], 2, "Expected none, got final"),
+        (["new", "--to", "merged"], 2, "no such checkpoint. Got final"),
         (["lora", "--to", "peft", "--checkpoint", "20"], 2, "lora is a checkpoint itself"),
         (["lora", "--to", "peft", "--dtype", "float16"], 2, "--dtype: not for --to peft"),
         (["lora", "--to", "peft", "--out", "empty"], 2, "empty: exists"),

@@ -34,9 +34,9 @@ def test_a_recipe_under_torchrun(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Held-out pairs") == 1, "one process speaks"
     dpo_recipe.train(dataclasses.replace(config, log_path=str(tmp_path / "one")))
-    found, want = (read_metrics(tmp_path / name) for name in ("two", "one"))
-    assert [row["step"] for row in found] == [0, 0, 1, 2, 3]
-    for ours, theirs in zip(found, want, strict=True):
+    actual, expected = (read_metrics(tmp_path / name) for name in ("two", "one"))
+    assert [row["step"] for row in actual] == [0, 0, 1, 2, 3]
+    for ours, theirs in zip(actual, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
@@ -50,7 +50,7 @@ def steps(
 ) -> TrainingClient:
     """A run of six steps that saves after every second one."""
     data = grouped(2, 2, 18)
-    with Run("r", Config(str(folder)), 6, RunFlags(save_every=2)) as run:
+    with Run.open("r", Config(str(folder)), 6, RunFlags(save_every=2)) as run:
         client = clients.start(service, model, "", 4, 0, run.checkpoint)
         for step in run.steps(client):
             before(step)
@@ -72,9 +72,9 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_in_one(
             made.other.kill()
             made.other.wait(SECONDS)
 
-    said = "process 1 of 2: died.* The last checkpoint in .*run is that of step 4: give the same"
+    says = "process 1 of 2: died.* The last checkpoint in .*run is that of step 4: give the same"
     try:
-        with pytest.raises(ProcessError, match=said):
+        with pytest.raises(ProcessError, match=says):
             steps(run, make_service(checkpoint_dir=run / "checkpoints"), model, kill)
     finally:
         assert made.end() == -9

@@ -1,4 +1,4 @@
-"""A run that is interrupted and goes on ends as one that was not: bytes and metrics."""
+"""A run that is interrupted and resumed ends as one that was not: bytes and metrics."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 from cookbook_core import runs
 from cookbook_core.errors import CheckpointError, ConfigError
 from cookbook_core.runs import Run, RunFlags, read_metrics, run_folder
+from cookbook_core.runs.claim import lock
 from cookbook_core.tinker import TrainingClient
 from tests import kill_harness
 from tests.test_runs import Config
@@ -34,19 +35,19 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 class Killed(BaseException):
-    """What nobody catches."""
+    """Caught by nothing in the package."""
 
 
 def bytes_of(path: Path) -> dict[str, bytes]:
     """The last checkpoint's and the exported adapter's tensors, and the texts beside them."""
     names = ["checkpoints/model-0/weights/step-000006", "checkpoints/model-0/sampler_weights/final"]
-    found = {
+    contents = {
         f"{name}/{file.name}": file.read_bytes()
         for name in names
         for file in sorted((path / name).glob("*.safetensors"))
     }
-    assert len(found) == 3
-    return found | {name: (path / name).read_bytes() for name in ("summary.md", "samples.md")}
+    assert len(contents) == 3
+    return contents | {name: (path / name).read_bytes() for name in ("summary.md", "samples.md")}
 
 
 def timeless(path: Path) -> list[dict[str, Any]]:
@@ -123,7 +124,9 @@ class Client:
 def go(tmp_path: Path, until: int, num_steps: int = 10, **flags: Any) -> Run:
     """Run to `until` updates, then stop without a word, as a killed process does."""
     config = Config(num_steps, log_path=str(tmp_path / "run"))
-    run = Run("sft", config, num_steps, RunFlags(**{"save_every": 2, **flags}), best="-test_loss")
+    run = Run.open(
+        "sft", config, num_steps, RunFlags(**{"save_every": 2, **flags}), best="-test_loss"
+    )
     client: Any = Client(run.path)
     for step in run.steps(client):
         if step == until:
@@ -132,17 +135,17 @@ def go(tmp_path: Path, until: int, num_steps: int = 10, **flags: Any) -> Run:
             run.log(step, {"test_loss": abs(step - 5)})
         client.state = step + 1
         run.log(step, {"loss": float(step), "random": float(torch.rand(()))})
-    run._lock.release()
+    run._claim.release()
     return run
 
 
-def kept(run: Run) -> list[str]:
+def saved(run: Run) -> list[str]:
     return sorted(p.name for p in (run.path / "checkpoints/model-0/weights").iterdir())
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     run = go(tmp_path, 99)
-    assert kept(run) == ["step-000005", "step-000008", "step-000010"]
+    assert saved(run) == ["step-000005", "step-000008", "step-000010"]
     assert json.loads((run.path / "progress.json").read_text(encoding="utf-8"))["best"] == {
         "step": 5,
         "value": 0.0,
@@ -150,7 +153,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 
 
 def test_steps_run_once_each_in_the_metrics(tmp_path: Path) -> None:
-    """Wherever it stopped; random numbers go on where they were; a line cut short is dropped."""
+    """Wherever it stopped; random numbers continue; a line cut short is dropped."""
     torch.manual_seed(0)
     whole = go(tmp_path / "whole", 99)
     torch.manual_seed(0)
@@ -158,7 +161,7 @@ def test_steps_run_once_each_in_the_metrics(tmp_path: Path) -> None:
         run = go(tmp_path, until)
         with open(run.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write('{"step": 3, "lo')
-        if until > 1:  # before the first checkpoint nobody has kept the random numbers
+        if until > 1:  # before the first checkpoint the states are not saved
             torch.manual_seed(99)
         else:
             torch.manual_seed(0)
@@ -178,8 +181,12 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(tmp_path: Pa
     newest = run.path / "checkpoints/model-0/weights/step-000006"
     (newest / "state").write_text("9", encoding="utf-8")
     metrics = (run.path / "metrics.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match=r"state: damaged.* of step 5: .* remove .*000006"):
+    with pytest.raises(
+        CheckpointError, match=r"state: damaged.* of step 5: .* remove .*000006"
+    ) as caught:
         go(tmp_path, 8)
+    assert caught.traceback  # keeps the frames alive that would hold the lock
+    lock(run.path).release()  # the failed start has released it
     assert (run.path / "metrics.jsonl").read_bytes() == metrics
     for file in newest.iterdir():
         file.unlink()
@@ -196,8 +203,8 @@ def test_leftovers_of_a_save_are_never_taken_for_a_checkpoint(tmp_path: Path) ->
     outside.mkdir()
     (weights / "step-000099").symlink_to(outside, target_is_directory=True)
     assert go(tmp_path, 5).first_step == 4
-    assert {"mine", "step-000004"} <= set(kept(run))
-    assert not {"step-000006", ".step-000006-abc123"} & set(kept(run))
+    assert {"mine", "step-000004"} <= set(saved(run))
+    assert not {"step-000006", ".step-000006-abc123"} & set(saved(run))
     assert outside.is_dir()
 
 
@@ -206,20 +213,20 @@ def test_another_config_is_refused_and_fresh_moves_the_run_aside(tmp_path: Path)
         return {p.name: p.read_bytes() for p in path.iterdir() if p.is_file() and p.name[0] != "."}
 
     run = go(tmp_path, 5)
-    held = files(run.path)
+    before = files(run.path)
     with pytest.raises(ConfigError, match=r"other parameters.*num_steps 10 there, 12 here.*fresh"):
         go(tmp_path, 5, num_steps=12)
-    assert files(run.path) == held
+    assert files(run.path) == before
     assert go(tmp_path, 5, num_steps=12, fresh=True).first_step == 0
-    assert files(tmp_path / "run.old-1") == held
+    assert files(tmp_path / "run.old-1") == before
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     config = Config(3, log_path=str(tmp_path / "run"))
-    with Run("sft", config, 3):
+    with Run.open("sft", config, 3):
         code = (
             "import sys; from tests.test_runs import Config; from cookbook_core.runs import Run\n"
-            "Run('sft', Config(3, log_path=sys.argv[1]), 3)"
+            "Run.open('sft', Config(3, log_path=sys.argv[1]), 3)"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, config.log_path],
@@ -229,7 +236,9 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
             check=False,
         )
     assert done.returncode == 1
-    assert f"in use. Expected a run of one process, got {config.log_path}" in done.stderr
+    assert f"in use. Expected a folder that no other process uses, got {config.log_path}" in (
+        done.stderr
+    )
     assert f"process {os.getpid()} on" in done.stderr
 
 
@@ -238,7 +247,7 @@ def test_numbered_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
 
     def start(steps: int, **flags: Any) -> Run:
-        return Run("dpo", Config(steps), steps, RunFlags(**flags))
+        return Run.open("dpo", Config(steps), steps, RunFlags(**flags))
 
     first = start(3)
     assert first.path.as_posix() == "runs/test_runs-1"
@@ -248,8 +257,8 @@ def test_numbered_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "config.json",
         "script.py",
     ]
-    held = json.loads((first.path / "config.json").read_text(encoding="utf-8"))
-    assert (held["recipe"], Config(**held["config"])) == ("dpo", Config(3))
+    written = json.loads((first.path / "config.json").read_text(encoding="utf-8"))
+    assert (written["recipe"], Config(**written["config"])) == ("dpo", Config(3))
     with start(3) as second:  # the first is in use
         assert second.path.as_posix() == "runs/test_runs-2"
     first.close()
@@ -280,12 +289,12 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number
-    entry = run_folder.newest(run_folder.read_record(tmp_path / "run"))
+    entry = run_folder.newest_checkpoint(run_folder.read_record(tmp_path / "run"))
     assert entry is not None
-    assert f"stopped at step {entry['step']} of 400, which is saved in" in said
-    assert "Give the same command to go on." in said
+    assert f"stopped at step {entry['step']} of 400, which is saved in" in printed
+    assert "Give the same command to resume." in printed
     assert read_metrics(tmp_path / "run")[-1]["step"] == entry["step"] - 1
 
 
@@ -296,7 +305,7 @@ def test_a_second_signal_is_the_plain_one(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with Run("s", Config(log_path=str(tmp_path / "r")), 3), pytest.raises(KeyboardInterrupt):
+    with Run.open("s", Config(log_path=str(tmp_path / "r")), 3), pytest.raises(KeyboardInterrupt):
         twice()
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
@@ -310,5 +319,5 @@ def test_runs_names_are_documented() -> None:
 
 def test_killed_in_a_save_and_in_a_step(tmp_path: Path) -> None:
     """The short form of `python -m tests.kill_harness`."""
-    said = kill_harness.torture("sft", 3, 24, tmp_path, seed=2)
-    assert said.startswith("sft: 3 kills")
+    printed = kill_harness.torture("sft", 3, 24, tmp_path, seed=2)
+    assert printed.startswith("sft: 3 kills")

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from cookbook_core.errors import ConfigError
-from cookbook_core.runs import Run, RunFlags, script
+from cookbook_core import runs
+from cookbook_core.errors import ConfigError, RequestError
+from cookbook_core.runs import Run, RunFlags, script, tracking
 
 RECIPE = '''"""A recipe."""
 
@@ -46,12 +47,19 @@ def config_of(text: str, name: str = "my_dpo.py", **fields: Any) -> Any:
     return module.Config(**fields)
 
 
+def notebook_config(**fields: Any) -> Any:
+    """A config whose class is in no file."""
+    config = config_of(RECIPE, **fields)
+    del sys.modules[type(config).__module__]
+    return config
+
+
 def start(config: Any, **saving: Any) -> Run:
-    return Run("dpo", config, 4, RunFlags(**saving))
+    return Run.open("dpo", config, 4, RunFlags(**saving))
 
 
 def interrupted(config: Any, **saving: Any) -> str:
-    """Begin or go on with a run, as far as one result; its folder."""
+    """Start or resume a run, as far as one result; its folder."""
     run = start(config, **saving)
     run.log(0, {"loss": 1.0})
     run.close()
@@ -67,46 +75,89 @@ def test_layout_comments_and_docstrings_are_no_code() -> None:
     assert script.code_of(RECIPE.replace("= 4", "= 5")) != code
 
 
-def test_a_run_goes_on_under_the_code_that_began_it_only(capsys: pytest.CaptureFixture) -> None:
-    """Without log_path, other code begins a folder of its own, named by the script."""
+def test_a_run_is_resumed_by_the_code_that_started_it_only(capsys: pytest.CaptureFixture) -> None:
+    """Without log_path, other code starts a folder of its own, named by the script."""
     assert interrupted(config_of(RECIPE)) == "runs/my_dpo-1"
     assert Path("runs/my_dpo-1/script.py").read_text(encoding="utf-8") == RECIPE
-    held = json.loads(Path("runs/my_dpo-1/config.json").read_text(encoding="utf-8"))
-    assert held["script"] == {"file": "my_dpo.py", "code": script.code_of(RECIPE)}
+    written = json.loads(Path("runs/my_dpo-1/config.json").read_text(encoding="utf-8"))
+    assert written["script"] == {"file": "my_dpo.py", "code": script.code_of(RECIPE)}
     assert interrupted(config_of(RECIPE + "\n# my note\n")) == "runs/my_dpo-1"
     assert "other code" not in capsys.readouterr().out
 
     assert interrupted(config_of(OTHER)) == "runs/my_dpo-2"
     assert (
-        "runs/my_dpo-1 was begun by other code (my_dpo.py): starting runs/my_dpo-2; "
-        "--anyway goes on with it\n"
+        "runs/my_dpo-1 was started by other code (my_dpo.py), so this run is new; "
+        "--resume runs/my_dpo-1 resumes that one\n"
     ) in capsys.readouterr().out.replace("\\", "/")
     assert interrupted(config_of(RECIPE)) == "runs/my_dpo-1"
     assert interrupted(config_of(OTHER)) == "runs/my_dpo-2"
     assert interrupted(config_of(OTHER, "my_ipo.py")) == "runs/my_ipo-1"
 
 
-def test_log_path_refuses_other_code_unless_anyway() -> None:
-    """Nothing changes in what is refused; --anyway keeps both scripts."""
+def test_log_path_refuses_other_code_and_resume_takes_it() -> None:
+    """Nothing changes in what is refused; --resume keeps both scripts."""
     interrupted(config_of(RECIPE, log_path="run"))
     before = {p.name: p.read_bytes() for p in Path("run").iterdir() if p.name[0] != "."}
-    says = r"begun by other code. Expected that of run.script\.py \(my_dpo.py\), .*--anyway goes on"
+    says = r"started by other code. Expected that of run.script\.py \(my_dpo.py\), .*--resume run r"
     for name in ("my_dpo.py", "my_ipo.py"):
         with pytest.raises(ConfigError, match=says):
             start(config_of(OTHER, name, log_path="run"))
     assert {p.name: p.read_bytes() for p in Path("run").iterdir() if p.name[0] != "."} == before
 
-    interrupted(config_of(OTHER, log_path="run"), anyway=True)
+    interrupted(config_of(OTHER), resume="run")
     assert Path("run/script.py").read_text(encoding="utf-8") == OTHER
     assert Path("run/script.until-0.py").read_text(encoding="utf-8") == RECIPE
     interrupted(config_of(OTHER, log_path="run"))
-    with pytest.raises(ConfigError, match="begun by other code"):
+    with pytest.raises(ConfigError, match="started by other code"):
         start(config_of(RECIPE, log_path="run"))
+    with pytest.raises(ConfigError, match="started by other code"):
+        start(notebook_config(log_path="run"))
+
+
+def test_resume_takes_the_parameters_from_the_run(capsys: pytest.CaptureFixture) -> None:
+    """Only its own: a flag that differs is refused, as is a run that has finished."""
+    config = config_of(RECIPE, num_steps=7)
+    assert interrupted(config) == "runs/my_dpo-1"
+    again, flags = runs.parse_config(type(config), ["--resume", "runs/my_dpo-1"])
+    assert again == config
+    run = Run.open("dpo", again, 7, flags)
+    assert run.path.as_posix() == "runs/my_dpo-1"
+    with run:
+        run.log(0, {"loss": 1.0})
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        Run.open("dpo", again, 7, flags)
+    other, flags = runs.parse_config(type(config), ["--resume=runs/my_dpo-1", "--num_steps", "8"])
+    with pytest.raises(ConfigError, match=r"other parameters\. Got num_steps 7 there, 8 here"):
+        Run.open("dpo", other, 8, flags)
+    with pytest.raises(ConfigError, match="--resume: contradicts --fresh"):
+        start(config, resume="runs/my_dpo-1", fresh=True)
+    Path("runs/model").mkdir()
+    Path("runs/model/config.json").write_text('{"model_type": "qwen3"}', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"runs/model: not a run folder.*KeyError: 'config'"):
+        start(config, resume="runs/model")
+
+
+def test_old_runs_are_left_as_they_are() -> None:
+    """Neither locked nor written to, whatever their state; one in the way is passed over."""
+    run = start(config_of(RECIPE))
+    with run:
+        run.log(0, {"loss": 1.0})
+    (run.path / ".owner").write_text("me", encoding="utf-8")
+    assert interrupted(config_of(RECIPE)) == "runs/my_dpo-2"
+    assert interrupted(config_of(RECIPE, num_steps=9)) == "runs/my_dpo-3"
+    assert (run.path / ".owner").read_text(encoding="utf-8") == "me"
+    lock = Path("runs/my_dpo-2/.lock")  # no lock can be taken, as in a folder of another user
+    lock.unlink()
+    lock.mkdir()
+    assert interrupted(config_of(RECIPE)) == "runs/my_dpo-4"
+    with pytest.raises(
+        ConfigError, match=r"Config\.log_path: not usable.*Give --log_path a folder"
+    ):
+        start(config_of(RECIPE, log_path="runs/my_dpo-2"))
 
 
 def test_a_notebook_goes_on_with_its_own_runs_in_folders_of_the_recipe() -> None:
-    config = config_of(RECIPE)
-    del sys.modules[type(config).__module__]
+    config = notebook_config()
     assert interrupted(config) == "runs/dpo-1"
     assert interrupted(config) == "runs/dpo-1"
     assert interrupted(config_of(RECIPE, "dpo.py")) == "runs/dpo-2"
@@ -114,9 +165,9 @@ def test_a_notebook_goes_on_with_its_own_runs_in_folders_of_the_recipe() -> None
 
 def test_a_run_folder_of_before_the_code_was_recorded_goes_on() -> None:
     path = Path(interrupted(config_of(RECIPE)))
-    held = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    del held["script"]
-    (path / "config.json").write_text(json.dumps(held), encoding="utf-8")
+    written = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    del written["script"]
+    (path / "config.json").write_text(json.dumps(written), encoding="utf-8")
     (path / "script.py").unlink()
     assert interrupted(config_of(OTHER)) == "runs/my_dpo-1"
 
@@ -169,8 +220,30 @@ def test_a_run_that_failed_before_its_first_step_was_done_leaves_no_folder(
         assert run.path.as_posix() == (log_path or "runs/my_dpo-1")
 
 
+def test_a_failed_run_leaves_no_files_of_its_tracker() -> None:
+    run = start(config_of(RECIPE))
+    (run.path / "events.out.tfevents.1.host").touch()
+    (run.path / "wandb").mkdir()
+    (run.path / "wandb" / "log").touch()
+    with pytest.raises(ValueError, match="early"):
+        fail_in(run, 0, ValueError("early"))
+    assert not run.path.exists()
+
+
+def test_a_tracker_that_cannot_end_leaves_the_folder_to_the_next_run() -> None:
+    def fail() -> None:
+        raise OSError("connection lost")
+
+    run = start(config_of(RECIPE))
+    run._tracker = tracking.Tracker(lambda step, metrics: None, fail)
+    run.log(0, {"loss": 1.0})
+    with pytest.raises(OSError, match="connection lost"):
+        run.close()
+    assert interrupted(config_of(RECIPE)) == run.path.as_posix()
+
+
 def test_a_failed_run_keeps_a_folder_with_anything_in_it() -> None:
-    """A step's result, what a run began before, somebody's folder, somebody's file in it."""
+    """A step's result, what an earlier run wrote, a folder that existed, a foreign file."""
     run = start(config_of(RECIPE))
     with pytest.raises(ValueError, match="late"):
         fail_in(run, 1, ValueError("late"))
@@ -188,6 +261,48 @@ def test_a_failed_run_keeps_a_folder_with_anything_in_it() -> None:
         fail_in(run, 0, ValueError("early"))
     assert (run.path / "note.txt").exists()
     assert (run.path / "config.json").exists()
+
+
+def test_checkpoints_saved_by_name_outlive_a_run_that_failed_early() -> None:
+    run = start(config_of(RECIPE))
+    mine = run.path / "checkpoints/model-0/weights/mine"
+    mine.mkdir(parents=True)
+    with pytest.raises(ValueError, match="early"):
+        fail_in(run, 0, ValueError("early"))
+    assert mine.is_dir()
+    start(config_of(RECIPE)).close()  # the lock is free
+
+
+def test_fresh_puts_the_run_back_if_the_new_one_fails_early(capsys: pytest.CaptureFixture) -> None:
+    config = config_of(RECIPE, log_path="run")
+    interrupted(config)
+    good = {p.name: p.read_bytes() for p in Path("run").iterdir() if p.name[0] != "."}
+    capsys.readouterr()
+    run = start(config, fresh=True)
+    assert not (run.path / "metrics.jsonl").exists()
+    with pytest.raises(ValueError, match="too long"), run:
+        raise ValueError("all rows are too long")
+    assert {p.name: p.read_bytes() for p in Path("run").iterdir() if p.name[0] != "."} == good
+    assert [p.name for p in Path().glob("run*")] == ["run"]
+    assert capsys.readouterr().out == ""
+    with start(config, fresh=True) as run:
+        run.log(0, {"loss": 2.0})
+    assert "the run that was in run is now in run.old-1\n" in capsys.readouterr().out
+
+
+def test_a_command_that_fails_before_its_first_step_announces_no_folder(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    run = start(config_of(RECIPE))
+    with pytest.raises(ValueError, match="no model"), run:
+        raise ValueError("no model")
+    assert "my_dpo-1" not in capsys.readouterr().out
+    run = start(config_of(RECIPE))
+    with pytest.raises(ValueError, match="early"):
+        fail_in(run, 0, ValueError("early"))
+    printed = capsys.readouterr().out.replace("\\", "/")
+    assert "dpo: run folder runs/my_dpo-1\n" in printed
+    assert printed.endswith("runs/my_dpo-1 is removed: no step was finished in it\n")
 
 
 @pytest.mark.parametrize("name", ["reference", "step-000020", ".final-x-y", "mine"])
@@ -219,3 +334,18 @@ def test_a_tracker_that_is_not_installed_leaves_no_folder(monkeypatch: pytest.Mo
     with pytest.raises(ConfigError):
         start(config_of(RECIPE), track="trackio")
     assert not Path("runs/my_dpo-1").exists()
+
+
+def test_a_tracker_that_fails_by_itself_leaves_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its library has already written into the folder."""
+    module = types.ModuleType("wandb")
+
+    def init(**settings: Any) -> None:
+        Path(settings["dir"], "wandb").mkdir()
+        raise OSError("not logged in")
+
+    module.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(RequestError, match=r"track: wandb cannot start a run.*OSError: not logged"):
+        start(config_of(RECIPE, log_path="run"), track="wandb")
+    assert not Path("run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -11,12 +12,25 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import ConfigError, DataError, LossError
-from cookbook_core.runs import Panel, Run, RunFlags, main, parse_config, read_metrics, tracking
+from cookbook_core.runs import (
+    Panel,
+    PositiveInt,
+    Rule,
+    Run,
+    RunFlags,
+    check_fields,
+    main,
+    parse_config,
+    read_metrics,
+    run_folder,
+    tracking,
+)
 from cookbook_core.runs.progress import Progress
 
 
@@ -49,6 +63,36 @@ def test_flags_set_fields() -> None:
     assert parse_config(Config, argv) == (Config(), RunFlags(3, 1, True))
 
 
+@pytest.mark.parametrize(
+    ("argv", "shuffle"),
+    [
+        (["--shuffle"], True),
+        (["--shuffle", "True"], True),
+        (["--shuffle", "false"], False),
+        (["--shuffle=False"], False),
+        (["--no_shuffle"], False),
+        (["--no-shuffle", "--shuffle", "true", "--num_steps", "3"], True),
+    ],
+)
+def test_boolean_flags_take_a_value_or_none(argv: list[str], shuffle: bool) -> None:
+    assert parse_config(Config, argv)[0].shuffle is shuffle
+    assert parse_config(Config, ["--fresh", "true"])[1].fresh
+
+
+def test_a_field_without_a_default_is_a_flag_that_must_be_given(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    @dataclass
+    class Required:
+        beta: float
+        log_path: str = ""
+
+    assert parse_config(Required, ["--beta", "2"])[0] == Required(2.0)
+    with pytest.raises(SystemExit, match="2"):
+        parse_config(Required, [])
+    assert "--beta" in capsys.readouterr().err
+
+
 def test_help_shows_each_docstring_default_and_the_recipe(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="0"):
         parse_config(Config, ["--help"])
@@ -65,7 +109,7 @@ def test_help_shows_each_docstring_default_and_the_recipe(capsys: pytest.Capture
         (["--learning-rat=3"], '--learning-rat: no such flag. Did you mean "learning_rate"?'),
         (
             ["--zzz"],
-            "Known: anyway, base_url, fresh, keep_last, learning_rate, log_path, num_steps, save_e",
+            "Known: base_url, fresh, keep_last, learning_rate, log_path, num_steps, resume, save_e",
         ),
         (["--save_every", "0"], "Config.save_every: out of range"),
         (
@@ -76,14 +120,20 @@ def test_help_shows_each_docstring_default_and_the_recipe(capsys: pytest.Capture
         (["--lr", "1"], '--lr: no such flag. Did you mean "learning_rate"?'),
         (["--epochs", "1"], '--epochs: no such flag. Did you mean "num_steps"?'),
         (["--num_steps", "0"], "Config.num_steps: too few"),
+        (
+            ["--shuffle", "maybe"],
+            "maybe: unexpected argument. Names of flags begin with --; a bool",
+        ),
+        (["--resume", "runs/nope-1"], "runs/nope-1: not a run folder. Expected the config.json of"),
+        (["--track", "wand"], "invalid choice 'wand' for argument '--track'"),
     ],
 )
 def test_bad_flags_exit_with_2(argv: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
         parse_config(Config, argv)
-    told = capsys.readouterr().err
-    assert says in told
-    assert len(told.splitlines()) <= 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert len(err.splitlines()) <= 2
 
 
 def test_help_whose_reader_has_gone() -> None:
@@ -177,7 +227,7 @@ def test_a_recipe_on_the_command_line(flags: list[str], code: int, says: str) ->
         docs = done.stdout.split("usage:")[0].splitlines()
         assert docs[2].startswith("    L = - sum over tokens")
         assert all(len(line) <= 80 for line in docs if not line.startswith("    "))
-        assert "hold, not --lora_rank. Empty starts" in " ".join(done.stdout.split()).replace(
+        assert "instead of --lora_rank. Empty starts" in " ".join(done.stdout.split()).replace(
             " ? ? ", " "
         )
 
@@ -198,14 +248,59 @@ def test_the_command_line_needs_no_heavy_import() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@dataclass
+class Checked:
+    """Fields of each kind that `check_fields` knows."""
+
+    count: PositiveInt = 3
+    share: Annotated[float, Rule(lambda share: 0 <= share < 1, "in [0, 1)")] = 0.5
+    flag: bool = False
+    name: str = "a"
+    kind: Literal["last", "all"] = "last"
+    pair: tuple[str, str] = ("a", "b")
+    words: tuple[str, ...] = ("a",)
+    others: list[int] = dataclasses.field(default_factory=list)
+    either: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"count": True}, r"Config\.count: wrong type\. Expected int, got True \(bool\)\."),
+        ({"count": "3"}, r"Config\.count: wrong type\. Expected int, got '3' \(str\)\."),
+        ({"count": 3.0}, r"Config\.count: wrong type\. Expected int, got 3\.0 \(float\)\."),
+        ({"count": 0}, r"Config\.count: out of range\. Expected > 0, got 0\."),
+        ({"share": 1}, r"Config\.share: out of range\. Expected in \[0, 1\), got 1\."),
+        ({"share": math.nan}, r"Config\.share: out of range\. Expected a finite number, got nan\."),
+        ({"share": True}, r"Config\.share: wrong type\. Expected float, got True"),
+        ({"flag": 1}, r"Config\.flag: wrong type\. Expected bool, got 1"),
+        ({"name": 1}, r"Config\.name: wrong type\. Expected str, got 1"),
+        ({"kind": "al"}, r"Config\.kind: unknown choice\. .*got 'al'\. Did you mean \"all\"\?"),
+        ({"pair": ("a",)}, r"Config\.pair: wrong type\. Expected 2 values, got \('a',\)"),
+        ({"pair": ("a", 1)}, r"Config\.pair\[1\]: wrong type\. Expected str, got 1"),
+        ({"words": "ab"}, r"Config\.words: wrong type\. Expected a list of values, got 'ab'"),
+        ({"either": 3}, r"Config\.either: wrong type\. Expected str \| None, got 3"),
+        ({"words": ("a", 2)}, r"Config\.words\[1\]: wrong type"),
+        ({"count": 0, "flag": "x"}, r"Config\.count: out(.|\n)*Config\.flag: wrong type"),
+    ],
+)
+def test_fields_are_checked_against_their_annotations(values: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Checked(**values)
+    Checked(count=1, share=0, name=Path("a"), pair=["a", "b"], words=())  # type: ignore[arg-type]
+
+
 def test_a_run_that_never_began_leaves_its_folder_to_another(tmp_path: Path) -> None:
-    """After a mistaken model name the mended command goes to the same folder."""
+    """After a mistaken model name the corrected command uses the same folder."""
     first = make_run(tmp_path)
     first.close()
-    mended = Config(shuffle=False, log_path=str(tmp_path / "run"))
-    with Run("sft", mended, 30) as run:
-        held = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
-        assert held["config"]["shuffle"] is False
+    corrected = Config(shuffle=False, log_path=str(tmp_path / "run"))
+    with Run.open("sft", corrected, 30) as run:
+        written = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
+        assert written["config"]["shuffle"] is False
         run.log(0, {"loss": 1.0})
     with pytest.raises(ConfigError, match="holds a run with other parameters"):
         make_run(tmp_path)
@@ -215,14 +310,14 @@ def test_a_log_path_that_cannot_be_made_is_a_mistaken_command(tmp_path: Path) ->
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match=r"Config\.log_path: not usable"):
-            Run("sft", Config(log_path=str(path)), 30)
+            Run.open("sft", Config(log_path=str(path)), 30)
 
 
 # ---- metrics -------------------------------------------------------------------------------
 
 
 def make_run(tmp_path: Path, num_steps: int = 30, **kwargs: object) -> Run:
-    return Run("sft", Config(log_path=str(tmp_path / "run")), num_steps, **kwargs)
+    return Run.open("sft", Config(log_path=str(tmp_path / "run")), num_steps, **kwargs)
 
 
 def test_metrics_are_strict_json_and_nan_is_said_once(
@@ -241,6 +336,26 @@ def test_metrics_are_strict_json_and_nan_is_said_once(
     rows = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
     assert rows == [{"step": 0, "loss": 0.5, "kl": None}, {"step": 1, "loss": 1.0, "kl": None}]
     assert capsys.readouterr().out.count('metric "kl" is') == 1
+
+
+def test_a_first_evaluation_that_is_nan_does_not_end_the_run(tmp_path: Path) -> None:
+    with make_run(tmp_path) as run:
+        before = run.once("before", lambda: {"test_loss": math.nan, "test_kl": math.inf})
+        assert math.isnan(before["test_loss"])
+        run.log(0, before)
+        run.once("other", lambda: 1)
+        run.save_before_after("Held out", before, {"test_loss": math.nan})
+    assert read_metrics(run.path) == [{"step": 0, "test_loss": None, "test_kl": None}]
+    again = run_folder.read_record(run.path)["values"]
+    assert math.isnan(again["before"]["test_loss"])
+    assert again["before"]["test_kl"] == math.inf
+
+
+def test_once_refuses_what_json_cannot_hold(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with pytest.raises(ConfigError, match=r'Run\.once\("bad"\): not a JSON value'):
+        run.once("bad", lambda: {1, 2})
+    assert run.once("good", lambda: (1, 2)) == [1, 2]
 
 
 @pytest.mark.parametrize("value", ["x", None, [1.0, 2.0]])
@@ -266,7 +381,7 @@ def test_plain_progress_lines(
     """Without a terminal about ten lines, first and last step among them."""
     with make_run(tmp_path, num_steps, progress=("loss", "accuracy")) as run:
         for step in range(num_steps):
-            run.log(step, {"test_loss": 1.0, "accuracy": 0.125})
+            run.log(step, {"test_loss": float(step), "accuracy": 0.125})
             run.log(step, {"loss": 0.5, "accuracy": 0.25, "grad_norm": 9.0})
         run.log(num_steps, {"test_loss": 1.0, "accuracy": 0.5})
     shown = capsys.readouterr().out
@@ -346,6 +461,81 @@ def test_metrics_go_to_the_tracker_asked_for(
     assert sent == [(0, {"loss": 0.5, "kl": None}), "closed"]
 
 
+def test_choices_of_the_machine_are_recorded_and_outlive_an_interruption(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert run.machine == {}
+    run.record_machine(micro_batch=4)
+    run.record_machine(merged=True)
+    run._client = object()  # type: ignore[assignment]
+    run.log(0, {"loss": 1.0})
+    run.once("kept", lambda: 1)
+    run._record["checkpoints"] = [{"step": 1, "path": "tinker://x/1"}]
+    run_folder.write_record(run.path, run._record)
+    run.close()
+    again = make_run(tmp_path)
+    assert again.first_step == 1
+    assert again.machine == {"micro_batch": 4, "merged": True}
+
+
+def test_service_client_saves_in_the_run_folder(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    client = run.service_client("cpu", "float32").create_lora_training_client("tiny", 1).result()
+    path = Path(client.save_state("mine").result().path)
+    assert path.is_relative_to(run.path / "checkpoints")
+    with pytest.raises(ConfigError, match="base_url"):
+        make_run(tmp_path / "other", flags=RunFlags(base_url="nonsense")).service_client()
+
+
+def test_rows_that_are_all_too_long_are_refused_with_the_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = make_run(tmp_path)
+    run.report_rows("pairs", 3, 1, 6, 512)
+    printed = "pairs: 3 to train on, 1 held out; dropped as longer than 512 tokens: 2\n"
+    assert printed in capsys.readouterr().out
+    for train, test, purpose in ((0, 3, "to train on"), (3, 0, "held out")):
+        says = rf"dataset: no pairs {purpose}: all are longer than 8 tokens.*larger --max_length"
+        with pytest.raises(ConfigError, match=says):
+            run.report_rows("pairs", train, test, 6, 8)
+
+
+# ---- nothing is learnt ---------------------------------------------------------------------
+
+
+def rows_of(**columns: list) -> list[dict[str, float]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "warned_at", "says"),
+    [
+        (rows_of(loss=[1.0, 0.9, 0.8], grad_norm=[1.0, 0.0, 0.0]), [1], "exactly 0 at 2 of 3"),
+        (rows_of(loss=[1.0, 0.9, 0.8], grad_norm=[1.0, 0.5, 1e-9]), [], ""),
+        (rows_of(zero_variance=[1.0] * 7), [4], "same reward at each of the 7 steps"),
+        (rows_of(zero_variance=[1.0] * 2), [], "same reward at each of the 2 steps"),
+        (rows_of(zero_variance=[1.0] * 6 + [0.5]), [4], ""),
+        (rows_of(zero_variance=[0.5] + [1.0] * 6), [], ""),
+        (rows_of(test_loss=[6.0884232] * 3), [2], "no held-out metric moved over the last 3"),
+        (rows_of(test_loss=[6.0884232, 6.0884235]), [], "no held-out metric moved over the last 2"),
+        (rows_of(test_loss=[6.0, 7.2276625, 7.2276621, 7.2276625]), [3], "no held-out metric"),
+        (rows_of(test_loss=[6.0, 5.0, 5.0], test_match=[0.0, 0.0, 0.1]), [], ""),
+    ],
+)
+def test_a_run_that_learns_nothing_says_so(
+    rows: list[dict], warned_at: list[int], says: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """While it happens, and below the table of its summary."""
+    run = make_run(tmp_path)
+    for step, row in enumerate(rows):
+        run.log(step, row)
+        assert ("warning: step" in capsys.readouterr().out) == (step in warned_at)
+    run.save_before_after("Held out", {"test_x": 1.0}, {"test_x": 2.0})
+    summary = (run.path / "summary.md").read_text(encoding="utf-8")
+    assert ("warning: " in summary) == bool(says)
+    assert says in summary
+    assert says in capsys.readouterr().out
+
+
 # ---- what is kept --------------------------------------------------------------------------
 
 
@@ -423,10 +613,11 @@ def test_a_plot_names_its_run_and_shows_small_changes_as_small(
 def test_summary_and_samples_are_markdown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = make_run(tmp_path)
     run.save_before_after("Held-out pairs", {"test_accuracy": 0.5}, {"test_accuracy": 0.97123456})
-    run.save_before_after("Second", {"a|b": 1}, {"a|b": 2})
+    run.save_before_after("Second", {"a|b": 1}, {"a|b": 2, "new": 0.5})
     summary = (run.path / "summary.md").read_text(encoding="utf-8")
     assert "| accuracy | 0.5    | 0.9712 |" in summary
     assert "a\\|b" in summary
+    assert "| new    | -      | 0.5   |" in summary
     assert "Held-out pairs" in capsys.readouterr().out
     run.save_samples([{"prompt": "a|b\nc", "after": "<think>`é`"}])
     samples = (run.path / "samples.md").read_text(encoding="utf-8")

@@ -57,10 +57,10 @@ def test_tensorboard_writes_what_tensorboard_reads(tmp_path: Path) -> None:
     tracker.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    held = {k: [(e.step, e.value) for e in events.Scalars(k)] for k in events.Tags()["scalars"]}
-    assert held["test_loss"] == [(0, 2.0)]
-    assert held["kl"] == [(0, 0.5)]
-    assert held["loss"] == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
+    scalars = {k: [(e.step, e.value) for e in events.Scalars(k)] for k in events.Tags()["scalars"]}
+    assert scalars["test_loss"] == [(0, 2.0)]
+    assert scalars["kl"] == [(0, 0.5)]
+    assert scalars["loss"] == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
     (text,) = events.Tensors("config/text_summary")
     shown = text.tensor_proto.string_val[0].decode()
     assert '\n        "beta": 0.1,' in shown
@@ -68,7 +68,7 @@ def test_tensorboard_writes_what_tensorboard_reads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb", "trackio"])
-def test_a_missing_library_is_said_with_its_mend(
+def test_a_missing_library_is_named_with_its_fix(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = "torch.utils.tensorboard" if kind == "tensorboard" else kind

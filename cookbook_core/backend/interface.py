@@ -158,7 +158,7 @@ class TrainingBackend(Protocol):
             name: one path component.
             for_sampler: the weights alone; else the optimizer's state too.
             overwrite: replace other weights of this name, which are an error otherwise.
-            user_metadata: text that `Backend.checkpoint_metadata` returns.
+            user_metadata: text that `ServiceClient.get_checkpoint_metadata` returns.
 
         Raises:
             CheckpointError: at once or from the future.
@@ -218,14 +218,6 @@ class Backend(Protocol):
 
         Raises:
             CheckpointError: at once or from the future.
-        """
-        ...
-
-    def checkpoint_metadata(self, path: str) -> Future[dict[str, str]]:
-        """The user_metadata saved with the checkpoint at `path`; empty if it has none.
-
-        Raises:
-            CheckpointError: at once or from the future; no such checkpoint, or a damaged one.
         """
         ...
 

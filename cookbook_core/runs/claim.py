@@ -1,8 +1,9 @@
-"""Which folder a run goes to, one process at a time; and what happens to those that failed."""
+"""Choose the folder of a run, and lock it: one process at a time works in a folder."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -14,195 +15,254 @@ from pathlib import Path
 from typing import Any
 
 from cookbook_core.errors import ConfigError
-from cookbook_core.runs.run_folder import describe, has_begun, read_record, write_atomically
+from cookbook_core.runs.run_folder import (
+    describe,
+    has_begun,
+    read_config,
+    read_record,
+    saved_by_name,
+    write_atomically,
+)
 from cookbook_core.runs.script import COPY, Script, described, recorded
 from cookbook_core.storage.paths import usable_path
 
-_OWN = ("config.json", COPY, "metrics.jsonl", "progress.json", "checkpoints", ".owner", ".lock")
-"""What a run has written by its first step."""
+_OWN = (
+    r"config\.json|script\.py|metrics\.jsonl|progress\.json|checkpoints|\.owner|\.lock"
+    r"|wandb|events\.out\.tfevents\..*"
+)
+"""Names of what a run, and its tracker, have written by its first step."""
 
 
-def lock(folder: Path) -> Any:
-    """Hold `folder` until the lock that comes back is released, or the process ends.
+@dataclasses.dataclass
+class Claim:
+    """A run folder that this process has locked.
 
-    Raises:
-        ConfigError: another process holds it; which one is said.
+    Attributes:
+        path: the folder.
+        lock: held until `release` or `remove`.
+        made: whether the folder was made for this run.
+        aside: the folder to which --fresh moved the run that was in `path`.
+        note: what to print about the choice of the folder.
     """
-    import filelock
 
-    held = filelock.FileLock(folder / ".lock")
-    owner = folder / ".owner"
-    try:
-        held.acquire(timeout=0)
-    except filelock.Timeout as error:
+    path: Path
+    lock: Any
+    made: bool
+    aside: Path | None = None
+    note: str = ""
+
+    def release(self) -> None:
+        """Release the lock."""
+        self.lock.release()
+
+    def has_files_of_others(self) -> bool:
+        """Whether it holds files that no run writes, or checkpoints saved by name."""
+        names = (file.name for file in self.path.iterdir())
+        return saved_by_name(self.path) or not all(re.fullmatch(_OWN, name) for name in names)
+
+    def remove(self) -> None:
+        """Remove the folder, put back the run that --fresh moved aside, and release the lock."""
+        for file in self.path.iterdir():
+            if file.is_dir():
+                shutil.rmtree(file, ignore_errors=True)
+            elif file.name != ".lock":
+                file.unlink(missing_ok=True)
+        self.release()
         with contextlib.suppress(OSError):
-            where = owner.read_text(encoding="utf-8")
-            raise ConfigError(
-                "Config.log_path",
-                "in use",
-                expected="a run of one process",
-                got=f"{folder}: {where}",
-            ) from error
-        raise ConfigError(
-            "Config.log_path", "in use", expected="a run of one process", got=folder
-        ) from error
-    who = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-    owner.write_text(who, encoding="utf-8")
-    return held
+            (self.path / ".lock").unlink(missing_ok=True)
+            self.path.rmdir()
+            if self.aside is not None:
+                self.aside.rename(self.path)
 
 
 def claim(
-    recipe: str, config: Any, script: Script | None, *, fresh: bool, anyway: bool
-) -> tuple[Path, Any, bool]:
-    """The folder a run goes to, the lock on it, and whether the folder was made for it.
+    recipe: str, config: Any, script: Script | None, *, fresh: bool = False, resume: str = ""
+) -> Claim:
+    """Choose the run's folder, make it if it is new, and lock it.
 
-    With a log_path that folder: new, or a run of the same config and code to go on with. Without,
-    the newest runs/SCRIPT-N that was interrupted under this config and code and nobody works in,
-    else the next new one.
+    With `resume`, or `config.log_path`, that folder. With neither the newest runs/SCRIPT-N that was
+    interrupted, has the same parameters and code and is in use by no process; else the next new N.
 
     Args:
         recipe: its name; names the folder where there is no script.
-        config: with a field log_path.
+        config: the parameters, with a field log_path.
         script: the run's code; None where it has no file.
-        fresh: move a run that is in log_path aside, and go on with none.
-        anyway: go on with one of the same config also if other code began it.
+        fresh: resume nothing; move a run that is in log_path aside.
+        resume: a run folder to resume even if other code started it.
     Raises:
-        ConfigError: log_path holds a finished run, one of another config or of other code, one in
-            use, or another program's config.json.
+        ConfigError: the folder cannot be written, is in use, or holds a finished run, one with
+            other parameters or (without `resume`) other code, or another program's config.json.
     """
-    if not config.log_path:
-        return _claim_numbered(recipe, config, script, fresh=fresh, anyway=anyway)
-    path = usable_path("Config.log_path", config.log_path, ConfigError)
+    if resume:
+        if fresh:
+            fix = "Leave one of them out."
+            raise ConfigError("--resume", "contradicts --fresh", got=resume, fix=fix)
+        path = usable_path("--resume", resume, ConfigError)
+        read_config(path)
+        return _claim_folder(path, recipe, config, script, any_code=True)
+    if config.log_path:
+        path = usable_path("Config.log_path", config.log_path, ConfigError)
+        if fresh and has_begun(path):
+            return _claim_afresh(path)
+        return _claim_folder(path, recipe, config, script)
+    return _claim_numbered(recipe, config, script, fresh=fresh)
+
+
+def _claim_folder(
+    path: Path, recipe: str, config: Any, script: Script | None, *, any_code: bool = False
+) -> Claim:
     made = not path.exists()
+    claimed = Claim(path, _make_and_lock(path), made)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        rule = "a folder that can be made"
-        raise ConfigError("Config.log_path", "not usable", expected=rule, got=error) from error
-    held = lock(path)
-    if not (path / "config.json").exists():
-        return path, held, made
-    if fresh and has_begun(path):
-        held.release()
-        aside = next(p for i in itertools.count(1) if not (p := _old(path, i)).exists())
-        path.rename(aside)
-        print(f"the run that was in {path} is in {aside} now")
-        path.mkdir()
-        return path, lock(path), True
-    try:
-        _check_same(path, recipe, config, script, anyway=anyway)
-    except ConfigError:
-        held.release()
+        if (path / "config.json").exists():
+            _check_same_run(path, recipe, config, script, any_code=any_code)
+    except BaseException:
+        claimed.release()
         raise
-    return path, held, made
+    return claimed
 
 
-def _old(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.name}.old-{number}")
+def _claim_afresh(path: Path) -> Claim:
+    """Move the run in a folder aside, and make the folder anew."""
+    _make_and_lock(path).release()  # refuses if another process uses it
+    others = (path.with_name(f"{path.name}.old-{number}") for number in itertools.count(1))
+    aside = next(other for other in others if not other.exists())
+    path.rename(aside)
+    note = f"the run that was in {path} is now in {aside}"
+    return Claim(path, _make_and_lock(path), True, aside, note)
 
 
-def _check_same(
-    path: Path, recipe: str, config: Any, script: Script | None, *, anyway: bool
-) -> None:
-    """Raise ConfigError unless the run in a folder is one to go on with."""
-    differ = differences(path, recipe, config)
-    if not has_begun(path) and [name for name, *_ in differ] != ["config.json"]:
-        return
-    mend = "Give another log_path, or --fresh to move that run aside."
-    if differ:
-        what = "holds a run with other parameters"
-        got = ", ".join(f"{name} {old!r} there, {new!r} here" for name, old, new in differ)
-        raise ConfigError("Config.log_path", what, expected=f"those of {path}", got=got, fix=mend)
-    if read_record(path)["finished"]:
-        raise ConfigError(
-            "Config.log_path", "holds a finished run", expected="a new folder", got=path, fix=mend
-        )
-    other = other_code(path, script)
-    if other and not anyway:
-        what, rule = "holds a run begun by other code", f"that of {path / COPY} ({other})"
-        got = described(script)["file"] or "a notebook"
-        mend = f"--anyway goes on with it under the code as it is now. {mend}"
-        raise ConfigError("Config.log_path", what, expected=rule, got=f"that of {got}", fix=mend)
-
-
-def _claim_numbered(
-    recipe: str, config: Any, script: Script | None, *, fresh: bool, anyway: bool
-) -> tuple[Path, Any, bool]:
+def _claim_numbered(recipe: str, config: Any, script: Script | None, *, fresh: bool) -> Claim:
     name = recipe if script is None or script.path.stem == "__main__" else script.path.stem
-    said = ""
+    note = ""
     for path in [] if fresh else _numbered(name):
-        with contextlib.suppress(ConfigError):
-            held = lock(path)
-            if not differences(path, recipe, config) and not read_record(path)["finished"]:
-                other = other_code(path, script)
-                if anyway or not other:
-                    return path, held, False
-                said = said or f"{path} was begun by other code ({other})"
-            held.release()
+        if not _can_resume(path, recipe, config):
+            continue
+        if started := other_code(path, script):
+            other = f"{path} was started by other code ({started})"
+            note = note or f"{other}, so this run is new; --resume {path} resumes that one"
+            continue
+        with contextlib.suppress(ConfigError, OSError):  # in use, or not writable
+            claimed = Claim(path, lock(path), False)
+            if _can_resume(path, recipe, config):
+                return claimed
+            claimed.release()  # the process that used it has just finished
     for number in itertools.count(1):
         path = Path("runs") / f"{name}-{number}"
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
-            if said:
-                print(f"{said}: starting {path}; --anyway goes on with it")
-            return path, lock(path), True
-    raise AssertionError
+        if not path.exists():
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                return Claim(path, _make_and_lock(path, exist_ok=False), True, note=note)
+    raise AssertionError("itertools.count ends")
+
+
+def _make_and_lock(path: Path, *, exist_ok: bool = True) -> Any:
+    try:
+        path.mkdir(parents=True, exist_ok=exist_ok)
+        return lock(path)
+    except OSError as error:
+        if isinstance(error, FileExistsError) and not exist_ok:
+            raise
+        fix = "Give --log_path a folder that you can write to."
+        raise ConfigError("Config.log_path", "not usable", got=error, fix=fix) from error
+
+
+def lock(folder: Path) -> Any:
+    """Lock `folder` until the lock is released or the process ends.
+
+    Raises:
+        ConfigError: another process has locked it; which one is named. OSError: not writable.
+    """
+    import filelock
+
+    folder_lock = filelock.FileLock(folder / ".lock")
+    owner = folder / ".owner"
+    try:
+        folder_lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        got = str(folder)
+        with contextlib.suppress(OSError):
+            got += f": {owner.read_text(encoding='utf-8')}"
+        raise ConfigError(
+            "Config.log_path",
+            "in use",
+            expected="a folder that no other process uses",
+            got=got,
+            fix="Wait for that process, or give another --log_path.",
+        ) from error
+    who = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    with contextlib.suppress(OSError):  # it only serves the error above
+        owner.write_text(who, encoding="utf-8")
+    return folder_lock
+
+
+def _can_resume(path: Path, recipe: str, config: Any) -> bool:
+    return not differences(path, recipe, config) and not read_record(path)["finished"]
+
+
+def _check_same_run(
+    path: Path, recipe: str, config: Any, script: Script | None, *, any_code: bool
+) -> None:
+    """Raise ConfigError unless the run in a folder is this one, interrupted; or has no result."""
+    different = differences(path, recipe, config)
+    if not has_begun(path) and [name for name, *_ in different] != ["config.json"]:
+        return
+    where = "--resume" if any_code else "Config.log_path"
+    fix = "" if any_code else "Give another --log_path, or --fresh to move that run aside."
+    if different:
+        got = ", ".join(f"{name} {old!r} there, {new!r} here" for name, old, new in different)
+        what = f"{path} holds a run with other parameters"
+        raise ConfigError(where, what, got=got, fix=fix)
+    if read_record(path)["finished"]:
+        raise ConfigError(where, f"{path} holds a finished run", fix=fix)
+    started = other_code(path, script)
+    if started and not any_code:
+        what = f"{path} holds a run started by other code"
+        rule, got = f"that of {path / COPY} ({started})", described(script)["file"] or "a notebook"
+        fix = f"--resume {path} resumes it with the code as it is now. {fix}"
+        raise ConfigError(where, what, expected=rule, got=f"that of {got}", fix=fix)
 
 
 def other_code(path: Path, script: Script | None) -> str:
-    """Which script began the run in a folder, if that is other code than this; else "".
+    """The file that started the run in a folder, if its code is not this script's; else "".
 
-    Runs of which nothing is recorded, and those that never began, are nobody's.
+    Also "" for runs without a recorded script, and for those without a result.
     """
-    there = recorded(path)
-    if there is None or not has_begun(path) or there == described(script):
+    entry = recorded(path)
+    if entry is None or not has_begun(path) or entry == described(script):
         return ""
-    return there["file"] or "a notebook"
+    return entry["file"] or "a notebook"
 
 
 def describe_run(path: Path, recipe: str, config: Any, script: Script | None, step: int) -> None:
-    """Write config.json and the script's copy; that of other code is kept as what ran to `step`."""
-    copy = path / COPY
-    if has_begun(path) and copy.exists():
-        copy.replace(path / f"script.until-{step}.py")
+    """Write config.json and script.py; keep the script that ran until `step`, if it is another."""
+    copy, machine = path / COPY, {}
+    if has_begun(path):
+        machine = read_config(path).get("machine")
+        if copy.exists():
+            copy.replace(path / f"script.until-{step}.py")
     if script:
         write_atomically(copy, script.text)
-    write_atomically(path / "config.json", describe(recipe, config, script))
-
-
-def discard(path: Path, held: Any) -> None:
-    """Let go of a folder, and remove it if nothing is in it but what a run writes by itself."""
-    ours = {found.name for found in path.iterdir()} <= set(_OWN)
-    for name in _OWN[:-1] if ours else ():
-        shutil.rmtree(path / name, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            (path / name).unlink(missing_ok=True)
-    held.release()
-    if ours:
-        with contextlib.suppress(OSError):
-            (path / ".lock").unlink(missing_ok=True)
-            path.rmdir()
+    write_atomically(path / "config.json", describe(recipe, config, script, machine))
 
 
 def _numbered(name: str) -> list[Path]:
     """Folders runs/NAME-N, the newest first."""
-    found = [
+    folders = [
         (int(match[1]), path)
         for path in Path("runs").glob("*-*")
         if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name))
     ]
-    return [path for _, path in sorted(found, reverse=True)]
+    return [path for _, path in sorted(folders, reverse=True)]
 
 
 def differences(path: Path, recipe: str, config: Any) -> list[tuple[str, Any, Any]]:
-    """(field, value there, value here) where a folder's run is another than this."""
+    """(field, value there, value here) of each parameter in which a folder's run differs."""
     try:
-        held = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        there = {"recipe": held["recipe"], **held["config"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [("config.json", f"unreadable ({error})", "a run's config")]
-    here = json.loads(describe(recipe, config, None))
-    here = {"recipe": here["recipe"], **here["config"]}
+        written = read_config(path)
+    except ConfigError as error:
+        return [("config.json", f"unreadable ({error.got})", "a run's config")]
+    there = {"recipe": written["recipe"], **written["config"]}
+    here = {"recipe": recipe, **json.loads(json.dumps(dataclasses.asdict(config), default=str))}
     return [
         (name, there.get(name), here.get(name))
         for name in here | there

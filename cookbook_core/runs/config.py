@@ -1,28 +1,53 @@
-"""The command line of a recipe: a dataclass's fields as flags, and checks of their values."""
+"""The command line of a recipe: the fields of its Config, and of RunFlags, as flags."""
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
-import inspect
 import io
 import itertools
-import math
 import os
 import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
-from cookbook_core.errors import ConfigError, CookbookError, LossError, is_finite, nearest
+from cookbook_core.errors import ConfigError, CookbookError, LossError, nearest
+from cookbook_core.runs.fields import PositiveInt, check_fields
 from cookbook_core.runs.launch import join_processes, silent_follower
+from cookbook_core.runs.run_folder import read_config
 
 ConfigT = TypeVar("ConfigT")
 
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags:
+    """Flags that every recipe has besides those of its Config."""
+
+    save_every: PositiveInt = 20
+    """Steps between checkpoints; an interrupted run repeats at most that many."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints to keep; the best one is kept as well."""
+    fresh: bool = False
+    """Start over instead of resuming an interrupted run of the same parameters."""
+    resume: str = ""
+    """Run folder to resume, with its own parameters, even if the script has changed since."""
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where metrics go besides metrics.jsonl; each needs the extra of its name."""
+    base_url: str = ""
+    """URL of a Tinker-compatible service to train on; empty trains on this machine. Needs the extra
+    "remote"; --model then names one of the service's models, or a local folder of that name."""
+    trust_service: bool = False
+    """Train on the service even if it fails the check of its arithmetic."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+# ---- flags ---------------------------------------------------------------------------------------
 
 _ELSEWHERE = {
     "epochs": "num_steps",
@@ -30,32 +55,7 @@ _ELSEWHERE = {
     "num_train_epochs": "num_steps",
     "output_dir": "log_path",
 }
-"""What flags are called in other tools."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RunFlags:
-    """Flags that every recipe has besides those of its Config."""
-
-    save_every: int = 20
-    """Steps between checkpoints; an interrupted run repeats at most so many."""
-    keep_last: int = 2
-    """Newest checkpoints to keep; the best one stays besides."""
-    fresh: bool = False
-    """Start over, rather than go on with an interrupted run of the same parameters."""
-    anyway: bool = False
-    """Go on with an interrupted run also where the script's code is no longer what began it."""
-    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """Where metrics go besides metrics.jsonl; each needs the extra of its name."""
-    base_url: str = ""
-    """Of a Tinker-compatible service to train on; empty trains on this machine. Needs the extra
-    "remote"; --model then names one of the service's models, or a local folder of that name."""
-    trust_service: bool = False
-    """Train on the service even if its arithmetic, which is looked at first, is wrong."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_positive(self, "save_every", "keep_last")
+"""Names of flags in other tools."""
 
 
 def parse_config(
@@ -63,66 +63,133 @@ def parse_config(
 ) -> tuple[ConfigT, RunFlags]:
     """Build a recipe's config from command line flags; print help or the mistake, and exit.
 
-    Under torchrun only process 0 comes back from here: see `launch.join_processes`.
-
     Args:
-        config_class: a dataclass; each field is a flag (`--num_steps 30`, booleans `--flag` and
-            `--no_flag`), explained by the string under it. The docstring of the module it stands
-            in is the program's description.
+        config_class: a dataclass; each field is a flag, explained by the string under it. Booleans
+            take `--flag`, `--no_flag`, `--flag true` and `--flag false`. The docstring of its
+            module is the program's description. --resume takes the defaults from that run.
         argv: the flags; None takes the command line's.
     Returns:
         config, and the flags of `RunFlags`.
     Raises:
         SystemExit: 0 after --help; 2 after an unknown flag (the nearest known is named) or a value
-            that does not fit the field's type or that the config itself refuses.
+            that `check_fields` or the config itself refuses.
     """
-    with silent_follower():
-        parsed = _parse(config_class, list(sys.argv[1:] if argv is None else argv))
-    join_processes()
-    return parsed
-
-
-def _parse(config_class: type[ConfigT], arguments: list[str]) -> tuple[ConfigT, RunFlags]:
-    import tyro
-
-    parts = {"recipe": config_class, "run": RunFlags}
-    fields = [(name, tyro.conf.OmitArgPrefixes[_shown(part)]) for name, part in parts.items()]
-    program = _program()
+    arguments = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(arguments):
         print(_filled(sys.modules[config_class.__module__].__doc__ or ""), "\n")
-    boxed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(boxed):
-            given, unknown = tyro.cli(
-                dataclasses.make_dataclass("Flags", fields),
-                args=arguments,
-                prog=program,
-                description=" ",
-                use_underscores=True,
-                return_unknown_args=True,
-            )
-    except SystemExit:
-        if boxed.getvalue():
-            print(f"{_unboxed(boxed.getvalue())}\n{_explains(program)}", file=sys.stderr)
-        raise
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        known = [f.name for part in parts.values() for f in dataclasses.fields(cast(Any, part))]
-        name = flag.lstrip("-").replace("-", "_")
-        name = _ELSEWHERE[name] if _ELSEWHERE.get(name) in known else name
-        print(f"{flag}: no such flag. {nearest(name, known)}", file=sys.stderr)
-        raise SystemExit(2)
-    try:
+        given, unknown = _read_flags(config_class, arguments, {})
+        if given.run.resume:
+            defaults = read_config(given.run.resume)["config"]
+            given, unknown = _read_flags(config_class, arguments, defaults)
+        _refuse_unknown(config_class, unknown)
         return config_class(**vars(given.recipe)), RunFlags(**vars(given.run))
     except ConfigError as error:
-        print(f"{error}\n{_explains(program)}", file=sys.stderr)
+        print(f"{error}\n{_program()} --help explains every flag.", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def main(config_class: type[ConfigT], train: Callable[[ConfigT, RunFlags], object]) -> None:
-    """What `python -m recipes.NAME` does: parse the flags, train, tell mistakes in a line.
+def _read_flags(
+    config_class: type, arguments: list[str], recorded: Mapping[str, Any]
+) -> tuple[Any, list[str]]:
+    """Parse with tyro into `.recipe` and `.run`, and the arguments that no flag takes."""
+    import tyro
 
-    An exception inside the recipe's own loss or reward is shown with the lines it came from.
+    recipe, run = _unchecked(config_class), _unchecked(RunFlags)
+    booleans = {n for c in (recipe, run) for n, kind in get_type_hints(c).items() if kind is bool}
+    names = {field.name for field in dataclasses.fields(recipe)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items() if k in names}
+    flags = dataclasses.make_dataclass("Flags", [("recipe", recipe), ("run", run)])
+    defaults = {"default": flags(recipe(**values), run())} if recorded else {}
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                tyro.conf.OmitArgPrefixes[flags],
+                args=_without_bool_values(arguments, booleans),
+                prog=_program(),
+                description=" ",
+                use_underscores=True,
+                return_unknown_args=True,
+                **defaults,
+            )
+    except SystemExit as end:
+        if end.code:
+            raise ConfigError("", _unboxed(printed.getvalue())) from None
+        raise
+
+
+def _unchecked(config_class: type) -> Any:
+    """The class without its `__post_init__`, whose errors tyro would shorten."""
+    skipped = {"__post_init__": lambda self: None, "__module__": config_class.__module__}
+    return type(
+        config_class.__name__, (config_class,), {**skipped, "__doc__": config_class.__doc__}
+    )
+
+
+def _without_bool_values(arguments: list[str], booleans: set[str]) -> list[str]:
+    """Rewrite `--flag true` and `--flag=false` as `--flag` and `--no_flag`, which tyro reads."""
+    rewritten: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if rewritten and not equals:
+            flag, value = rewritten[-1], argument
+        name = flag.removeprefix("--").replace("-", "_")
+        if name not in booleans or value.lower() not in ("true", "false"):
+            rewritten.append(argument)
+            continue
+        if not equals:
+            rewritten.pop()
+        rewritten.append(f"--{name}" if value.lower() == "true" else f"--no_{name}")
+    return rewritten
+
+
+def _refuse_unknown(config_class: Any, unknown: list[str]) -> None:
+    """Raise ConfigError for the first argument that is no flag, naming the nearest."""
+    if not unknown:
+        return
+    flag = unknown[0].split("=")[0]
+    if not flag.startswith("-"):
+        fix = "Names of flags begin with --; a boolean flag takes true, false or no value."
+        raise ConfigError(flag, "unexpected argument", fix=fix)
+    known = [field.name for part in (config_class, RunFlags) for field in dataclasses.fields(part)]
+    name = flag.lstrip("-").replace("-", "_")
+    name = _ELSEWHERE[name] if _ELSEWHERE.get(name) in known else name
+    raise ConfigError(flag, "no such flag", fix=nearest(name, known))
+
+
+def _unboxed(text: str) -> str:
+    """The first paragraph of tyro's framed message, in one line."""
+    lines = [line.strip(" │") for line in text.splitlines()[1:]]  # after its title
+    start = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
+    paragraph = " ".join(itertools.takewhile(lambda line: line.strip("─-"), start))
+    return (paragraph or text.strip()).removesuffix(".")
+
+
+def _program() -> str:
+    """The command as typed: python -m recipes.dpo, or python my_dpo.py."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
+
+
+def _filled(text: str) -> str:
+    """A docstring with its paragraphs filled to the terminal; indented lines stay as they are."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    blocks = itertools.groupby(text.splitlines(), key=lambda line: line[:1] not in ("", " "))
+    return "\n".join(
+        textwrap.fill(" ".join(lines), width) if prose else "\n".join(lines)
+        for prose, lines in blocks
+    )
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
+
+def main(config_class: type[ConfigT], train: Callable[[ConfigT, RunFlags], object]) -> None:
+    """Run a recipe from the command line: parse the flags, train, print an error as one line.
+
+    An exception inside the recipe's own loss or reward is printed with the lines it came from.
+    Under torchrun, rank 0 trains and the other ranks compute for it: see `launch.join_processes`.
 
     Raises:
         SystemExit: 0 after --help; 1 the run failed; 2 the command is mistaken (a flag, a value, a
@@ -131,7 +198,9 @@ def main(config_class: type[ConfigT], train: Callable[[ConfigT, RunFlags], objec
     never_fail_to_print()
     try:
         with to_a_closed_pipe():
-            config, flags = parse_config(config_class)
+            with silent_follower():
+                config, flags = parse_config(config_class)
+            join_processes()
             train(config, flags)
     except CookbookError as error:
         cause = error.__cause__
@@ -146,7 +215,7 @@ def main(config_class: type[ConfigT], train: Callable[[ConfigT, RunFlags], objec
 
 
 def never_fail_to_print() -> None:
-    """Write "?" for what a terminal or pipe cannot hold (cp1252 on Windows), rather than fail."""
+    """Print "?" for characters that a terminal or pipe cannot encode (cp1252 on Windows)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -154,98 +223,13 @@ def never_fail_to_print() -> None:
 
 @contextlib.contextmanager
 def to_a_closed_pipe() -> Iterator[None]:
-    """Where the reader of the output has gone (`| head`), end with exit code 1 and no traceback."""
+    """Exit with code 1 and no traceback when the reader of the output has closed it (`| head`)."""
     try:
         try:
             yield
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # what is still buffered goes nowhere, else Python complains at exit
+        # discard what is still buffered, else Python prints an error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-
-
-def _explains(program: str) -> str:
-    return f"{program} --help explains every flag."
-
-
-def _unboxed(text: str) -> str:
-    """The first paragraph of tyro's framed message, in one line."""
-    lines = [line.strip(" │") for line in text.splitlines()[1:]]  # after its title
-    start = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
-    return " ".join(itertools.takewhile(lambda line: line.strip("─-"), start)) or text.strip()
-
-
-def _program() -> str:
-    """The command as typed: python -m recipes.dpo, or python my_dpo.py."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
-
-
-def _shown(config_class: type) -> type:
-    """The same fields, each with the string under it, in one piece, as its help."""
-    import tyro
-
-    words = {}
-    with contextlib.suppress(OSError, TypeError):  # a class made in memory has no source
-        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(config_class)))
-        for field, text in itertools.pairwise(tree.body[0].body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                words[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
-    hints = get_type_hints(config_class)
-    fields = [
-        (
-            f.name,
-            Annotated[hints[f.name], tyro.conf.arg(help=words.get(f.name, ""))],
-            dataclasses.field(default=f.default),
-        )
-        for f in dataclasses.fields(config_class)
-    ]
-    shown = dataclasses.make_dataclass(config_class.__name__, fields)
-    shown.__doc__ = config_class.__doc__
-    return shown
-
-
-def _filled(text: str) -> str:
-    """A docstring with its paragraphs filled to the terminal; indented lines stay as they are."""
-    width = min(shutil.get_terminal_size().columns, 100)
-    blocks = itertools.groupby(text.splitlines(), key=lambda line: line[:1] not in ("", " "))
-    return "\n".join(
-        textwrap.fill(" ".join(lines), width) if prose else "\n".join(lines)
-        for prose, lines in blocks
-    )
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raise ConfigError for the first of these fields that is not a finite number above 0."""
-    for name in names:
-        check(config, name, 0 < getattr(config, name) < math.inf, "> 0")
-
-
-def check_types(config: Any) -> None:
-    """Raise ConfigError for the first field whose value does not fit its annotation."""
-    for name, hint in get_type_hints(type(config)).items():
-        check(config, name, _fits(getattr(config, name), hint), f"{hint}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    kinds = get_args(hint)
-    if get_origin(hint) is Literal:
-        return isinstance(value, str) and value in kinds
-    if get_origin(hint) is tuple:
-        if not isinstance(value, (tuple, list)):
-            return False
-        parts = kinds[:1] * len(value) if Ellipsis in kinds else kinds
-        return len(value) == len(parts) and all(map(_fits, value, parts))
-    if hint in (int, float) and not isinstance(value, bool):
-        return isinstance(value, (int, hint)) and is_finite(value)
-    return isinstance(value, (str, Path) if hint is str else hint)
-
-
-def check(config: Any, name: str, good: bool, rule: str) -> None:
-    """Raise ConfigError that the field's value breaks `rule`, unless it is `good`."""
-    if not good:
-        raise ConfigError(
-            f"Config.{name}", "out of range", expected=rule, got=getattr(config, name)
-        )

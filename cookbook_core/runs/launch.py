@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, as one run."""
+"""Several processes, started by torchrun, that work as one run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from types import FrameType
 
 
 def join_processes() -> None:
-    """Call once at the start of a script that torchrun starts; `parse_config` does.
+    """Join the processes that torchrun started; call it first in a script (`runs.main` does).
 
         torchrun --nproc_per_node=2 my_script.py
 
-    Process 0 goes on with the script, and what its clients compute is shared out. In the others
-    this does not return: they compute for process 0, and exit with 0 when it has ended, with 1
-    when it is gone. Without torchrun, or with one process, nothing happens.
+    Rank 0 returns and runs the script; its clients' work is divided among all ranks. The other
+    ranks do not return: they compute for rank 0, and exit with 0 when it ends, with 1 when it
+    dies. Without torchrun, or with one process, nothing happens.
     """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
@@ -32,7 +32,7 @@ def join_processes() -> None:
     from cookbook_core.backend.local.multiprocess.engine import Follower
     from cookbook_core.errors import ProcessError
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # process 0 decides when the run ends
+    for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 decides when the run ends
         signal.signal(number, signal.SIG_IGN)
     try:
         Follower(group).serve()
@@ -43,8 +43,8 @@ def join_processes() -> None:
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    """End, unless the run is about to end by itself: torchrun sends SIGTERM when a process dies,
-    and the error that says so is on its way."""
+    """Exit on SIGTERM, unless another process has died: torchrun sends SIGTERM then too, and the
+    error that names the dead process ends the run."""
     from cookbook_core.backend.local.multiprocess.group import joined
 
     group = joined()
@@ -55,10 +55,10 @@ def _end(number: int, _: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def silent_follower() -> Iterator[None]:
-    """Within, nothing is printed in a process that will serve another: process 0 says it."""
+    """Print nothing inside the block on ranks other than 0: rank 0 prints the same."""
     with contextlib.ExitStack() as silenced:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
-            nowhere = silenced.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            silenced.enter_context(contextlib.redirect_stdout(nowhere))
-            silenced.enter_context(contextlib.redirect_stderr(nowhere))
+            devnull = silenced.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            silenced.enter_context(contextlib.redirect_stdout(devnull))
+            silenced.enter_context(contextlib.redirect_stderr(devnull))
         yield

@@ -2,8 +2,8 @@
 
     sft:  42%|####2     | 84/200 [00:15<00:21, 5.5step/s, loss=0.031, tokens/s=5312]
 
-The line is drawn where both output and errors go to a terminal. Elsewhere (a pipe, a file, a
-notebook) about ten plain lines are printed in all, without carriage returns.
+The line is drawn if both stdout and stderr are terminals. Otherwise (a pipe, a file, a notebook)
+about ten plain lines are printed in all, without carriage returns.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 
 class Progress:
-    """Shows how far a run is, what it measures, how fast it goes and when it will be done.
+    """Shows the step, the newest metrics, tokens per second and the time left.
 
-    The rate counts from the first step of this process, evaluations and checkpoints included: it is
-    that of the whole command, start-up apart, and what remains is reckoned with the same rate.
+    The rate is the mean since the first step of this process, with evaluations and checkpoints but
+    without start-up; the time left assumes the same rate.
 
     Args:
-        name: the recipe's.
+        name: the recipe's name.
         num_steps: optimizer steps in the whole run.
-        first_step: those done before this process.
-        metrics: names of what to show, as last measured; a row with the first is a step done.
+        first_step: steps done before this process started.
+        metrics: names of the metrics to show; a row with the first of them ends a step.
     """
 
     def __init__(self, name: str, num_steps: int, first_step: int, metrics: Sequence[str]) -> None:
@@ -36,7 +36,7 @@ class Progress:
         self._bar: Any = None
 
     def begin(self) -> None:
-        """Start the clock, and the line: the first step begins. Later calls do nothing."""
+        """Start the clock and draw the line, as the first step begins. Later calls do nothing."""
         if self._began is not None:
             return
         self._began = time.perf_counter()
@@ -48,7 +48,7 @@ class Progress:
                 initial=self._first_step,
                 desc=self._name,
                 unit="step",
-                smoothing=0,  # the mean rate: a step with an evaluation does not shake the rest
+                smoothing=0,  # the mean rate: a slow step with an evaluation does not move it much
                 dynamic_ncols=True,
             )
 
@@ -57,11 +57,11 @@ class Progress:
 
         Args:
             step: as in `Run.log`.
-            row: metrics. "tokens", those a step trained on, adds to the rate; a row with
-                "tokens_per_second" is shown with that instead.
+            row: metrics. "tokens", the number a step trained on, counts towards the rate; a
+                row's own "tokens_per_second" is shown instead.
         """
         done = step + 1
-        if self._began is None:  # nobody said when this step began: count from its end
+        if self._began is None:  # `begin` was not called: start the clock at this step's end
             self._first_step = done
             self.begin()
         else:
@@ -88,14 +88,14 @@ class Progress:
         return text
 
     def say(self, text: str) -> None:
-        """Print text, above the line where there is one."""
+        """Print text, above the line if one is drawn."""
         if self._bar is not None:
             self._bar.write(text)
         else:
             print(text, flush=True)
 
     def close(self) -> None:
-        """End the line."""
+        """End the line, if one is drawn."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -104,7 +104,7 @@ class Progress:
         return 0.0 if self._began is None else time.perf_counter() - self._began
 
     def _left(self, done: int) -> list[str]:
-        """The time until the last step, once there is a step to reckon with."""
+        """The time left, as a list of one word; empty before the first and after the last step."""
         steps, left = done - self._first_step, self._num_steps - done
         if steps < 1 or left < 1:
             return []

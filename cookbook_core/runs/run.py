@@ -1,21 +1,22 @@
-"""The command line of a recipe, and the folder its run leaves behind.
+"""A run: its folder, its checkpoints, its metrics, and how it resumes after an interruption.
 
     runs/dpo-1/
-      config.json     the parameters as run, the script, and the versions of what they ran on
+      config.json     the parameters, the script, the versions of libraries, choices of the machine
       script.py       the script's text: the loss as run
       metrics.jsonl   one JSON object per logged step
-      checkpoints/    the newest ones and the best, to go on from
+      checkpoints/    the newest ones and the best, to resume from
       plot.png        2-4 panels drawn from metrics.jsonl
       summary.md      the before/after table
       samples.md      held-out prompts: before, after, expected
 
-Everything but the weights is plain UTF-8 text and can be read while the run goes on. A run that was
-interrupted, in whatever way, goes on when the same command is given again and the code is the same.
+Everything but the weights is UTF-8 text and can be read during the run. The same command, with the
+same code, resumes a run that was interrupted in whatever way.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -27,15 +28,16 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cookbook_core.errors import ConfigError, LossError, ProcessError
-from cookbook_core.runs import claim, run_folder, script
-from cookbook_core.runs.config import (
-    RunFlags,
-)
+from cookbook_core.runs import claim, run_folder
+from cookbook_core.runs.config import RunFlags
 from cookbook_core.runs.plots import Panel, draw_panels
 from cookbook_core.runs.progress import Progress
 from cookbook_core.runs.run_folder import as_code, markdown_table, read_metrics, write_atomically
+from cookbook_core.runs.script import Script, script_of
+from cookbook_core.runs.stalls import Stalls, got_worse
 from cookbook_core.runs.tracking import Tracker, open_tracker
 from cookbook_core.storage.paths import is_on_service
+from cookbook_core.tinker import ServiceClient
 
 if TYPE_CHECKING:
     from cookbook_core.tinker import TrainingClient
@@ -44,30 +46,48 @@ T = TypeVar("T")
 
 
 class Run:
-    """A run's folder and its progress line; use it in a `with` statement.
+    """A run's folder and its progress line; made by `Run.open`, used in a `with` statement.
 
-    Args:
-        recipe: its name.
-        config: a dataclass with a field `log_path`. Where that is "", the script in which the
-            dataclass is defined names the folder (in a notebook, the recipe does).
-        num_steps: optimizer steps in the whole run.
-        flags: when checkpoints are saved and how many are kept; whether to start over; where to
-            train.
-        progress: metrics to show while it runs, beside tokens per second and the time left.
-        best: the metric whose best value's checkpoint is kept, "-" before it where less is better.
     Attributes:
         path: the folder.
-        service: how ServiceClient is to be made: where to train, where checkpoints go.
-        checkpoint: what to start from: the path of the newest checkpoint, None in a new run.
+        num_steps: optimizer steps in the whole run.
+        checkpoint: path of the newest checkpoint, to start from; None in a new run.
         first_step: optimizer steps in that checkpoint.
-    Raises:
-        ConfigError: log_path holds a finished run, or one with another config or begun by other
-            code, or another process is at it. CheckpointError: the newest checkpoint is damaged.
-            Nothing is written then.
     """
 
     def __init__(
         self,
+        recipe: str,
+        num_steps: int,
+        claimed: claim.Claim,
+        record: run_folder.Record,
+        newest: run_folder.Record | None,
+        *,
+        flags: RunFlags,
+        script: Script | None,
+        tracker: Tracker | None,
+        progress: Sequence[str],
+        best: str,
+    ) -> None:
+        self.path, self.num_steps = claimed.path, num_steps
+        self.first_step = newest["step"] if newest else 0
+        self.checkpoint = newest["path"] if newest else None
+        self._claim, self._record = claimed, record
+        self._flags, self._script, self._tracker = flags, script, tracker
+        self._recipe, self._best = recipe, best
+        self._metrics_path = self.path / "metrics.jsonl"
+        self._tables: list[str] = []
+        self._null_metrics: set[str] = set()
+        self._client: TrainingClient | None = None
+        self._announced = self._has_results = False
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._stalls = Stalls()
+        self._progress = Progress(recipe, num_steps, self.first_step, progress)
+
+    @classmethod
+    def open(
+        cls,
         recipe: str,
         config: Any,
         num_steps: int,
@@ -75,113 +95,205 @@ class Run:
         *,
         progress: Sequence[str] = ("loss",),
         best: str = "",
-    ) -> None:
-        self.num_steps = num_steps
-        self._flags = flags or RunFlags()
-        self._script = script.script_of(config)
-        self.path, self._lock, self._made = claim.claim(
-            recipe, config, self._script, fresh=self._flags.fresh, anyway=self._flags.anyway
+    ) -> Run:
+        """Start a run, or resume an interrupted one: lock its folder and write config.json.
+
+        Args:
+            recipe: its name.
+            config: a dataclass with a field `log_path`. Where that is "", the script that defines
+                the dataclass names the folder (in a notebook, the recipe does).
+            num_steps: optimizer steps in the whole run.
+            flags: when checkpoints are saved and how many are kept, what to resume, where to train.
+            progress: metrics to show during the run, beside tokens per second and the time left.
+            best: the metric whose best value's checkpoint is kept, "-" before it where less is
+                better.
+        Raises:
+            ConfigError: the folder is in use, or holds a finished run, one with another config or
+                one started by other code. CheckpointError: the newest checkpoint is damaged. The
+                folder is then as it was before.
+        """
+        flags, script = flags or RunFlags(), script_of(config)
+        claimed = claim.claim(recipe, config, script, fresh=flags.fresh, resume=flags.resume)
+        try:
+            path = claimed.path
+            run_folder.restart_without_checkpoint(path)
+            record, began = run_folder.read_record(path), run_folder.has_begun(path)
+            newest = run_folder.newest_checkpoint(record)
+            first_step = newest["step"] if newest else 0
+            if began:
+                run_folder.truncate_metrics(path, first_step)
+                run_folder.remove_unlisted_checkpoints(path, record)
+            if not began or claim.other_code(path, script):
+                claim.describe_run(path, recipe, config, script, first_step)
+            tracker = None
+            if flags.track != "none":
+                tracker = open_tracker(flags.track, path.name, dataclasses.asdict(config), path)
+        except BaseException:
+            if claimed.made:
+                claimed.remove()
+            else:
+                claimed.release()
+            raise
+        run = cls(
+            recipe,
+            num_steps,
+            claimed,
+            record,
+            newest,
+            flags=flags,
+            script=script,
+            tracker=tracker,
+            progress=progress,
+            best=best,
         )
-        run_folder.forget_start(self.path)
-        self._record = run_folder.read_record(self.path)
-        self.service: dict[str, Any] = {
-            "base_url": self._flags.base_url,
-            "trust_service": self._flags.trust_service,
-            "checkpoint_dir": self.path / "checkpoints",
-        }
-        entry = run_folder.newest(self._record)
-        self.first_step = entry["step"] if entry else 0
-        self.checkpoint = entry["path"] if entry else None
-        self._metrics_path = self.path / "metrics.jsonl"
-        self._best = best
-        self._tables: list[str] = []
-        self._null_metrics: set[str] = set()
-        self._client: TrainingClient | None = None
-        self._got_somewhere = False
-        self._signal: int | None = None
-        self._handlers: dict[int, Any] = {}
-        began = run_folder.has_begun(self.path)
         if began:
-            run_folder.drop_steps_from(self.path, self.first_step)
-            run_folder.sweep(self.path, self._record)
-        if not began or claim.other_code(self.path, self._script):
-            claim.describe_run(self.path, recipe, config, self._script, self.first_step)
-        self._tracker: Tracker | None = None
-        if self._flags.track != "none":
-            told = dataclasses.asdict(config)
-            try:
-                self._tracker = open_tracker(self._flags.track, self.path.name, told, self.path)
-            except ConfigError:
-                self._let_go(failed=True)
-                raise
-        self._progress = Progress(recipe, num_steps, self.first_step, progress)
-        print(f"{recipe}: run folder {self.path}")
-        if began:
-            print(f"going on at step {self.first_step} of {num_steps}; --fresh starts over")
+            run._announce()
+            print(f"resuming at step {run.first_step} of {num_steps}; --fresh starts over")
+            for row in read_metrics(path):
+                run._stalls.add(row)
+        return run
+
+    def service_client(self, device: str = "auto", dtype: str = "auto") -> ServiceClient:
+        """The service to train on: this machine, or that of --base_url.
+
+        Args:
+            device: "auto" (cuda, then mps, then cpu) or torch's own device string.
+            dtype: of the base model: "auto" (bfloat16 on cuda, else float32), "float32" or
+                "bfloat16".
+        Returns:
+            A ServiceClient that saves checkpoints in the run's folder.
+        """
+        return ServiceClient(
+            base_url=self._flags.base_url,
+            trust_service=self._flags.trust_service,
+            checkpoint_dir=self.path / "checkpoints",
+            device=device,
+            dtype=dtype,
+        )
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """Choices made for this run from the machine it runs on, such as a micro-batch size.
+
+        Kept in config.json["machine"], so that a resumed run makes the same ones: see
+        `record_machine`.
+        """
+        return dict(run_folder.read_config(self.path).get("machine") or {})
+
+    def record_machine(self, **choices: Any) -> None:
+        """Add choices to config.json["machine"]; they must be values that JSON can hold."""
+        content = run_folder.read_config(self.path)
+        content["machine"] = {**(content.get("machine") or {}), **choices}
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.path / "config.json", text)
+
+    def report_rows(
+        self,
+        unit: str,
+        train: int,
+        test: int,
+        given: int,
+        longest: int,
+        flag: str = "a larger --max_length",
+    ) -> None:
+        """Print how many rows are used and how many were dropped as too long.
+
+        Args:
+            unit: what a row is: "pairs".
+            train: rows left to train on.
+            test: rows left that are held out.
+            given: rows before the long ones were dropped.
+            longest: the limit, tokens.
+            flag: what to give to allow longer rows.
+        Raises:
+            ConfigError: no row is left to train on, or none is held out.
+        """
+        self._progress.say(
+            f"{unit}: {train} to train on, {test} held out; "
+            f"dropped as longer than {longest} tokens: {given - train - test}"
+        )
+        if not train or not test:
+            purpose = "held out" if train else "to train on"
+            what = f"no {unit} {purpose}: all are longer than {longest} tokens"
+            raise ConfigError("Config.dataset", what, fix=f"Give {flag}.")
+
+    def _announce(self) -> None:
+        """Print the folder when it has results: a command that fails earlier leaves none."""
+        if not self._announced:
+            self._announced = True
+            note = f"{self._claim.note}\n" if self._claim.note else ""
+            self._progress.say(f"{note}{self._recipe}: run folder {self.path}")
 
     def __enter__(self) -> Run:
-        with contextlib.suppress(ValueError):  # signals are the main thread's alone
+        with contextlib.suppress(ValueError):  # only the main thread can set signal handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._stop)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, _: object) -> None:
-        if kind is None:  # the run has come to its end: there is nothing to go on with
+        if kind is None:
             self._record["finished"] = True
             run_folder.write_record(self.path, self._record)
-        gone = [
-            e for e in (error, getattr(error, "__cause__", None)) if isinstance(e, ProcessError)
-        ]
+        errors = (error, getattr(error, "__cause__", None))
+        lost = next((e for e in errors if isinstance(e, ProcessError)), None)
         failed = kind is not None and issubclass(kind, (Exception, KeyboardInterrupt))
-        self.close(failed=failed and not gone)
-        if gone:
+        self.close(failed=failed and lost is None)
+        if lost is not None:
             saved = self._record["checkpoints"]
-            last = f"is that of step {saved[-1]['step']}" if saved else "was yet to come"
-            mend = f"The last checkpoint in {self.path} {last}: give the same command to go on."
-            raise gone[0].replace(fix=mend) from error
+            last = f"is that of step {saved[-1]['step']}" if saved else "had not been saved yet"
+            fix = f"The last checkpoint in {self.path} {last}: give the same command to resume."
+            raise lost.replace(fix=fix) from error
 
     def close(self, *, failed: bool = False) -> None:
-        """End the progress line, and let go of the folder.
+        """End the progress line, close the tracker and release the folder.
 
         Args:
-            failed: the folder goes too, if it was made for this run and no step was done in it.
+            failed: remove the folder if it was made for this run and no step was done in it.
         """
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
         self._progress.close()
-        if self._tracker is not None:
-            self._tracker.close()
-            self._tracker = None
-        self._let_go(failed=failed)
+        tracker, self._tracker = self._tracker, None
+        try:
+            if tracker is not None:
+                tracker.close()
+        finally:
+            self._release_folder(failed=failed)
 
-    def _let_go(self, *, failed: bool) -> None:
-        if failed and self._made and not self._got_somewhere:
-            claim.discard(self.path, self._lock)
+    def _release_folder(self, *, failed: bool) -> None:
+        unused = failed and self._claim.made and not self._has_results
+        if unused and not self._claim.has_files_of_others():
+            self._claim.remove()
+            if self._announced:
+                print(f"{self.path} is removed: no step was finished in it")
         else:
-            self._lock.release()
+            if self._claim.aside is not None:
+                self._announce()  # also where --fresh moved the run that was there
+            self._claim.release()
 
     def _stop(self, number: int, _: FrameType | None) -> None:
         """Remember to stop after this step; a second signal stops at once."""
         signal.signal(number, self._handlers[number])
         self._signal = number
-        self._progress.say("stopping after this step; once more stops at once")
+        self._progress.say("stopping after this step; a second signal stops at once")
 
     def steps(self, client: TrainingClient) -> Iterator[int]:
-        """The steps that are still to run; between two of them checkpoints are saved.
+        """Iterate over the remaining steps; checkpoints are saved between them.
 
         Args:
-            client: what is trained, started from `checkpoint` where there is one.
+            client: the client in training, started from `checkpoint` where there is one.
         Raises:
-            SystemExit: after SIGINT or SIGTERM, once the step is done and saved.
+            SystemExit: after SIGINT or SIGTERM, when the step is done and saved.
         """
         self._client = client
+        self._announce()
         if self.first_step:
             run_folder.restore_random_state(self.path, self.first_step)
         self._progress.begin()
         for step in range(self.first_step, self.num_steps):
             yield step
-            self._got_somewhere = True
+            self._has_results = True
             done = step + 1
             stop = self._signal is not None
             if stop or done % self._flags.save_every == 0 or done == self.num_steps:
@@ -189,36 +301,45 @@ class Run:
             if stop and done < self.num_steps:
                 self._progress.say(
                     f"stopped at step {done} of {self.num_steps}, which is saved in {self.path}. "
-                    "Give the same command to go on."
+                    "Give the same command to resume."
                 )
                 raise SystemExit(128 + (self._signal or 0))
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """What `make()` gave when this was first asked in this run, also before an interruption.
+        """Compute a value at most once in a run: a resumed run reads it from progress.json.
 
         Args:
-            name: of the value, kept in progress.json.
-            make: gives something that JSON holds; tuples come back as lists.
+            name: of the value.
+            make: returns a value that JSON can hold; NaN and infinity too.
+        Returns:
+            The value as JSON gives it back: tuples are lists.
+        Raises:
+            ConfigError: JSON cannot hold the value.
         """
         values = self._record["values"]
         if name not in values:
-            values[name] = make()
+            value = make()
+            try:
+                values[name] = json.loads(json.dumps(value))
+            except (TypeError, ValueError) as error:
+                where, fix = f'Run.once("{name}")', "Return numbers, text, lists and dicts only."
+                raise ConfigError(where, "not a JSON value", got=error, fix=fix) from error
             run_folder.write_record(self.path, self._record)
-        return json.loads(json.dumps(values[name]))
+        return copy.deepcopy(values[name])
 
     def _save(self, step: int) -> None:
-        """Save a checkpoint after `step` updates, then let go of those no longer kept."""
+        """Save a checkpoint after `step` updates, then remove those no longer kept."""
         entries = self._record["checkpoints"]
         if self._client is None or any(entry["step"] == step for entry in entries):
             return
         saved = self._client.save_state(f"step-{step:06d}", overwrite=True).result()
-        run_folder.keep_random_state(self.path, step)
+        run_folder.save_random_state(self.path, step)
         entries.append({"step": step, "path": saved.path})
         entries.sort(key=lambda entry: entry["step"])
         best = (self._record["best"] or {"step": None})["step"]
-        kept = [e for e in entries if e in entries[-self._flags.keep_last :] or e["step"] == best]
-        dropped = [entry for entry in entries if entry not in kept]
-        self._record["checkpoints"] = kept
+        newest = entries[-self._flags.keep_last :]
+        dropped = [e for e in entries if e not in newest and e["step"] != best]
+        self._record["checkpoints"] = [e for e in entries if e not in dropped]
         run_folder.write_record(self.path, self._record)
         for entry in dropped:
             run_folder.random_file(self.path, entry["step"]).unlink(missing_ok=True)
@@ -237,18 +358,18 @@ class Run:
         before = self._record["best"]
         if before is None or sign * value > sign * before["value"]:
             self._record["best"] = {"step": step, "value": value}
-            if step:  # the untrained weights can be had without one
+            if step:  # untrained weights need no checkpoint
                 self._save(step)
             run_folder.write_record(self.path, self._record)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line to metrics.jsonl and show progress.
+        """Append one line to metrics.jsonl, show progress, and warn if nothing is being learnt.
 
         Args:
             step: optimizer steps done before these were measured: 0 for the untrained model and
                 for the first step's loss; may repeat.
             metrics: name -> number or 0-d tensor. JSON has no NaN or infinity: those are written
-                as null, and said once per name.
+                as null, with a message the first time.
         Raises:
             LossError: a value that is not one number, or a metric called "step".
         """
@@ -258,13 +379,11 @@ class Run:
                 number = float(value)
             except (TypeError, ValueError, RuntimeError) as error:
                 got = f"{type(value).__name__} {value!r:.60}"
-                raise LossError(
-                    f'metrics["{name}"]', "not a number", expected="one", got=got
-                ) from error
+                where, fix = f'metrics["{name}"]', "Log numbers and 0-d tensors only."
+                raise LossError(where, "not a number", got=got, fix=fix) from error
             if name == "step":
-                raise LossError(
-                    'metrics["step"]', "name is taken", expected="another name", got="step"
-                )
+                fix = "Give the metric another name."
+                raise LossError('metrics["step"]', "name is reserved", fix=fix)
             row[name] = number if math.isfinite(number) else None
             if row[name] is None and name not in self._null_metrics:
                 self._null_metrics.add(name)
@@ -273,9 +392,12 @@ class Run:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._tracker is not None:
             self._tracker.log(step, {k: v for k, v in row.items() if k != "step"})
-        self._got_somewhere |= self._client is None  # in `steps`, once the first is done
+        self._has_results |= self._client is None  # within `steps`, only after the first step
+        self._announce()
         self._note_best(step, row)
         self._progress.show(step, row)
+        for warning in self._stalls.add(row):
+            self._progress.say(f"warning: step {step}: {warning}")
 
     def plot(self, panels: Sequence[Panel]) -> Path:
         """Draw 2-4 panels from metrics.jsonl into plot.png."""
@@ -286,39 +408,31 @@ class Run:
     ) -> None:
         """Print a table of metrics before and after the run, and add it to summary.md.
 
-        Rows are the metrics of `after`, named without the "test_" of held-out ones. A run that
-        made its best metric worse is told below the table how to examine its loss.
+        Rows are the metrics of `after`, named without the "test_" of held-out ones; one that is
+        missing in `before` has a dash there. Below the table stand warnings: a best metric that got
+        worse, and signs that the run learnt nothing.
         """
         table = markdown_table(
             [
-                {"metric": name.removeprefix("test_"), "before": before[name], "after": after[name]}
-                for name in after
+                {
+                    "metric": name.removeprefix("test_"),
+                    "before": before.get(name, "-"),
+                    "after": value,
+                }
+                for name, value in after.items()
             ]
         )
-        table += self._warning(before, after)
+        loss = self._script.loss() if self._script else "FILE:LOSS"
+        warnings = [*got_worse(self._best, before, after, loss), *self._stalls.summary()]
+        table += "".join(f"\nwarning: {line}\n" for line in warnings)
         self._tables.append(f"## {title}\n\n{table}")
         write_atomically(self.path / "summary.md", "\n".join(self._tables))
         self._progress.say(f"\n{title}\n\n{table}")
 
-    def _warning(self, before: Mapping[str, float], after: Mapping[str, float]) -> str:
-        """A line on a run that made its best metric worse; "" on another."""
-        name = self._best.removeprefix("-")
-        if name not in before or name not in after:
-            return ""
-        was, now = before[name], after[name]
-        if not (now > was if self._best.startswith("-") else now < was):
-            return ""
-        loss = self._script.loss() if self._script else "FILE:LOSS"
-        moved = f"{'rose' if now > was else 'fell'} from {was:.3g} to {now:.3g}"
-        return (
-            f"\n{name} {moved}: is the sign of the loss right? "
-            f"python -m cookbook_core.doctor {loss}\n"
-        )
-
     def save_samples(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Print and write to samples.md held-out rows such as prompt, before, after, expected.
+        """Print held-out rows such as prompt, before, after, expected, and write samples.md.
 
-        Texts are shown as code, with line breaks escaped, so that no markup in them is lost.
+        Texts are shown as code, with line breaks escaped, so that markup in them stays visible.
         """
         quoted = [{key: as_code(str(value)) for key, value in row.items()} for row in rows]
         write_atomically(self.path / "samples.md", f"## Samples\n\n{markdown_table(quoted)}")

@@ -1,10 +1,10 @@
-"""A run's folder on disk: every file written whole, read back later.
+"""The files of a run folder: written whole, so that a crash never leaves half of one.
 
 runs/dpo-1/
-  config.json     the parameters as run, the script, and the versions of what they ran on
+  config.json     the parameters, the script, the versions of libraries, choices of the machine
   script.py       the script's text
   metrics.jsonl   one JSON object per logged step
-  progress.json   checkpoints, what was found once, whether the run has ended
+  progress.json   checkpoints, values that `Run.once` computed, whether the run has finished
   checkpoints/    the newest, the best, the reference
 """
 
@@ -30,22 +30,41 @@ Record = dict[str, Any]
 """progress.json: {"checkpoints": [{"step", "path"}], "best": {"step", "value"} or None,
 "values": {name: JSON}, "finished": bool}"""
 
-_OURS = r"step-\d{6,}|\..+-.+"
-"""Names of a run's own checkpoints, whole and half-written."""
+_AUTOMATIC = r"step-\d{6,}|\..+-.+"
+"""Names of the checkpoints that a run saves by itself, whole and half-written."""
 
 
-# ---- what a run keeps ----------------------------------------------------------------------------
+# ---- config.json and progress.json ---------------------------------------------------------------
+
+
+def read_config(run: str | Path) -> dict[str, Any]:
+    """config.json of a run folder: {"recipe", "config", "script", "versions", "machine"}.
+
+    Raises:
+        ConfigError: not a run folder, or a config.json that no run wrote.
+    """
+    try:
+        written = json.loads((Path(run).expanduser() / "config.json").read_text(encoding="utf-8"))
+        return {**written, "config": dict(written["config"]), "recipe": written["recipe"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what, rule = "not a run folder", "the config.json of a run, as in runs/dpo-1"
+        got = f"{type(error).__name__}: {error}"
+        raise ConfigError(str(run), what, expected=rule, got=got) from error
 
 
 def has_begun(path: Path) -> bool:
-    """Whether the run in a folder got as far as a result. One that did not, for a model that was
-    not found, say, leaves a config.json only, which may give way to another's."""
+    """Whether the run in a folder wrote a result. One that did not, because its model was not
+    found, say, leaves a config.json only, which another run may replace."""
     results = (path / name for name in ("metrics.jsonl", "progress.json"))
     return (path / "config.json").exists() and any(result.exists() for result in results)
 
 
 def read_record(path: Path) -> Record:
-    """progress.json of a run; of a new one, empty."""
+    """progress.json of a run; empty for a new one.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     empty: Record = {"checkpoints": [], "best": None, "values": {}, "finished": False}
     file = path / "progress.json"
     try:
@@ -53,59 +72,89 @@ def read_record(path: Path) -> Record:
     except FileNotFoundError:
         return empty
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(str(file), "damaged", expected="JSON", got=error) from error
+        fix = "Start over with --fresh."
+        raise CheckpointError(str(file), "damaged", expected="JSON", got=error, fix=fix) from error
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Replace progress.json, all or nothing, and have it on disk."""
-    write_atomically(path / "progress.json", json.dumps(record, allow_nan=False) + "\n")
+    """Replace progress.json, all or nothing, and sync it to disk.
+
+    A first evaluation may be NaN: progress.json has NaN and Infinity where strict JSON has none.
+    """
+    write_atomically(path / "progress.json", json.dumps(record) + "\n")
 
 
-def newest(record: Record) -> Record | None:
-    """The newest checkpoint's entry, its files compared with their hashes.
+# ---- checkpoints ---------------------------------------------------------------------------------
 
-    Entries whose folder is gone are passed over. Paths that are no folders here (those of a
-    service) are taken as they are.
+
+def newest_checkpoint(record: Record) -> Record | None:
+    """The entry of the newest checkpoint that still exists, after its files' hashes are checked.
+
+    Checkpoints on a service are not checked.
 
     Raises:
         CheckpointError: its files are damaged; the next older one is named.
     """
-    there = [
+    existing = [
         entry
         for entry in sorted(record["checkpoints"], key=lambda entry: -entry["step"])
         if is_on_service(entry["path"]) or Path(entry["path"]).is_dir()
     ]
-    if not there:
+    if not existing:
         return None
     try:
-        if not is_on_service(there[0]["path"]):
-            manifest.check(Path(there[0]["path"]))
+        if not is_on_service(existing[0]["path"]):
+            manifest.check(Path(existing[0]["path"]))
     except CheckpointError as error:
-        mend = "Start over with --fresh."
-        if there[1:]:
-            mend = (
-                f"The checkpoint before it is that of step {there[1]['step']}: to go on from "
-                f"there, remove {there[0]['path']} and give the same command."
+        fix = "Start over with --fresh."
+        if existing[1:]:
+            fix = (
+                f"The checkpoint before it is that of step {existing[1]['step']}: to resume from "
+                f"it, remove {existing[0]['path']} and give the same command."
             )
-        raise error.replace(fix=mend) from error
-    return there[0]
+        raise error.replace(fix=fix) from error
+    return existing[0]
 
 
-def sweep(path: Path, record: Record) -> None:
-    """Remove checkpoints of the run's steps that the record does not list, whole or half-written;
-    nothing that is not in the run's folder."""
+def remove_unlisted_checkpoints(path: Path, record: Record) -> None:
+    """Remove the run's automatic checkpoints that the record does not list, such as half-written
+    ones; nothing outside the run's folder."""
     listed = {Path(entry["path"]).resolve() for entry in record["checkpoints"]}
-    for found in (path / "checkpoints").glob("*/weights/*"):
-        ours = re.fullmatch(_OURS, found.name)
-        if ours and found.resolve() not in listed:
-            shutil.rmtree(found, ignore_errors=True)
+    for folder in (path / "checkpoints").glob("*/weights/*"):
+        if re.fullmatch(_AUTOMATIC, folder.name) and folder.resolve() not in listed:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def saved_by_name(path: Path) -> bool:
+    """Whether a run folder has checkpoints that the script saved under names of its own."""
+    names = (folder.name for folder in (path / "checkpoints").glob("*/*/*"))
+    return any(not re.fullmatch(rf"reference|{_AUTOMATIC}", name) for name in names)
+
+
+def restart_without_checkpoint(path: Path) -> None:
+    """Remove what a run wrote that was interrupted before its first checkpoint: it starts over.
+
+    Checkpoints that the script saved by name are moved to checkpoints.old-N.
+    """
+    record, folder = read_record(path), path / "checkpoints"
+    if not (path / "config.json").exists() or record["checkpoints"] or record["finished"]:
+        return
+    if saved_by_name(path):
+        others = (path / f"checkpoints.old-{number}" for number in itertools.count(1))
+        folder.rename(next(other for other in others if not other.exists()))
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    (path / "progress.json").unlink(missing_ok=True)
 
 
 def find_checkpoint(run: str | Path, checkpoint: str = "final") -> tuple[Path, Path | None]:
     """The checkpoint's folder, and the run it belongs to (None: a folder from elsewhere).
 
+    Args:
+        run: a run folder, or the folder of a checkpoint.
+        checkpoint: "final", "best" or a step's number.
     Raises:
-        ConfigError: no such run, or no such checkpoint in it; those there are are named.
+        ConfigError: no such run, or no such checkpoint in it; the existing ones are listed.
         CheckpointError: progress.json is damaged, or the checkpoint is on a service.
     """
     if is_on_service(run):
@@ -114,13 +163,14 @@ def find_checkpoint(run: str | Path, checkpoint: str = "final") -> tuple[Path, P
     if (path / "adapter_config.json").is_file():
         if checkpoint != "final":
             what = f"{path} is a checkpoint itself"
-            raise ConfigError("--checkpoint", what, expected="none", got=checkpoint)
+            fix = "Leave out --checkpoint."
+            raise ConfigError("--checkpoint", what, got=checkpoint, fix=fix)
         runs = (p for p in path.resolve().parents if (p / "progress.json").is_file())
         return path, next(runs, None)
     if not (path / "progress.json").is_file():
+        what = "neither a run folder nor a checkpoint" if path.is_dir() else "no such folder"
         rule = "a run folder such as runs/dpo-1, or one with adapter_config.json"
-        got = "a folder" if path.is_dir() else "no such folder"
-        raise ConfigError(str(path), "not a run's folder nor a checkpoint", expected=rule, got=got)
+        raise ConfigError(str(path), what, expected=rule)
     record = read_record(path)
     saved = {str(entry["step"]): entry["path"] for entry in record["checkpoints"]}
     best = (record["best"] or {}).get("step")
@@ -131,12 +181,12 @@ def find_checkpoint(run: str | Path, checkpoint: str = "final") -> tuple[Path, P
         saved["final"] = str(max(finals, key=lambda final: final.stat().st_mtime))
     wanted = str(int(checkpoint)) if checkpoint.isdecimal() else checkpoint
     if wanted not in saved:
-        whole = "finished" if record["finished"] else "not finished; its command again goes on"
+        what = "no such checkpoint"
         if wanted == "best" and best == 0:
-            whole += "; the best were the untrained weights"
-        there = ", ".join(f"--checkpoint {name}" for name in saved) or "none"
-        what = f"no such checkpoint; the run is {whole}"
-        raise ConfigError(str(path), what, expected=there, got=checkpoint)
+            what += ": the untrained weights were the best"
+        fix = "" if record["finished"] else f"The run is not finished; --resume {path} finishes it."
+        names = ", ".join(f"--checkpoint {name}" for name in saved)
+        raise ConfigError(str(path), what, expected=names or None, got=checkpoint, fix=fix)
     if is_on_service(saved[wanted]):
         raise _remote(saved[wanted])
     # a run may have been moved since: its own folders come before the path that was written down
@@ -145,53 +195,43 @@ def find_checkpoint(run: str | Path, checkpoint: str = "final") -> tuple[Path, P
 
 
 def _remote(where: str) -> CheckpointError:
-    mend = "Download it with the service's own client, and give the folder."
-    what, rule = "is on a service", "files on this machine"
-    return CheckpointError(where, what, expected=rule, got="an address", fix=mend)
+    fix = "Download it with the service's own client, and give the folder."
+    return CheckpointError(where, "is on a service", expected="a folder on this machine", fix=fix)
 
 
-def forget_start(path: Path) -> None:
-    """Remove what a run kept that was interrupted before its first checkpoint: it starts over.
-
-    Checkpoints saved under names that are no run's own are moved to checkpoints.old-N.
-    """
-    record, folder = read_record(path), path / "checkpoints"
-    if not (path / "config.json").exists() or record["checkpoints"] or record["finished"]:
-        return
-    if all(re.fullmatch(rf"reference|{_OURS}", found.name) for found in folder.glob("*/*/*")):
-        shutil.rmtree(folder, ignore_errors=True)
-    else:
-        asides = (path / f"checkpoints.old-{number}" for number in itertools.count(1))
-        folder.rename(next(aside for aside in asides if not aside.exists()))
-    (path / "progress.json").unlink(missing_ok=True)
+# ---- random numbers ------------------------------------------------------------------------------
 
 
 def random_file(path: Path, step: int) -> Path:
-    """Where the random numbers stood when a checkpoint was saved."""
+    """The file with the states of the random number generators at a checkpoint."""
     return path / "checkpoints" / f"random-{step:06d}.json"
 
 
-def keep_random_state(path: Path, step: int) -> None:
-    """Write down where Python's, numpy's and torch's random numbers stand."""
+def save_random_state(path: Path, step: int) -> None:
+    """Save the states of Python's, numpy's and torch's random number generators."""
     import numpy as np
     import torch
 
     version, words, spare = random.getstate()
     kind, keys, *rest = np.random.get_state(legacy=True)
-    found: dict[str, Any] = {
+    states: dict[str, Any] = {
         "python": [version, list(words), spare],
         "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": bytes(torch.get_rng_state().numpy()).hex(),
     }
     if torch.cuda.is_available():
-        found["cuda"] = [bytes(s.numpy()).hex() for s in torch.cuda.get_rng_state_all()]
+        states["cuda"] = [bytes(s.numpy()).hex() for s in torch.cuda.get_rng_state_all()]
     file = random_file(path, step)
-    file.parent.mkdir(exist_ok=True)  # of a run on a service, nothing else is in it
-    write_atomically(file, json.dumps(found) + "\n")
+    file.parent.mkdir(exist_ok=True)  # on a service nothing else is saved in it
+    write_atomically(file, json.dumps(states) + "\n")
 
 
 def restore_random_state(path: Path, step: int) -> None:
-    """Go on with the random numbers of `keep_random_state`."""
+    """Restore the states that `save_random_state` saved.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
     import numpy as np
     import torch
 
@@ -209,38 +249,52 @@ def restore_random_state(path: Path, step: int) -> None:
             torch.cuda.set_rng_state_all([as_tensor(text) for text in state["cuda"]])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
-            str(file), "damaged or missing", expected="random states", got=error
+            str(file),
+            "damaged or missing",
+            expected="states of random number generators",
+            got=error,
+            fix="Start over with --fresh.",
         ) from error
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def describe(recipe: str, config: Any, script: Script | None) -> str:
-    """config.json."""
-    held = {
+def describe(
+    recipe: str, config: Any, script: Script | None, machine: Mapping[str, Any] | None = None
+) -> str:
+    """The text of config.json.
+
+    Args:
+        recipe: its name.
+        config: a dataclass, the parameters.
+        script: the code as run; None in a notebook.
+        machine: choices made for this run from the machine it runs on: see `Run.machine`.
+    """
+    content = {
         "recipe": recipe,
         "script": described(script),
         "config": dataclasses.asdict(config),
         "versions": manifest.versions(),
+        "machine": dict(machine or {}),
     }
-    return json.dumps(held, indent=2, ensure_ascii=False, default=str) + "\n"
+    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside, sync, then rename: a reader, or a crash, never sees half a file."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8", newline="\n") as file:
+    """Write a temporary file, sync it, then rename it: no reader and no crash sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(temporary, path)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read a run folder's metrics.jsonl, one dict per line; no file gives no rows.
+    """Read a run folder's metrics.jsonl, one dict per line; an empty list without that file.
 
-    A last line cut short by a crash is left out.
+    A last line that a crash cut short is left out.
 
     Raises:
         DataError: another line is not JSON.
@@ -256,20 +310,21 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
+            fix = "Remove that line, or give another run folder."
             raise DataError(
-                f"{file}:{number}", "broken", expected="JSON", got=repr(line[:60])
+                f"{file}:{number}", "broken", expected="JSON", got=repr(line[:60]), fix=fix
             ) from error
 
 
-def drop_steps_from(path: Path, step: int) -> None:
-    """Drop the rows of metrics.jsonl at `step` and after, since those steps are to run again."""
-    kept: Sequence[Any] = [row for row in read_metrics(path) if row["step"] < step]
-    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
+def truncate_metrics(path: Path, step: int) -> None:
+    """Remove the rows of metrics.jsonl from `step` on, because those steps run again."""
+    rows = [row for row in read_metrics(path) if row["step"] < step]
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     write_atomically(path / "metrics.jsonl", lines)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a table, columns of equal width; the first row names the columns."""
+    """Format rows as a table with columns of equal width; the first row names the columns."""
     keys = list(rows[0]) if rows else ["nothing to show"]
     cells = [keys] + [[_as_cell(row.get(key, "")) for key in keys] for row in rows]
     widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(keys))]
@@ -284,6 +339,6 @@ def _as_cell(value: Any) -> str:
 
 
 def as_code(text: str) -> str:
-    """Text as inline code, line breaks escaped."""
+    """Format text as inline code, with line breaks escaped."""
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks} {text} {ticks}".replace("\n", "\\n")

@@ -1,4 +1,4 @@
-"""The file that a run's code is in: its name, its text, and what of the text counts as code."""
+"""The script that a run executes: its file, its text, and a hash of its code."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ COPY = "script.py"
 
 @dataclass(frozen=True)
 class Script:
-    """A script as it stood when a run began.
+    """A script as it was when a run started.
 
     Attributes:
         path: the file.
-        text: what is in it.
-        code: hash of its code, as `code_of` gives it.
+        text: its text.
+        code: the hash of its code, from `code_of`.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class Script:
     code: str
 
     def loss(self) -> str:
-        """FILE:LOSS, as the doctor takes it; "FILE:LOSS" where it has no function NAME_loss."""
+        """FILE:LOSS, as the doctor takes it; "FILE:LOSS" where no function is called NAME_loss."""
         body = ast.parse(self.text).body
         names = (node.name for node in body if isinstance(node, ast.FunctionDef))
         loss = next((name for name in names if name.endswith("_loss")), "LOSS")
@@ -40,8 +40,7 @@ class Script:
 
 
 def script_of(config: Any) -> Script | None:
-    """The script that a config's class is defined in; None where there is no file, as in a
-    notebook."""
+    """The script that defines a config's class; None where there is no file, as in a notebook."""
     file = getattr(sys.modules.get(type(config).__module__), "__file__", None)
     try:
         text = importlib.util.decode_source(Path(str(file)).read_bytes())
@@ -51,9 +50,9 @@ def script_of(config: Any) -> Script | None:
 
 
 def code_of(text: str) -> str:
-    """SHA-256 of a source's syntax tree: layout, comments and docstrings do not count.
+    """SHA-256 of a source's syntax tree, without layout, comments and docstrings.
 
-    Versions of Python write trees down differently: hashes compare within one.
+    Versions of Python print the tree differently: compare hashes of one version only.
 
     Raises:
         SyntaxError, ValueError: the text is not Python.
@@ -72,20 +71,20 @@ def _is_text(node: ast.AST) -> bool:
 
 
 def described(script: Script | None) -> dict[str, str | None]:
-    """What config.json holds of it."""
+    """config.json's entry of a script: its file's name and the hash of its code."""
     if script is None:
         return {"file": None, "code": None}
     return {"file": script.path.name, "code": script.code}
 
 
 def recorded(folder: Path) -> dict[str, Any] | None:
-    """What `described` gave for a folder's run, the hash that of this Python; None: nothing."""
+    """The entry in a run folder's config.json, its hash that of this Python; None: no entry."""
     try:
-        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))["script"]
-        found = {"file": held["file"], "code": held["code"]}
+        entry = json.loads((folder / "config.json").read_text(encoding="utf-8"))["script"]
+        recorded = {"file": entry["file"], "code": entry["code"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     try:
-        return found | {"code": code_of((folder / COPY).read_text(encoding="utf-8"))}
+        return recorded | {"code": code_of((folder / COPY).read_text(encoding="utf-8"))}
     except (OSError, SyntaxError, ValueError):
-        return found
+        return recorded

@@ -1,9 +1,9 @@
-"""A run's metrics sent to a tracker besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio.
+"""Send a run's metrics to a tracker as well: TensorBoard, Weights & Biases or Trackio.
 
-Off unless asked for, and thin: each library is imported when its tracker is opened and is used as
-its own documentation says, so that its environment variables (WANDB_MODE=offline, TRACKIO_DIR, ...)
-and its log-in hold. Runs go to the project "cookbook", or to the one that WANDB_PROJECT or
-TRACKIO_PROJECT names; TensorBoard reads the run folders: `tensorboard --logdir runs`.
+Only with --track. Each library is imported when its tracker is opened, and used as its own
+documentation says, so its environment variables (WANDB_MODE=offline, TRACKIO_DIR, ...) and its
+login apply. Runs go to the project "cookbook", or to the one that WANDB_PROJECT or TRACKIO_PROJECT
+names; TensorBoard reads the run folders: `tensorboard --logdir runs`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from cookbook_core.errors import ConfigError, nearest
+from cookbook_core.errors import ConfigError, RequestError, nearest
 
 Kind = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tracker:
-    """Where metrics go.
+    """An open tracker.
 
     Attributes:
-        log: `log(step, metrics)` sends one step's; a step may come again with others. Values that
-            are None (NaN and infinity, in metrics.jsonl) are left out.
-        close: sends what is left; afterwards nothing can be logged.
+        log: `log(step, metrics)` sends metrics of one step; a step may repeat. Values that are None
+            (NaN and infinity, in metrics.jsonl) are left out.
+        close: sends what is still queued and ends the tracked run.
     """
 
     log: Callable[[int, Mapping[str, float | None]], None]
@@ -36,29 +36,32 @@ class Tracker:
 
 
 def open_tracker(kind: str, name: str, config: Mapping[str, Any], folder: Path) -> Tracker:
-    """Begin a tracked run.
+    """Start a tracked run.
 
     Args:
         kind: "tensorboard", "wandb" or "trackio".
-        name: the run's name; TensorBoard takes the folder's instead.
+        name: the run's name; TensorBoard uses the folder's.
         config: the run's parameters, shown beside its metrics.
         folder: the run folder; TensorBoard's event files and wandb's local files go there.
-    Returns:
-        The tracker, open.
     Raises:
-        ConfigError: another kind, or its library is not installed.
+        ConfigError: another kind, or its library is not installed. RequestError: the library
+            raised, because it is not logged in or cannot reach its server, say.
     """
-    if kind == "tensorboard":
-        return _tensorboard(config, folder)
-    if kind == "wandb":
-        return _wandb_like(kind, name, config, dir=str(folder))
-    if kind == "trackio":
-        return _wandb_like(kind, name, config)
-    raise ConfigError("track", f'no tracker "{kind}"', fix=nearest(kind, get_args(Kind)))
+    if kind not in get_args(Kind):
+        raise ConfigError("track", f'no tracker "{kind}"', fix=nearest(kind, get_args(Kind)))
+    library = _library(kind)
+    try:
+        if kind == "tensorboard":
+            return _tensorboard(library, config, folder)
+        settings = {"dir": str(folder)} if kind == "wandb" else {}
+        return _wandb_like(library, kind, name, config, **settings)
+    except Exception as error:
+        what, fix = f"{kind} cannot start a run", "Check its login and network, or omit --track."
+        got = f"{type(error).__name__}: {error}"
+        raise RequestError("track", what, got=got, fix=fix) from error
 
 
-def _tensorboard(config: Mapping[str, Any], folder: Path) -> Tracker:
-    library = _library("tensorboard", "torch.utils.tensorboard")
+def _tensorboard(library: Any, config: Mapping[str, Any], folder: Path) -> Tracker:
     writer = library.SummaryWriter(log_dir=str(folder), flush_secs=10)
     text = json.dumps(config, indent=4, ensure_ascii=False, default=str)
     writer.add_text("config", "    " + text.replace("\n", "\n    "))  # indented: markdown code
@@ -70,10 +73,12 @@ def _tensorboard(config: Mapping[str, Any], folder: Path) -> Tracker:
     return Tracker(log, writer.close)
 
 
-def _wandb_like(kind: str, name: str, config: Mapping[str, Any], **settings: str) -> Tracker:
-    """Trackio has wandb's interface."""
+def _wandb_like(
+    library: Any, kind: str, name: str, config: Mapping[str, Any], **settings: str
+) -> Tracker:
+    """Open a run of wandb, or of trackio, which has the same interface."""
     project = os.environ.get(f"{kind.upper()}_PROJECT", "cookbook")
-    run = _library(kind, kind).init(project=project, name=name, config=dict(config), **settings)
+    run = library.init(project=project, name=name, config=dict(config), **settings)
     return Tracker(lambda step, metrics: run.log(_numbers(metrics), step=step), run.finish)
 
 
@@ -81,10 +86,10 @@ def _numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
     return {key: float(value) for key, value in metrics.items() if value is not None}
 
 
-def _library(kind: str, module: str) -> Any:
+def _library(kind: str) -> Any:
+    module = "torch.utils.tensorboard" if kind == "tensorboard" else kind
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        what, rule = f"{kind} cannot be imported", "its library installed"
-        mend = f'Run `pip install {kind}`, which is what the extra "{kind}" of this package does.'
-        raise ConfigError("track", what, expected=rule, got=error, fix=mend) from error
+        fix = f'Run `pip install {kind}` (or install this package with the extra "{kind}").'
+        raise ConfigError("track", f"{kind} cannot be imported", got=error, fix=fix) from error

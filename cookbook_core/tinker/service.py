@@ -28,6 +28,7 @@ from cookbook_core.types import (
 )
 
 if TYPE_CHECKING:
+    from cookbook_core.backend.remote.backend import RemoteBackend
     from cookbook_core.backend.remote.connection import Connection
 
 
@@ -209,7 +210,13 @@ class ServiceClient:
             CheckpointError: no such checkpoint, or it cannot be read.
             RequestError: the service or the installed SDK does not store metadata of checkpoints.
         """
-        return self._backend_of(path, None).checkpoint_metadata(path).result()
+        if self._service is not None:
+            return self._remote(None).checkpoint_metadata(path).result()
+        from cookbook_core.backend.local.checkpoints import base_model_of, metadata_of
+
+        folder = usable_path("path", path, CheckpointError)
+        base_model_of(folder)  # refuses what is no checkpoint
+        return metadata_of(folder)
 
     def close(
         self,
@@ -293,7 +300,7 @@ class ServiceClient:
             )
         return self._backends[key]
 
-    def _remote(self, base_model: str | None) -> Backend:
+    def _remote(self, base_model: str | None) -> RemoteBackend:
         from cookbook_core.backend.remote.backend import RemoteBackend
 
         assert self._service is not None, "a base_url was given"

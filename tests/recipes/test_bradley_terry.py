@@ -118,11 +118,39 @@ def test_learns_and_the_saved_scorer_is_the_scorer(tmp_path):
     assert score_texts(scorer, judge, texts[::-1]) == pytest.approx(scores[0][::-1], abs=1e-4)
 
 
-def test_what_is_no_scorer_is_said_to_be_none(tmp_path):
+def test_a_scorer_is_read_through_the_client(tmp_path, monkeypatch):
+    """A service has no state.json to read: question and verdicts come from the client."""
+    asked = {"question": "Well?", "verdict_good": " yes", "verdict_bad": " no"}
+    monkeypatch.setattr(
+        tinker.ServiceClient, "get_checkpoint_metadata", lambda self, path: {"more": "1", **asked}
+    )
+    service = tinker.ServiceClient(device="cpu", checkpoint_dir=tmp_path)
+    client = service.create_lora_training_client("tiny", rank=2, train_unembed=False).result()
+    path = client.save_weights_for_sampler("bare").result().path
+    _, judge = load_scorer(service, path, "tiny")
+    assert (judge.question, judge.verdicts) == ("Well?", (" yes", " no"))
+
+
+def test_metadata_of_a_checkpoint(tmp_path):
+    service = tinker.ServiceClient(device="cpu", checkpoint_dir=tmp_path)
+    client = service.create_lora_training_client("tiny", rank=2).result()
+    path = client.save_weights_for_sampler("noted", user_metadata={"a": "é"}).result().path
+    assert service.get_checkpoint_metadata(path) == {"a": "é"}
+    (tmp_path / "peft").mkdir()
+    config = '{"base_model_name_or_path": "tiny"}'
+    (tmp_path / "peft" / "adapter_config.json").write_text(config, encoding="utf-8")
+    assert service.get_checkpoint_metadata(str(tmp_path / "peft")) == {}
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        service.get_checkpoint_metadata(str(tmp_path))
+
+
+def test_another_checkpoint_is_refused_as_a_scorer(tmp_path):
     service = tinker.ServiceClient(device="cpu", checkpoint_dir=tmp_path)
     client = service.create_lora_training_client("tiny", rank=2, train_unembed=False).result()
     path = client.save_weights_for_sampler("other").result().path
-    with pytest.raises(ValueError, match=r"other: not a scorer .* KeyError: 'verdict_good'"):
+    with pytest.raises(
+        CheckpointError, match=r"other: not a scorer .*got no question, verdict_bad"
+    ):
         load_scorer(service, path, "tiny")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         load_scorer(service, str(tmp_path / "nowhere"), "tiny")

@@ -158,7 +158,7 @@ def test_errors_say_where():
     bare = datum_from_prompt_completion([1], [2, 3])
     with pytest.raises(DatumError, match=r'data\[1\].*"advantages"'):
         grpo_loss([datum(), bare], [torch.zeros(2)] * 2, CONFIG)
-    for wrong in ({"group_size": 1}, {"kl_coef": -1.0}, {"max_tokens": 0}, {"clip": (0.0, 0.2)}):
+    for wrong in ({"group_size": 1}, {"kl_coef": -1.0}, {"max_tokens": 0}, {"clip": (0.2, 0.2)}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             Config(**wrong)
 
@@ -325,3 +325,14 @@ def test_a_reward_that_raises_leaves_the_runs_files(tmp_path, monkeypatch):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 0, 1, 2, 3, 4]
     assert (tmp_path / "run" / "checkpoints" / "model-0" / "weights" / "reference").is_dir()
+
+
+def test_a_constant_reward_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("recipes.grpo.reward", lambda row, completions: [1.0] * len(completions))
+    sizes = {"num_steps": 5, "batch_size": 2, "group_size": 2, "test_rows": 2, "eval_every": 9}
+    train(Config(**sizes, log_path=str(tmp_path / "run")))
+    summary = (tmp_path / "run" / "summary.md").read_text(encoding="utf-8")
+    assert "every completion of a prompt had the same reward at each of the 5 steps" in summary
+    assert "warning: step 4: every completion of a prompt had the same reward" in (
+        capsys.readouterr().out
+    )

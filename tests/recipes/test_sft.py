@@ -9,7 +9,8 @@ import torch
 
 from cookbook_core import datum_from_tokens_weights, tinker
 from cookbook_core.custom_loss import differentiate
-from cookbook_core.errors import DatumError
+from cookbook_core.errors import ConfigError, DatumError
+from cookbook_core.runs import RunFlags
 from recipes.sft import Config, build_data, question_and_answer, sft_loss, train
 
 
@@ -65,3 +66,26 @@ def test_learns(tmp_path):
     saved = start.save_weights_for_sampler("start").result().path
     weights = "adapter_model.safetensors"
     assert (folder / weights).read_bytes() != (tmp_path / saved / weights).read_bytes()
+
+
+def test_rows_that_are_all_too_long_name_the_flag_and_move_no_run(tmp_path):
+    """--fresh had moved the good run aside before the failure."""
+    sizes = {"num_steps": 1, "batch_size": 2, "test_rows": 2, "log_path": str(tmp_path / "run")}
+    train(Config(**sizes))
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"no sequences to train on: .*2 tokens.*--max_length"):
+        train(Config(**sizes, max_length=2), RunFlags(fresh=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "says"),
+    [(1e6, "gradient was exactly 0 at 5 of 6"), (1e-12, "no held-out metric moved")],
+)
+def test_an_absurd_learning_rate_is_reported(learning_rate, says, tmp_path, capsys):
+    sizes = {"num_steps": 6, "batch_size": 2, "test_rows": 2, "eval_every": 2}
+    train(Config(**sizes, learning_rate=learning_rate, log_path=str(tmp_path / "run")))
+    assert says in (tmp_path / "run" / "summary.md").read_text(encoding="utf-8")
+    during, _ = capsys.readouterr().out.split("Held-out, before and after")
+    assert "warning: step" in during

@@ -11,7 +11,7 @@ import pytest
 
 from cookbook_core.backend.remote import connection, convert, session
 from cookbook_core.errors import ConfigError, RequestError
-from cookbook_core.runs.run_folder import newest, sweep
+from cookbook_core.runs.run_folder import newest_checkpoint, remove_unlisted_checkpoints
 from cookbook_core.tinker import Datum, ModelInput, ServiceClient, TensorData
 
 
@@ -148,7 +148,7 @@ def test_masked_logprobs_read_zero_and_have_no_gradient():
 def test_run_folders_take_a_services_checkpoints_as_they_are(tmp_path):
     entries = [{"step": n, "path": f"tinker://m/weights/step-{n:06d}"} for n in (2, 4)]
     record = {"checkpoints": entries, "best": None, "values": {}, "finished": False}
-    assert newest(record) == entries[1]
+    assert newest_checkpoint(record) == entries[1]
     (tmp_path / "checkpoints" / "model-0" / "weights" / "mine").mkdir(parents=True)
-    sweep(tmp_path, record)
+    remove_unlisted_checkpoints(tmp_path, record)
     assert (tmp_path / "checkpoints" / "model-0" / "weights" / "mine").is_dir()

@@ -96,10 +96,6 @@ class LocalBackend:
         checkpoint = checkpoints.read(usable_path("path", path, CheckpointError))
         return LocalSampler(self, checkpoints.new_adapter(self.engine().bank, checkpoint))
 
-    def checkpoint_metadata(self, path: str) -> Future[dict[str, str]]:
-        folder = usable_path("path", path, CheckpointError)
-        return self.worker.submit("get_checkpoint_metadata", checkpoints.metadata_of, folder)
-
     def close(self) -> None:
         self.worker.close()
 
