@@ -194,7 +194,7 @@ def test_a_loss_that_raises_is_shown_with_its_own_lines(
     err = capsys.readouterr().err
     assert err.startswith(f'  File "{__file__}", line ')
     assert 'in my_loss\n    return {}["beta"], {}' in err
-    assert err.splitlines()[-1].startswith("my_loss(): raised KeyError: 'beta'. Expected")
+    assert err.splitlines()[-1].startswith("my_loss(): raised KeyError: 'beta'.")
     assert "custom_loss.py" not in err
     with pytest.raises(KeyError):
         main(Config, lambda *_: my_loss([], []))
@@ -204,7 +204,7 @@ def test_a_loss_that_raises_is_shown_with_its_own_lines(
     ("flags", "code", "says"),
     [
         (["--help"], 0, ""),
-        (["--dataset", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file. Expected a dataset"),
+        (["--dataset", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
         (["--dataset", "tiny/sft@trian"], 1, 'Did you mean "train"?'),
         (["--batch_size", "0"], 2, "Config.batch_size: out of range. Expected > 0, got 0."),
     ],
@@ -461,20 +461,29 @@ def test_metrics_go_to_the_tracker_asked_for(
     assert sent == [(0, {"loss": 0.5, "kl": None}), "closed"]
 
 
-def test_choices_of_the_machine_are_recorded_and_outlive_an_interruption(tmp_path: Path) -> None:
+def test_what_results_depend_on_is_recorded_and_a_change_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """config.json says which threads, dtype and batch sizes a run had, on this machine too."""
     run = make_run(tmp_path)
-    assert run.machine == {}
-    run.record_machine(micro_batch=4)
-    run.record_machine(merged=True)
-    run._client = object()  # type: ignore[assignment]
+    client = run.service_client("cpu", "float32").create_lora_training_client("tiny", 1).result()
+    assert {"device": "cpu", "dtype": "float32", "threads": 1, "processes": 1}.items() <= (
+        client.machine.items()
+    )
     run.log(0, {"loss": 1.0})
-    run.once("kept", lambda: 1)
-    run._record["checkpoints"] = [{"step": 1, "path": "tinker://x/1"}]
-    run_folder.write_record(run.path, run._record)
+    assert next(run.steps(client)) == 0
+    text = (run.path / "config.json").read_text(encoding="utf-8")
+    assert json.loads(text)["machine"] == client.machine
+    run._save(1)
     run.close()
-    again = make_run(tmp_path)
-    assert again.first_step == 1
-    assert again.machine == {"micro_batch": 4, "merged": True}
+    client._backend.machine["threads"] = 3
+    with make_run(tmp_path) as again:
+        assert again.first_step == 1
+        capsys.readouterr()
+        next(again.steps(client))
+        assert "threads 1 -> 3" in capsys.readouterr().out
+    text = (run.path / "config.json").read_text(encoding="utf-8")
+    assert json.loads(text)["machine"]["threads"] == 3
 
 
 def test_service_client_saves_in_the_run_folder(tmp_path: Path) -> None:

@@ -171,22 +171,6 @@ class Run:
             dtype=dtype,
         )
 
-    @property
-    def machine(self) -> dict[str, Any]:
-        """Choices made for this run from the machine it runs on, such as a micro-batch size.
-
-        Kept in config.json["machine"], so that a resumed run makes the same ones: see
-        `record_machine`.
-        """
-        return dict(run_folder.read_config(self.path).get("machine") or {})
-
-    def record_machine(self, **choices: Any) -> None:
-        """Add choices to config.json["machine"]; they must be values that JSON can hold."""
-        content = run_folder.read_config(self.path)
-        content["machine"] = {**(content.get("machine") or {}), **choices}
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.path / "config.json", text)
-
     def report_rows(
         self,
         unit: str,
@@ -288,6 +272,7 @@ class Run:
         """
         self._client = client
         self._announce()
+        self._record_machine(client.machine)
         if self.first_step:
             run_folder.restore_random_state(self.path, self.first_step)
         self._progress.begin()
@@ -304,6 +289,21 @@ class Run:
                     "Give the same command to resume."
                 )
                 raise SystemExit(128 + (self._signal or 0))
+
+    def _record_machine(self, machine: Mapping[str, Any]) -> None:
+        """Write to config.json what results depend on besides seed and data; report a change."""
+        content = run_folder.read_config(self.path)
+        before = content.get("machine") or {}
+        changed = [f"{k} {before[k]} -> {v}" for k, v in machine.items() if before.get(k, v) != v]
+        if changed:
+            self._progress.say(
+                f"resumed under other conditions ({', '.join(changed)}): results may differ in "
+                "their last bits from those of an uninterrupted run"
+            )
+        if before != machine:
+            content["machine"] = dict(machine)
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            write_atomically(self.path / "config.json", text)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """Compute a value at most once in a run: a resumed run reads it from progress.json.

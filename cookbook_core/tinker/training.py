@@ -274,6 +274,12 @@ class TrainingClient:
         """The client's name within its service, and of its folder of checkpoints."""
         return self._backend.info.model_id
 
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What results depend on besides seed and data, down to their last bits: device, dtype,
+        threads, processes, sizes of batches; or the service's URL. Not in the SDK."""
+        return dict(self._backend.machine)
+
     # ---- async names -----------------------------------------------------------------------------
 
     forward_async = async_version(forward)

@@ -61,6 +61,7 @@ class RemoteTraining:
             lora_rank=info.lora_rank or rank,
             model_name=data.model_name,
         )
+        self.machine = {"service": session.connection.url}
         self._gradients: list[Future[Any]] = []
         """forward_backward requests since the last optim_step that succeeded."""
         self._lock = threading.Lock()
