@@ -169,6 +169,10 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     model.to(chosen_device).eval().requires_grad_(False)
     fused_norm.fuse(model)
     text_config = model.config.get_text_config()
+    if getattr(text_config, "attn_logit_softcapping", None):  # Gemma 2
+        model.set_attn_implementation(
+            "eager"
+        )  # before transformers 5.21 the default is sdpa, without the cap
     return BaseModel(
         name=name,
         path=path,
