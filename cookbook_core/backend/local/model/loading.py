@@ -170,9 +170,8 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     fused_norm.fuse(model)
     text_config = model.config.get_text_config()
     if getattr(text_config, "attn_logit_softcapping", None):  # Gemma 2
-        model.set_attn_implementation(
-            "eager"
-        )  # before transformers 5.21 the default is sdpa, without the cap
+        # before transformers 5.21 the default is sdpa attention, which leaves out the cap
+        model.set_attn_implementation("eager")
     return BaseModel(
         name=name,
         path=path,
