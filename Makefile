@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+# the oldest versions that pyproject.toml allows, for Python up to 3.12; see
+# tests/test_dependencies.py
+OLDEST := $(VENV)/oldest
 # the oldest and the newest tinker SDK the remote backend supports; see tests/remote/test_sdks.py
 SDKS := 0.25.0 0.38.0
 # its own requirements do not resolve together; these are what the tests import of them
@@ -26,11 +29,19 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python scripts/install_torch.py constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed
+$(VENV)/installed-test: $(VENV)/installed constraints-oldest.txt
 	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
+	rm -rf $(OLDEST)
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 13))'; then \
+	  grep -v '^torch==' constraints-oldest.txt >$(VENV)/oldest.txt && \
+	  $(BIN)/pip install -q --no-deps --target $(OLDEST) -r $(VENV)/oldest.txt && \
+	  $(BIN)/python scripts/install_torch.py --cpu --target $(OLDEST) \
+	    constraints-oldest.txt constraints.txt; \
+	fi
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
 	  for v in $(SDKS); do \
 	    $(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/sdk/$$v tinker==$$v || exit 1; \

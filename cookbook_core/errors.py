@@ -144,6 +144,10 @@ class ProcessError(CookbookError, RuntimeError):
     """Another process of the run died; nothing more can be computed."""
 
 
+class VersionError(CookbookError, ImportError):
+    """An installed package has a version that is not supported."""
+
+
 def check_choice(
     error: type[CookbookError], where: str, what: str, name: object, known: Iterable[str]
 ) -> None:

@@ -6,7 +6,7 @@
 
 Each step samples group_size completions per prompt from the current policy p at temperature 1,
 rewards them, and descends L on the sampled token ids themselves. p_ref, the reference of the KL
-term, is the model as it stands when the run starts and never changes. w is the reduction.
+term, is the model as the run starts, and never changes. w is the reduction.
 
 Paper: Shao et al. 2024, arXiv 2402.03300. From Liu et al. 2025 (Dr. GRPO), arXiv 2503.20783: the
 reward is not divided by the group's standard deviation (--normalize_std brings it back), and the
@@ -68,8 +68,7 @@ class Config:
     """Hub name, local file or folder with columns prompt, answer (prompt for a reward_model).
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
     init_from: str = ""
-    """Run folder (for its final adapter) or LoRA folder to start from; it is then the reference
-    too. Its own rank and alpha are used instead of --lora_rank."""
+    """Run folder or LoRA folder to start from and the reference; its rank replaces --lora_rank."""
     reward_model: str = ""
     """A scorer saved by recipes/bradley_terry.py on the same base model, as the reward."""
     kl_coef: runs.NonNegativeFloat = 0.02

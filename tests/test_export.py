@@ -53,9 +53,10 @@ def trained(
 def load(folder: Path, form: str = "merged") -> Any:
     """Open the exported folder with transformers and peft alone."""
     if form != "peft":
-        return AutoModelForCausalLM.from_pretrained(folder).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     base = read(folder / "adapter_config.json")["base_model_name_or_path"]
-    return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    return peft.PeftModel.from_pretrained(model, folder).eval()
 
 
 def read(path: Path) -> dict[str, Any]:

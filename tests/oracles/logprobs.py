@@ -23,6 +23,8 @@ def plain_model(
     """Load the base model anew and let peft put a copy of `adapter` on it."""
     more = {} if attention is None else {"attn_implementation": attention}
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more).eval()
+    if getattr(base.config, "attn_logit_softcapping", None):
+        base.set_attn_implementation("eager")  # transformers' sdpa knows no cap
     model = peft.get_peft_model(base, adapter.slot.config)
     for p in model.parameters():
         if p.requires_grad:

@@ -206,6 +206,9 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     model.to(chosen_device).eval().requires_grad_(False)
     fused_norm.fuse(model)
     text_config = model.config.get_text_config()
+    if getattr(text_config, "attn_logit_softcapping", None):  # Gemma 2
+        # before transformers 5.21 the default is sdpa attention, which leaves out the cap
+        model.set_attn_implementation("eager")
     return BaseModel(
         name=name,
         path=path,

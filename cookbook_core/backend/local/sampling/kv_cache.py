@@ -95,6 +95,8 @@ class RowLayer(CacheLayerMixin):
         """-1: no limit, the allocation grows."""
         return -1
 
+    get_max_cache_shape = get_max_length  # its name before transformers 5.13
+
 
 class RowCache(Cache):
     """A `RowLayer` per layer of the model."""
@@ -153,13 +155,15 @@ class Decoder:
         self.config = core.config.get_text_config(decoder=True)
         self.device = core.get_input_embeddings().weight.device
         known = inspect.signature(core.forward).parameters
-        if "past_key_values" not in known:
+        names = [name for name in ("cache", "past_key_values") if name in known]
+        if not names:
             raise ModelError(
                 "sample",
                 f"{type(core).__name__} keeps its state in a way this sampler does not support",
                 expected="a model that takes past_key_values",
                 got=", ".join(known),
             )
+        self._cache_name = names[0]  # transformers 5.24 renamed past_key_values to cache
         self._takes_position_ids = "position_ids" in known
         self._takes_logits_to_keep = "logits_to_keep" in known
         layers = DynamicCache(config=self.config).layers
@@ -281,14 +285,12 @@ class Decoder:
             mask: `(R, columns so far)` bool, False at padding; None without any.
             whole: return the logits of all N positions, not only of the last.
         """
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {self._cache_name: cache}
         if self._takes_position_ids:
             extra["position_ids"] = first[:, None] + torch.arange(ids.shape[1], device=self.device)
         if self._takes_logits_to_keep:
             extra["logits_to_keep"] = 0 if whole else 1
-        return self.core(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra
-        ).logits
+        return self.core(input_ids=ids, attention_mask=mask, use_cache=True, **extra).logits
 
 
 def _keep_scores(group: list[Prompt], logits: Tensor, targets: Tensor) -> None:
