@@ -28,10 +28,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 
 from cookbook_core import clients, datum_from_prompt_completion, tinker
 from cookbook_core.backend.local.model import memory
 from cookbook_core.backend.worker import Worker
+from tests.oracles.logprobs import engine_of
 
 LONGEST_PAUSE = 0.01  # seconds between two submissions of the caller
 
@@ -98,11 +100,12 @@ class Work:
             encode(system * (n % 3) + "please " * (n % 5) + question)
             for n, question in enumerate(questions)
         ]
-        # 72 datums of more tokens than one micro-batch takes, with prefixes that some share
+        # prefixes that some of them share
         self.data = [
             datum_from_prompt_completion(prompt, encode(f" {n} is the answer" * (1 + n % 3)))
-            for n, prompt in enumerate(self.prompts * 2)
+            for n, prompt in enumerate(self.prompts)
         ]
+        engine_of(self.client).scorer.micro_batch_tokens = 400  # several micro-batches
         # away from its start, where B = 0 hides most of what could differ
         self.client.forward_backward(self.data, "cross_entropy").result()
         self.client.optim_step(tinker.AdamParams(learning_rate=1e-3)).result()
@@ -119,9 +122,9 @@ class Work:
         return repr(output.loss).encode() + b"".join(a.tobytes() for a in arrays)
 
     def rollout(self) -> bytes:
-        """Tokens and logprobs of a rollout, and of prompts handed over one by one and awaited."""
+        """Tokens and logprobs of prompts of different lengths."""
         sampler = self.client.save_weights_and_get_sampling_client().result()
-        groups = clients.rollout(sampler, self.prompts[:12], 4, max_tokens=24, seed=3)
+        groups = clients.rollout(sampler, self.prompts[:10], 3, max_tokens=16, seed=3)
         return repr([(s.tokens, s.logprobs) for group in groups for s in group]).encode()
 
     def grpo(self) -> bytes:
@@ -130,12 +133,13 @@ class Work:
 
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             config = Config(
-                num_steps=10, batch_size=4, group_size=4, max_tokens=12, test_rows=8,
-                eval_every=5, log_path=f"{name}/run",
+                num_steps=10, batch_size=4, group_size=4, max_tokens=8, test_rows=4,
+                eval_every=10, log_path=f"{name}/run",
             )  # fmt: skip
             with (
                 contextlib.redirect_stdout(io.StringIO()),
                 contextlib.redirect_stderr(io.StringIO()),
+                mock.patch("cookbook_core.runs.run.draw_panels"),
             ):
                 train(config)
             text = Path(name, "run", "metrics.jsonl").read_text(encoding="utf-8")
@@ -158,7 +162,7 @@ def hashes(repeats: int, folder: Path, only: str = "") -> dict[str, Counter[str]
         "ten GRPO steps": work.grpo,
     }
     bystander = tinker.ServiceClient().create_sampling_client(base_model="tiny").result()
-    params = tinker.SamplingParams(max_tokens=40, stop=[])
+    params = tinker.SamplingParams(max_tokens=8, stop=[])
     prompt = tinker.ModelInput.from_ints(work.prompts[0])
     for number in range(repeats):
         for name, run in pieces.items():
@@ -179,8 +183,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--busy", type=int, default=os.cpu_count(), help="other busy processes")
+    parser.add_argument("--threads", type=int, default=1, help="of this process's products")
     parser.add_argument("--only", default="", help="one piece of work, by name")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, busy_machine(args.busy or 0):
         seen = hashes(args.repeats, Path(folder), args.only)

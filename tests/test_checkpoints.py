@@ -497,7 +497,7 @@ def test_sampler_weights_hold_no_optimizer(client, service):
     sampler = service.create_sampling_client(model_path=path).result()
     assert sampler.get_base_model()
     assert client.create_sampling_client(path).result().get_base_model()
-    with pytest.raises(ConfigError, match="model_path or base_model"):
+    with pytest.raises(ConfigError, match="model_path and base_model both missing"):
         service.create_sampling_client()
 
 
