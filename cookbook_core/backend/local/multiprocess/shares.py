@@ -36,8 +36,8 @@ def share_out(sequences: Sequence[Sequence[int]], size: int, *, share: bool) -> 
     longest = math.inf
     for least in (*sorted(some), math.inf):
         units = _units(common, len(order), least)
-        found = spread([distinct_tokens(unit, lengths, common) for unit in units], size)
-        shares = [sorted(i for n in each for i in units[n]) for each in found]
+        spread_units = spread([distinct_tokens(unit, lengths, common) for unit in units], size)
+        shares = [sorted(i for n in each for i in units[n]) for each in spread_units]
         cost = max(distinct_tokens(each, lengths, common) for each in shares)
         if cost < longest:
             best, longest = shares, cost

@@ -78,10 +78,10 @@ def draw_tokens(
     peak, best = logits.max(dim=1, keepdim=True)
     mass = (logits - peak).exp_()
     total = mass.sum(dim=1, dtype=torch.float64)
-    kept = mass
+    allowed = mass
     if tensors.top_k is not None or tensors.top_p is not None:
-        kept = truncate(mass, tensors.top_k, tensors.top_p)
-    tokens = _invert(kept, uniforms)
+        allowed = truncate(mass, tensors.top_k, tensors.top_p)
+    tokens = _invert(allowed, uniforms)
     if tensors.greedy is not None:
         tokens = torch.where(tensors.greedy, best[:, 0], tokens)
     chosen = logits.gather(1, tokens[:, None]) - peak
@@ -216,7 +216,7 @@ class TextWatch:
     def __post_init__(self) -> None:
         self.margin = max(map(len, self.strings)) + 16
 
-    def found(self, tokens: list[int]) -> bool:
+    def matches(self, tokens: list[int]) -> bool:
         """Whether the text of `tokens` (the completion so far) contains a stop string."""
         text = self._decode(tokens[self.start :])
         if any(string in text for string in self.strings):

@@ -66,7 +66,7 @@ class _Row:
             )
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        if token in self.stop.ids or (self.watch is not None and self.watch.found(self.tokens)):
+        if token in self.stop.ids or (self.watch is not None and self.watch.matches(self.tokens)):
             self.stop_reason = "stop"
         elif len(self.tokens) == self.limit:
             self.stop_reason = "length"

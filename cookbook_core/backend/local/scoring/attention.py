@@ -86,7 +86,7 @@ class _InPieces(torch.autograd.Function):
         for piece in layout.pieces:
             mask, seeing = _mask(layout, piece, window, q.dtype)
             a, b = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
-            found, level = _forward(
+            result, level = _forward(
                 *(_cut(x, at, piece.count) for x, at in ((q, a), (k, b), (v, b))),
                 0.0,
                 piece.causal and mask is None,
@@ -94,16 +94,16 @@ class _InPieces(torch.autograd.Function):
                 scale=scale,
             )
             # (count, heads, L, width) -> (count * L, heads, width), and so for the log-sum-exp
-            found = found.permute(0, 2, 1, 3).reshape(-1, heads, width)
+            result = result.permute(0, 2, 1, 3).reshape(-1, heads, width)
             level = level.permute(0, 2, 1).reshape(-1, heads)
             if seeing is not None:
-                found = torch.where(seeing[:, None, None], found, 0.0)
+                result = torch.where(seeing[:, None, None], result, 0.0)
                 level = torch.where(seeing[:, None], level, -torch.inf)
             if piece.causal:
-                out[a], lse[a] = found, level
+                out[a], lse[a] = result, level
             else:
-                share = torch.sigmoid(level - lse[a]).to(found.dtype)  # of this piece in the sum
-                out[a] = torch.lerp(out[a], found, share[..., None])
+                share = torch.sigmoid(level - lse[a]).to(result.dtype)  # of this piece in the sum
+                out[a] = torch.lerp(out[a], result, share[..., None])
                 lse[a] = torch.logaddexp(lse[a], level)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale, ctx.layout, ctx.window = scale, layout, window
@@ -121,7 +121,7 @@ class _InPieces(torch.autograd.Function):
             mask, _ = _mask(ctx.layout, piece, ctx.window, q.dtype)
             a, b = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
             n = piece.count
-            found = _backward(
+            parts = _backward(
                 _cut(g, a, n),
                 _cut(q, a, n),
                 _cut(k, b, n),
@@ -133,7 +133,7 @@ class _InPieces(torch.autograd.Function):
                 attn_mask=mask,
                 scale=ctx.scale,
             )
-            for whole, at, part in zip((dq, dk, dv), (a, b, b), found, strict=True):
+            for whole, at, part in zip((dq, dk, dv), (a, b, b), parts, strict=True):
                 if piece.causal:
                     _cut(whole, at, n).copy_(part)
                 else:
@@ -154,10 +154,10 @@ def _mask(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The additive mask of a piece `(1, 1, Lq, Lk)` and its queries that see any key, where a
     sliding window cuts into the piece; else None."""
-    found = None if window is None else layout.window_mask(piece, window)
-    if found is None:
+    cut = None if window is None else layout.window_mask(piece, window)
+    if cut is None:
         return None, None
-    allowed, seeing = found
+    allowed, seeing = cut
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
     return mask[None, None], None if piece.causal else seeing
 

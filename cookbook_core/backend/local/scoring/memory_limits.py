@@ -1,4 +1,4 @@
-"""Memory limits: which graphs are kept, which layers recomputed, what gives after running out.
+"""Memory limits: which graphs are kept, which layers recomputed, what changes after running out.
 
 Two measures leave every result as it is, to the bit: a micro-batch whose graph is not kept is
 scored a second time in the backward (`backward.ScoredBatch`), and one whose graph does not fit by
@@ -81,10 +81,10 @@ class MemoryLimits:
         Limits that were lowered for shorter data, or for data of this length, hold here too; those
         lowered for longer data do not.
         """
-        kept = one_pass_tokens(self.base) if self.graph_tokens is None else self.graph_tokens
+        tokens = one_pass_tokens(self.base) if self.graph_tokens is None else self.graph_tokens
         lowered = [limits for length, limits in self._lowered.items() if length <= longest]
         return Limits(
-            min([kept, *(limits.graph_tokens for limits in lowered)]),
+            min([tokens, *(limits.graph_tokens for limits in lowered)]),
             min([self.scorer.micro_batch_tokens, *(x.micro_batch_tokens for x in lowered)]),
         )
 
@@ -128,14 +128,14 @@ class MemoryLimits:
 
     def _lower(self, limits: Limits, lengths: list[int], keeps_graphs: bool) -> Limits | None:
         """The next lower limits, after a warning; None where there are none."""
-        longest, kept = max(lengths), min(limits.graph_tokens, sum(lengths))
-        if keeps_graphs and kept > 0:
-            fewer = kept // 2 if kept // 2 >= longest else 0
+        longest, tokens = max(lengths), min(limits.graph_tokens, sum(lengths))
+        if keeps_graphs and tokens > 0:
+            fewer = tokens // 2 if tokens // 2 >= longest else 0
             log.warning(
                 "out of memory: keeping the graphs of at most %d tokens instead of %d; the rest "
                 "is scored twice. Results are the same to the bit.",
                 fewer,
-                kept,
+                tokens,
             )
             return Limits(fewer, limits.micro_batch_tokens)
         smaller = limits.micro_batch_tokens // 2

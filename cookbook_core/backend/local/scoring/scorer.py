@@ -94,17 +94,17 @@ class Scorer:
         states = self._states(batch)
         targets = [datum.loss_fn_inputs["target_tokens"].to_torch() for datum in batch.data]
         masks = [datum.loss_fn_inputs.get(SCORE_MASK) for datum in batch.data]
-        kept = [None if m is None else m.to_torch().nonzero()[:, 0] for m in masks]
+        positions = [None if m is None else m.to_torch().nonzero()[:, 0] for m in masks]
         out: list[torch.Tensor] = [states.new_empty(0)] * len(targets)
         for k in sorted({t[:1].numel() for t in targets}):
             members = [i for i, t in enumerate(targets) if t[:1].numel() == k]
-            at = [_take(batch.rows[i], kept[i]) for i in members]
-            wanted = [_take(targets[i], kept[i]).reshape(-1, k) for i in members]
+            at = [_take(batch.rows[i], positions[i]) for i in members]
+            wanted = [_take(targets[i], positions[i]).reshape(-1, k) for i in members]
             rows = states.index_select(0, torch.cat(at).to(self.device))
             logprobs = self._target_logprobs(rows, torch.cat(wanted).to(self.device))
             pieces = logprobs.split([len(w) for w in wanted])
             for i, piece in zip(members, pieces, strict=True):
-                on = kept[i]
+                on = positions[i]
                 if on is not None:
                     whole = piece.new_zeros(len(targets[i]), k)
                     piece = whole.index_put((on.to(self.device),), piece)

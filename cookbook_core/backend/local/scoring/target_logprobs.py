@@ -80,10 +80,10 @@ def find_head(model: Any) -> Head | None:
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
-        found = head.finish(module(hidden))
+        logits = head.finish(module(hidden))
     tolerance = 1e-2 if expected.dtype == torch.bfloat16 else 1e-4
-    same = found.shape == expected.shape and torch.allclose(
-        found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+    same = logits.shape == expected.shape and torch.allclose(
+        logits, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
     )
     return head if same else None
 
@@ -143,10 +143,10 @@ class _FrozenHead(torch.autograd.Function):
         step = TILE.get(hidden.device.type, TILE["cuda"])[0]
         for a in range(0, len(hidden), step):
             rows = slice(a, a + step)
-            found = _tiles(hidden[rows], weight, bias, targets[rows], head, keep)
-            logprobs[rows], slopes[rows] = found[:2]
+            own = _tiles(hidden[rows], weight, bias, targets[rows], head, keep)
+            logprobs[rows], slopes[rows] = own[:2]
             if keep:
-                expected[rows] = found[2]
+                expected[rows] = own[2]
         ctx.save_for_backward(weight, targets, slopes, expected)
         return logprobs
 

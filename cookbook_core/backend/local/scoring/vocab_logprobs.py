@@ -52,14 +52,14 @@ class VocabLogprobs:
             return row[rest] if rest else row
         if isinstance(first, slice):
             rows: Any = slice(None)
-            found = self._to_logprobs(self._hidden[first])
+            logprobs = self._to_logprobs(self._hidden[first])
         elif isinstance(first, (list, range, torch.Tensor)) or hasattr(first, "__array__"):
             index = torch.arange(len(self))[torch.as_tensor(first).cpu()]
             wanted, rows = index.unique(return_inverse=True)
-            found = self._to_logprobs(self._hidden[wanted.to(self._hidden.device)])
+            logprobs = self._to_logprobs(self._hidden[wanted.to(self._hidden.device)])
         else:  # None, ..., a bool
             return self.dense()[key]
-        return found[(rows, *rest)]
+        return logprobs[(rows, *rest)]
 
     def _row(self, at: int) -> torch.Tensor:
         if not -len(self) <= at < len(self):
