@@ -247,12 +247,9 @@ def describe_run(path: Path, recipe: str, config: Any, script: Script | None, st
 
 def _numbered(name: str) -> list[Path]:
     """Folders runs/NAME-N, the newest first."""
-    folders = [
-        (int(match[1]), path)
-        for path in Path("runs").glob("*-*")
-        if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(folders, reverse=True)]
+    numbered = re.compile(rf"{re.escape(name)}-\d+")
+    folders = [path for path in Path("runs").glob("*-*") if numbered.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 def differences(path: Path, recipe: str, config: Any) -> list[tuple[str, Any, Any]]:
