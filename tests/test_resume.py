@@ -106,7 +106,7 @@ class Client:
     """Saves text instead of weights."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.state = folder, 0
+        self.folder, self.state, self.machine = folder, 0, {}
 
     def save_state(self, name: str, overwrite: bool = False) -> Any:
         path = self.folder / "checkpoints" / "model-0" / "weights" / name
@@ -135,7 +135,7 @@ def go(tmp_path: Path, until: int, num_steps: int = 10, **flags: Any) -> Run:
             run.log(step, {"test_loss": abs(step - 5)})
         client.state = step + 1
         run.log(step, {"loss": float(step), "random": float(torch.rand(()))})
-    run._claim.release()
+    run._claim.lock.release()
     return run
 
 

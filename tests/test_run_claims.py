@@ -196,7 +196,7 @@ def test_a_config_json_of_another_program_is_left_alone() -> None:
 
 def fail_in(run: Run, steps: int, error: BaseException) -> None:
     """Evaluate and log, then raise in a step after `steps` whole ones."""
-    client: Any = object()
+    client: Any = types.SimpleNamespace(machine={})
     with run:
         (run.path / "checkpoints/model-0/weights/reference").mkdir(parents=True)
         run.once("before", lambda: {"test_loss": 1.0})

@@ -23,7 +23,7 @@ from typing import Any
 from cookbook_core.commands import recipes
 from cookbook_core.commands.export import DTYPES, FORMS, export
 from cookbook_core.errors import ConfigError, CookbookError
-from cookbook_core.runs.config import never_fail_to_print, to_a_closed_pipe
+from cookbook_core.runs.config import safe_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,18 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: 0 after --help and --version; 2 after unknown or missing arguments.
     """
-    never_fail_to_print()
     parser = _parser()
-    arguments, words = parser.parse_known_args(argv)
-    if not arguments.command:
-        parser.print_help(sys.stderr)
-        return 2
-    if arguments.command == "doctor":
-        arguments.words = words  # flags of the loss that the doctor examines
-    elif words:
-        parser.error(f"unknown arguments: {' '.join(words)}")
     try:
-        with to_a_closed_pipe():
+        with safe_output():
+            arguments, words = parser.parse_known_args(argv)
+            if not arguments.command:
+                parser.print_help(sys.stderr)
+                return 2
+            if arguments.command == "doctor":
+                arguments.words = words  # flags of the loss that the doctor examines
+            elif words:
+                parser.error(f"unknown arguments: {' '.join(words)}")
             return arguments.run(arguments) or 0
     except (CookbookError, OSError) as error:
         print(error, file=sys.stderr)
@@ -63,13 +62,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     commands.add_parser("list", help="list the recipes and tutorials").set_defaults(run=_list)
+    for add_command in (_add_new, _add_doctor, _add_compare, _add_export, _add_check):
+        add_command(commands)
+    return parser
+
+
+def _add_new(commands: Any) -> None:
     command = commands.add_parser("new", help="copy a recipe into a file of your own")
     command.set_defaults(run=_new)
-    command.add_argument("recipe", metavar="RECIPE", help="a name that `cookbook list` shows")
-    command.add_argument("file", metavar="FILE", nargs="?", type=Path, help="default: my_RECIPE.py")
-    for add in (_add_doctor, _add_compare, _add_export, _add_check):
-        add(commands)
-    return parser
+    add = command.add_argument
+    add("recipe", metavar="RECIPE", help="a name that `cookbook list` shows")
+    add("file", metavar="FILE", nargs="?", type=Path, help="default: my_RECIPE.py")
 
 
 def _add_doctor(commands: Any) -> None:
@@ -84,10 +87,9 @@ def _add_doctor(commands: Any) -> None:
         "mistaken.",
     )
     command.set_defaults(run=_doctor)
-    command.add_argument(
-        "loss", metavar="FILE.py:LOSS", help="or package.module:LOSS; LOSS may be left out"
-    )
-    command.add_argument(
+    add = command.add_argument
+    add("loss", metavar="FILE.py:LOSS", help="or package.module:LOSS; LOSS may be left out")
+    add(
         "--loss_type_input",
         metavar="FORM",
         choices=("logprobs", "vocab_logprobs"),
@@ -103,15 +105,10 @@ def _add_compare(commands: Any) -> None:
         "fields that differ and of the final held-out metrics.",
     )
     command.set_defaults(run=_compare)
-    command.add_argument("runs", metavar="RUN", nargs="+", help="a run folder, such as runs/dpo-1")
-    command.add_argument(
-        "--metrics",
-        metavar="A,B",
-        help="1 to 6 metrics to draw; default: held-out ones that all runs logged, then training's",
-    )
-    command.add_argument(
-        "--out", metavar="FILE", type=Path, default=Path("compare.png"), help="default: %(default)s"
-    )
+    add, default = command.add_argument, "held-out ones that all runs logged, then training's"
+    add("runs", metavar="RUN", nargs="+", help="a run folder, such as runs/dpo-1")
+    add("--metrics", metavar="A,B", help=f"1 to 6 metrics to draw; default: {default}")
+    add("--out", metavar="FILE", type=Path, default="compare.png", help="default: %(default)s")
 
 
 def _add_export(commands: Any) -> None:
@@ -121,18 +118,13 @@ def _add_export(commands: Any) -> None:
         description="Write a run's adapter in a form that other programs read (docs/export.md).",
     )
     command.set_defaults(run=_export)
-    command.add_argument("folder", metavar="RUN", help="a run folder, or a folder with a LoRA")
-    command.add_argument("--to", required=True, choices=FORMS)
-    command.add_argument("--out", metavar="FOLDER", help="a new folder; default: RUN/export/FORM")
-    command.add_argument(
-        "--checkpoint", metavar="WHICH", default="final", help="final (default), best, or a step"
-    )
-    command.add_argument(
-        "--dtype", choices=DTYPES, help="dtype of merged weights; default: the base's"
-    )
-    command.add_argument(
-        "--base_model", metavar="NAME", help="folder or name of the base model, if it was moved"
-    )
+    add, which = command.add_argument, "final (default), best, or a step"
+    add("folder", metavar="RUN", help="a run folder, or a folder with a LoRA")
+    add("--to", required=True, choices=FORMS)
+    add("--out", metavar="FOLDER", help="a new folder; default: RUN/export/FORM")
+    add("--checkpoint", metavar="WHICH", default="final", help=which)
+    add("--dtype", choices=DTYPES, help="dtype of merged weights; default: the base's")
+    add("--base_model", metavar="NAME", help="folder or name of the base model, if it was moved")
 
 
 def _add_check(commands: Any) -> None:
@@ -143,14 +135,11 @@ def _add_check(commands: Any) -> None:
         "line per check, and below each failure what it does to a training run.",
     )
     command.set_defaults(run=_check)
-    command.add_argument(
-        "--base_url", metavar="URL", help="URL of the service; default: this machine"
-    )
-    command.add_argument(
-        "--model", metavar="NAME", help="base model; default: the first that the service offers"
-    )
-    command.add_argument("--api_key", metavar="KEY", help="key of the service")
-    command.add_argument("--core", action="store_true", help="only the gradient's arithmetic")
+    add = command.add_argument
+    add("--base_url", metavar="URL", help="URL of the service; default: this machine")
+    add("--model", metavar="NAME", help="base model; default: the first that the service offers")
+    add("--api_key", metavar="KEY", help="key of the service")
+    add("--core", action="store_true", help="only the gradient's arithmetic")
 
 
 # ---- commands ------------------------------------------------------------------------------------

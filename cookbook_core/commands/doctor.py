@@ -22,6 +22,7 @@ from typing import Any
 from cookbook_core.custom_loss import LossFn, name_of
 from cookbook_core.doctor import Finding, Report, examine
 from cookbook_core.errors import ConfigError, nearest
+from cookbook_core.runs.config import without_bool_values
 
 
 def examine_file(
@@ -119,22 +120,19 @@ def parse_flags(words: Sequence[str], booleans: AbstractSet[str] = frozenset()) 
         ConfigError: a flag without a value, or a word that is no flag.
     """
     flags: dict[str, Any] = {}
-    rest = list(words)
+    rest = without_bool_values(words, booleans)
     while rest:
         word = rest.pop(0)
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--"):
             raise ConfigError(word, "not a flag", fix="Give --name value.")
-        valued = bool(equals) or (bool(rest) and not rest[0].startswith("--"))
         if name in booleans and not equals:
-            valued = valued and rest[0].lower() in ("true", "false")
-        if name not in booleans and name.removeprefix("no_") in booleans and not equals:
-            flags[name.removeprefix("no_")] = False
-        elif valued:
-            flags[name] = _value(value if equals else rest.pop(0))
-        elif name in booleans:
             flags[name] = True
+        elif name.removeprefix("no_") in booleans and not equals:
+            flags[name.removeprefix("no_")] = False
+        elif equals or (rest and not rest[0].startswith("--")):
+            flags[name] = _value(value if equals else rest.pop(0))
         else:
             raise ConfigError(flag, "missing value", fix=f"Give {flag} VALUE.")
     return flags

@@ -147,17 +147,14 @@ def _new_folder(target: Path, size: int) -> Iterator[Path]:
             needed, free = size + 2**24, shutil.disk_usage(target.parent).free
             if free < needed:
                 expected, got = f"{needed / 1e6:,.0f} MB", f"{free / 1e6:,.0f} MB free"
-                fix = "Free some space, or write to another disk with --out."
-                raise CheckpointError(
-                    str(target), "not enough disk", expected=expected, got=got, fix=fix
-                )
+                where, fix = str(target), "Free some space, or write to another disk with --out."
+                raise CheckpointError(where, "not enough disk", expected=expected, got=got, fix=fix)
             yield temporary
             folders.sync(temporary)
             folders.put_in_place(temporary, target)
     except OSError as error:
-        raise CheckpointError(
-            str(target), "cannot be written", expected="a writable folder", got=error
-        ) from error
+        where, rule = str(target), "a writable folder"
+        raise CheckpointError(where, "cannot be written", expected=rule, got=error) from error
 
 
 def _copy_tokenizer(source: Path, new: Path) -> None:
@@ -170,10 +167,8 @@ def _inline_template(new: Path, tokenizer: Any) -> None:
     """Put the chat template into tokenizer_config.json, for readers that ignore
     chat_template.jinja."""
     if isinstance(tokenizer.chat_template, str):
-        config = _read_json(new / "tokenizer_config.json")
-        _write_json(
-            new / "tokenizer_config.json", {"chat_template": tokenizer.chat_template} | config
-        )
+        file = new / "tokenizer_config.json"
+        _write_json(file, {"chat_template": tokenizer.chat_template, **_read_json(file)})
 
 
 def _generation_config(model: Any, tokenizer: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cookbook_core.chat.rendering import stop_tokens
-from cookbook_core.storage import manifest
+from cookbook_core.commands import recipes
 
 _OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
@@ -100,11 +100,10 @@ class Card:
         run = {"recipe": "unknown", "config": None}
         if self.run_config and self.run_config.is_file():
             run = json.loads(self.run_config.read_text(encoding="utf-8"))
-        version = manifest.versions().get("cookbook-core", "(not installed)")
         lines = [
             f"- base model: {self.base_model}",
             f"- recipe: {run['recipe']}, checkpoint {self.checkpoint}",
-            f"- exported by cookbook-core {version}",
+            f"- exported by cookbook-core {recipes.version()}",
         ]
         if run["config"]:
             text = json.dumps(run["config"], indent=2, ensure_ascii=False)

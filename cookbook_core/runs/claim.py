@@ -16,14 +16,15 @@ from typing import Any
 
 from cookbook_core.errors import ConfigError
 from cookbook_core.runs.run_folder import (
-    describe,
     has_begun,
     read_config,
     read_record,
     saved_by_name,
     write_atomically,
+    write_config,
 )
 from cookbook_core.runs.script import COPY, Script, described, recorded
+from cookbook_core.storage import manifest
 from cookbook_core.storage.paths import usable_path
 
 _OWN = (
@@ -39,7 +40,7 @@ class Claim:
 
     Attributes:
         path: the folder.
-        lock: held until `release` or `remove`.
+        lock: released when the run ends.
         made: whether the folder was made for this run.
         aside: the folder to which --fresh moved the run that was in `path`.
         note: what to print about the choice of the folder.
@@ -50,10 +51,6 @@ class Claim:
     made: bool
     aside: Path | None = None
     note: str = ""
-
-    def release(self) -> None:
-        """Release the lock."""
-        self.lock.release()
 
     def has_files_of_others(self) -> bool:
         """Whether it holds files that no run writes, or checkpoints saved by name."""
@@ -67,7 +64,7 @@ class Claim:
                 shutil.rmtree(file, ignore_errors=True)
             elif file.name != ".lock":
                 file.unlink(missing_ok=True)
-        self.release()
+        self.lock.release()
         with contextlib.suppress(OSError):
             (self.path / ".lock").unlink(missing_ok=True)
             self.path.rmdir()
@@ -117,7 +114,7 @@ def _claim_folder(
         if (path / "config.json").exists():
             _check_same_run(path, recipe, config, script, any_code=any_code)
     except BaseException:
-        claimed.release()
+        claimed.lock.release()
         raise
     return claimed
 
@@ -146,7 +143,7 @@ def _claim_numbered(recipe: str, config: Any, script: Script | None, *, fresh: b
             claimed = Claim(path, lock(path), False)
             if _can_resume(path, recipe, config):
                 return claimed
-            claimed.release()  # the process that used it has just finished
+            claimed.lock.release()  # the process that used it has just finished
     for number in itertools.count(1):
         path = Path("runs") / f"{name}-{number}"
         if not path.exists():
@@ -182,13 +179,9 @@ def lock(folder: Path) -> Any:
         got = str(folder)
         with contextlib.suppress(OSError):
             got += f": {owner.read_text(encoding='utf-8')}"
-        raise ConfigError(
-            "Config.log_path",
-            "in use",
-            expected="a folder that no other process uses",
-            got=got,
-            fix="Wait for that process, or give another --log_path.",
-        ) from error
+        where, rule = "Config.log_path", "a folder that no other process uses"
+        fix = "Wait for that process, or give another --log_path."
+        raise ConfigError(where, "in use", expected=rule, got=got, fix=fix) from error
     who = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     with contextlib.suppress(OSError):  # it only serves the error above
         owner.write_text(who, encoding="utf-8")
@@ -237,22 +230,26 @@ def describe_run(path: Path, recipe: str, config: Any, script: Script | None, st
     """Write config.json and script.py; keep the script that ran until `step`, if it is another."""
     copy, machine = path / COPY, {}
     if has_begun(path):
-        machine = read_config(path).get("machine")
+        machine = read_config(path).get("machine") or {}
         if copy.exists():
             copy.replace(path / f"script.until-{step}.py")
     if script:
         write_atomically(copy, script.text)
-    write_atomically(path / "config.json", describe(recipe, config, script, machine))
+    content = {
+        "recipe": recipe,
+        "script": described(script),
+        "config": dataclasses.asdict(config),
+        "versions": manifest.versions(),
+        "machine": machine,
+    }
+    write_config(path, content)
 
 
 def _numbered(name: str) -> list[Path]:
     """Folders runs/NAME-N, the newest first."""
-    folders = [
-        (int(match[1]), path)
-        for path in Path("runs").glob("*-*")
-        if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(folders, reverse=True)]
+    numbered = re.compile(rf"{re.escape(name)}-\d+")
+    folders = [path for path in Path("runs").glob("*-*") if numbered.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 def differences(path: Path, recipe: str, config: Any) -> list[tuple[str, Any, Any]]:

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -106,7 +107,7 @@ def _read_flags(
         with contextlib.redirect_stderr(printed):
             return tyro.cli(
                 tyro.conf.OmitArgPrefixes[flags],
-                args=_without_bool_values(arguments, booleans),
+                args=without_bool_values(arguments, booleans),
                 prog=_program(),
                 description=" ",
                 use_underscores=True,
@@ -121,13 +122,11 @@ def _read_flags(
 
 def _unchecked(config_class: type) -> Any:
     """The class without its `__post_init__`, whose errors tyro would shorten."""
-    skipped = {"__post_init__": lambda self: None, "__module__": config_class.__module__}
-    return type(
-        config_class.__name__, (config_class,), {**skipped, "__doc__": config_class.__doc__}
-    )
+    kept = {name: getattr(config_class, name) for name in ("__module__", "__doc__")}
+    return type(config_class.__name__, (config_class,), {"__post_init__": lambda _: None, **kept})
 
 
-def _without_bool_values(arguments: list[str], booleans: set[str]) -> list[str]:
+def without_bool_values(arguments: Sequence[str], booleans: AbstractSet[str]) -> list[str]:
     """Rewrite `--flag true` and `--flag=false` as `--flag` and `--no_flag`, which tyro reads."""
     rewritten: list[str] = []
     for argument in arguments:
@@ -195,9 +194,8 @@ def main(config_class: type[ConfigT], train: Callable[[ConfigT, RunFlags], objec
         SystemExit: 0 after --help; 1 the run failed; 2 the command is mistaken (a flag, a value, a
             run folder in use); 130 and 143 after SIGINT and SIGTERM.
     """
-    never_fail_to_print()
     try:
-        with to_a_closed_pipe():
+        with safe_output():
             with silent_follower():
                 config, flags = parse_config(config_class)
             join_processes()
@@ -214,16 +212,13 @@ def main(config_class: type[ConfigT], train: Callable[[ConfigT, RunFlags], objec
         raise SystemExit(130) from None
 
 
-def never_fail_to_print() -> None:
-    """Print "?" for characters that a terminal or pipe cannot encode (cp1252 on Windows)."""
+@contextlib.contextmanager
+def safe_output() -> Iterator[None]:
+    """Print "?" for characters that a terminal or pipe cannot encode (cp1252 on Windows); exit with
+    code 1 and no traceback when the reader of the output has closed it (`| head`)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-
-
-@contextlib.contextmanager
-def to_a_closed_pipe() -> Iterator[None]:
-    """Exit with code 1 and no traceback when the reader of the output has closed it (`| head`)."""
     try:
         try:
             yield

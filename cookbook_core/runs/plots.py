@@ -7,7 +7,7 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from cookbook_core.errors import ConfigError
 
@@ -50,7 +50,7 @@ def draw_panels(
     panels: Sequence[Panel],
     rows: Sequence[Mapping[str, Any]],
     path: Path,
-    title: str | None = None,
+    title: str = "",
 ) -> Path:
     """Draw 2 to 4 panels from the rows of a metrics.jsonl into a PNG file.
 
@@ -60,7 +60,7 @@ def draw_panels(
         panels: what to draw.
         rows: of metrics.jsonl, each with "step".
         path: the file; overwritten.
-        title: above the panels. None takes the name of the file's folder and the main parameters
+        title: above the panels. "" takes the name of the file's folder and the main parameters
             in the config.json beside it.
     Returns:
         The path.
@@ -83,8 +83,8 @@ def draw_panels(
         _widen(axis, panel.min_range)
         _finish(axis, panel.title, panel.ylabel or "value")
         axis.legend(frameon=False, fontsize="small", loc="best")
-    text = _title_of(path.parent) if title is None else title
     width = int(12 * figure.get_figwidth())  # characters of this size
+    text = title or _title_of(path.parent)
     lines = textwrap.wrap(text, width, max_lines=3, placeholder=" ...")
     figure.suptitle("\n".join(lines), fontsize="medium")
     figure.savefig(path, dpi=150)
@@ -157,7 +157,7 @@ def draw_comparison(
     """
     if not 1 <= len(metrics) <= MOST_PANELS:
         rule = f"1 to {MOST_PANELS}"
-        raise ConfigError("metrics", "too many or none", expected=rule, got=len(metrics))
+        raise ConfigError("--metrics", "too many or none", expected=rule, got=len(metrics))
     figure, axes = _figure(len(metrics))
     for axis, metric in zip(axes, metrics, strict=False):
         for i, (name, rows) in enumerate(runs.items()):
@@ -167,14 +167,9 @@ def draw_comparison(
         title = f"{metric} {(notes or {}).get(metric, '')}".rstrip()
         _finish(axis, title, metric.removeprefix("test_") + _small_range(axis))
     columns = int(12 * figure.get_figwidth() / (6 + max(map(len, runs))))
-    figure.legend(
-        axes[0].get_lines(),
-        list(runs),
-        loc="outside lower center",
-        ncols=max(1, min(columns, len(runs))),
-        frameon=False,
-        fontsize="small",
-    )
+    style: Any = {"frameon": False, "fontsize": "small", "loc": "outside lower center"}
+    columns = max(1, min(columns, len(runs)))
+    figure.legend(axes[0].get_lines(), list(runs), ncols=columns, **style)
     figure.savefig(path, dpi=150)
     return path
 
@@ -188,13 +183,12 @@ def _small_range(axis: Any) -> str:
 
 def _figure(panels: int) -> tuple[Any, list[Any]]:
     """An empty figure and the axes of its panels, at most three in a row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     shape = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (2, 2)}.get(panels, (2, 3))
-    figure = Figure(figsize=(4.4 * shape[1], 3.3 * shape[0]), layout="constrained")
-    FigureCanvasAgg(figure)
-    cast(Any, figure.get_layout_engine()).set(w_pad=0.1, h_pad=0.08)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    figure = Figure(figsize=(4.4 * shape[1], 3.3 * shape[0]), layout=layout)
     axes = list(figure.subplots(*shape, squeeze=False).flat)
     for axis in axes[panels:]:
         axis.remove()

@@ -4,6 +4,7 @@
       config.json     the parameters, the script, the versions of libraries, choices of the machine
       script.py       the script's text: the loss as run
       metrics.jsonl   one JSON object per logged step
+      progress.json   checkpoints, values that `Run.once` computed, whether the run has finished
       checkpoints/    the newest ones and the best, to resume from
       plot.png        2-4 panels drawn from metrics.jsonl
       summary.md      the before/after table
@@ -20,7 +21,6 @@ import copy
 import dataclasses
 import json
 import math
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +36,6 @@ from cookbook_core.runs.run_folder import as_code, markdown_table, read_metrics,
 from cookbook_core.runs.script import Script, script_of
 from cookbook_core.runs.stalls import Stalls, got_worse
 from cookbook_core.runs.tracking import Tracker, open_tracker
-from cookbook_core.storage.paths import is_on_service
 from cookbook_core.tinker import ServiceClient
 
 if TYPE_CHECKING:
@@ -60,22 +59,19 @@ class Run:
         recipe: str,
         num_steps: int,
         claimed: claim.Claim,
-        record: run_folder.Record,
-        newest: run_folder.Record | None,
-        *,
         flags: RunFlags,
         script: Script | None,
-        tracker: Tracker | None,
         progress: Sequence[str],
         best: str,
     ) -> None:
         self.path, self.num_steps = claimed.path, num_steps
+        self._record = run_folder.read_record(self.path)
+        newest = run_folder.newest_checkpoint(self._record)
         self.first_step = newest["step"] if newest else 0
         self.checkpoint = newest["path"] if newest else None
-        self._claim, self._record = claimed, record
-        self._flags, self._script, self._tracker = flags, script, tracker
-        self._recipe, self._best = recipe, best
-        self._metrics_path = self.path / "metrics.jsonl"
+        self._recipe, self._claim, self._flags = recipe, claimed, flags
+        self._script, self._best = script, best
+        self._tracker: Tracker | None = None
         self._tables: list[str] = []
         self._null_metrics: set[str] = set()
         self._client: TrainingClient | None = None
@@ -114,38 +110,22 @@ class Run:
         """
         flags, script = flags or RunFlags(), script_of(config)
         claimed = claim.claim(recipe, config, script, fresh=flags.fresh, resume=flags.resume)
+        path = claimed.path
         try:
-            path = claimed.path
             run_folder.restart_without_checkpoint(path)
-            record, began = run_folder.read_record(path), run_folder.has_begun(path)
-            newest = run_folder.newest_checkpoint(record)
-            first_step = newest["step"] if newest else 0
+            run = cls(recipe, num_steps, claimed, flags, script, progress, best)
+            began = run_folder.has_begun(path)
             if began:
-                run_folder.truncate_metrics(path, first_step)
-                run_folder.remove_unlisted_checkpoints(path, record)
+                run_folder.truncate_metrics(path, run.first_step)
+                run_folder.remove_unlisted_checkpoints(path, run._record)
             if not began or claim.other_code(path, script):
-                claim.describe_run(path, recipe, config, script, first_step)
-            tracker = None
+                claim.describe_run(path, recipe, config, script, run.first_step)
             if flags.track != "none":
-                tracker = open_tracker(flags.track, path.name, dataclasses.asdict(config), path)
+                parameters = dataclasses.asdict(config)
+                run._tracker = open_tracker(flags.track, path.name, parameters, path)
         except BaseException:
-            if claimed.made:
-                claimed.remove()
-            else:
-                claimed.release()
+            claimed.remove() if claimed.made else claimed.lock.release()
             raise
-        run = cls(
-            recipe,
-            num_steps,
-            claimed,
-            record,
-            newest,
-            flags=flags,
-            script=script,
-            tracker=tracker,
-            progress=progress,
-            best=best,
-        )
         if began:
             run._announce()
             print(f"resuming at step {run.first_step} of {num_steps}; --fresh starts over")
@@ -243,18 +223,15 @@ class Run:
             if tracker is not None:
                 tracker.close()
         finally:
-            self._release_folder(failed=failed)
-
-    def _release_folder(self, *, failed: bool) -> None:
-        unused = failed and self._claim.made and not self._has_results
-        if unused and not self._claim.has_files_of_others():
-            self._claim.remove()
-            if self._announced:
-                print(f"{self.path} is removed: no step was finished in it")
-        else:
-            if self._claim.aside is not None:
-                self._announce()  # also where --fresh moved the run that was there
-            self._claim.release()
+            unused = failed and self._claim.made and not self._has_results
+            if unused and not self._claim.has_files_of_others():
+                self._claim.remove()
+                if self._announced:
+                    print(f"{self.path} is removed: no step was finished in it")
+            else:
+                if self._claim.aside is not None:
+                    self._announce()  # also where --fresh moved the run that was there
+                self._claim.lock.release()
 
     def _stop(self, number: int, _: FrameType | None) -> None:
         """Remember to stop after this step; a second signal stops at once."""
@@ -301,9 +278,7 @@ class Run:
                 "their last bits from those of an uninterrupted run"
             )
         if before != machine:
-            content["machine"] = dict(machine)
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            write_atomically(self.path / "config.json", text)
+            run_folder.write_config(self.path, {**content, "machine": dict(machine)})
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """Compute a value at most once in a run: a resumed run reads it from progress.json.
@@ -336,18 +311,12 @@ class Run:
         run_folder.save_random_state(self.path, step)
         entries.append({"step": step, "path": saved.path})
         entries.sort(key=lambda entry: entry["step"])
-        best = (self._record["best"] or {"step": None})["step"]
-        newest = entries[-self._flags.keep_last :]
-        dropped = [e for e in entries if e not in newest and e["step"] != best]
+        best = (self._record["best"] or {}).get("step")
+        dropped = [e for e in entries[: -self._flags.keep_last] if e["step"] != best]
         self._record["checkpoints"] = [e for e in entries if e not in dropped]
         run_folder.write_record(self.path, self._record)
         for entry in dropped:
-            run_folder.random_file(self.path, entry["step"]).unlink(missing_ok=True)
-            path = Path(entry["path"])
-            if not is_on_service(entry["path"]) and path.resolve().is_relative_to(
-                self.path.resolve()
-            ):
-                shutil.rmtree(path, ignore_errors=True)
+            run_folder.remove_checkpoint(self.path, entry)
 
     def _note_best(self, step: int, row: Mapping[str, Any]) -> None:
         """Keep the checkpoint of these weights if its metric is the best so far."""
@@ -388,7 +357,7 @@ class Run:
             if row[name] is None and name not in self._null_metrics:
                 self._null_metrics.add(name)
                 self._progress.say(f'step {step}: metric "{name}" is {number}; written as null')
-        with open(self._metrics_path, "a", encoding="utf-8", newline="\n") as file:
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._tracker is not None:
             self._tracker.log(step, {k: v for k, v in row.items() if k != "step"})
@@ -412,19 +381,13 @@ class Run:
         missing in `before` has a dash there. Below the table stand warnings: a best metric that got
         worse, and signs that the run learnt nothing.
         """
-        table = markdown_table(
-            [
-                {
-                    "metric": name.removeprefix("test_"),
-                    "before": before.get(name, "-"),
-                    "after": value,
-                }
-                for name, value in after.items()
-            ]
-        )
+        rows = [
+            {"metric": name.removeprefix("test_"), "before": before.get(name, "-"), "after": value}
+            for name, value in after.items()
+        ]
         loss = self._script.loss() if self._script else "FILE:LOSS"
         warnings = [*got_worse(self._best, before, after, loss), *self._stalls.summary()]
-        table += "".join(f"\nwarning: {line}\n" for line in warnings)
+        table = markdown_table(rows) + "".join(f"\nwarning: {line}\n" for line in warnings)
         self._tables.append(f"## {title}\n\n{table}")
         write_atomically(self.path / "summary.md", "\n".join(self._tables))
         self._progress.say(f"\n{title}\n\n{table}")

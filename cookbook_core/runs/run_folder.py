@@ -1,28 +1,18 @@
-"""The files of a run folder: written whole, so that a crash never leaves half of one.
-
-runs/dpo-1/
-  config.json     the parameters, the script, the versions of libraries, choices of the machine
-  script.py       the script's text
-  metrics.jsonl   one JSON object per logged step
-  progress.json   checkpoints, values that `Run.once` computed, whether the run has finished
-  checkpoints/    the newest, the best, the reference
-"""
+"""The files of a run folder: written whole, so that a crash never leaves half of one."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cookbook_core.errors import CheckpointError, ConfigError, DataError
-from cookbook_core.runs.script import Script, described
 from cookbook_core.storage import manifest
 from cookbook_core.storage.paths import is_on_service, usable_path
 
@@ -50,6 +40,12 @@ def read_config(run: str | Path) -> dict[str, Any]:
         what, rule = "not a run folder", "the config.json of a run, as in runs/dpo-1"
         got = f"{type(error).__name__}: {error}"
         raise ConfigError(str(run), what, expected=rule, got=got) from error
+
+
+def write_config(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace config.json, all or nothing; values that JSON does not have are written as text."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    write_atomically(path / "config.json", text + "\n")
 
 
 def has_begun(path: Path) -> bool:
@@ -95,25 +91,20 @@ def newest_checkpoint(record: Record) -> Record | None:
     Raises:
         CheckpointError: its files are damaged; the next older one is named.
     """
-    existing = [
-        entry
-        for entry in sorted(record["checkpoints"], key=lambda entry: -entry["step"])
-        if is_on_service(entry["path"]) or Path(entry["path"]).is_dir()
-    ]
-    if not existing:
-        return None
+    entries = sorted(record["checkpoints"], key=lambda entry: -entry["step"])
+    entries = [e for e in entries if is_on_service(e["path"]) or Path(e["path"]).is_dir()]
+    newest, older = next(iter(entries), None), entries[1:]
+    if newest is None or is_on_service(newest["path"]):
+        return newest
     try:
-        if not is_on_service(existing[0]["path"]):
-            manifest.check(Path(existing[0]["path"]))
+        manifest.check(Path(newest["path"]))
     except CheckpointError as error:
         fix = "Start over with --fresh."
-        if existing[1:]:
-            fix = (
-                f"The checkpoint before it is that of step {existing[1]['step']}: to resume from "
-                f"it, remove {existing[0]['path']} and give the same command."
-            )
+        if older:
+            before = f"The checkpoint before it is that of step {older[0]['step']}"
+            fix = f"{before}: to resume from it, remove {newest['path']} and repeat the command."
         raise error.replace(fix=fix) from error
-    return existing[0]
+    return newest
 
 
 def remove_unlisted_checkpoints(path: Path, record: Record) -> None:
@@ -123,6 +114,14 @@ def remove_unlisted_checkpoints(path: Path, record: Record) -> None:
     for folder in (path / "checkpoints").glob("*/weights/*"):
         if re.fullmatch(_AUTOMATIC, folder.name) and folder.resolve() not in listed:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_checkpoint(path: Path, entry: Record) -> None:
+    """Remove a checkpoint that progress.json listed, unless it is outside the run's folder."""
+    random_file(path, entry["step"]).unlink(missing_ok=True)
+    folder = Path(entry["path"]).resolve()
+    if not is_on_service(entry["path"]) and folder.is_relative_to(path.resolve()):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def saved_by_name(path: Path) -> bool:
@@ -162,8 +161,7 @@ def find_checkpoint(run: str | Path, checkpoint: str = "final") -> tuple[Path, P
     path = usable_path("RUN", run, ConfigError)
     if (path / "adapter_config.json").is_file():
         if checkpoint != "final":
-            what = f"{path} is a checkpoint itself"
-            fix = "Leave out --checkpoint."
+            what, fix = f"{path} is a checkpoint itself", "Leave out --checkpoint."
             raise ConfigError("--checkpoint", what, got=checkpoint, fix=fix)
         runs = (p for p in path.resolve().parents if (p / "progress.json").is_file())
         return path, next(runs, None)
@@ -248,37 +246,12 @@ def restore_random_state(path: Path, step: int) -> None:
         if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
             torch.cuda.set_rng_state_all([as_tensor(text) for text in state["cuda"]])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            str(file),
-            "damaged or missing",
-            expected="states of random number generators",
-            got=error,
-            fix="Start over with --fresh.",
-        ) from error
+        what, rule = "damaged or missing", "states of random number generators"
+        fix = "Start over with --fresh."
+        raise CheckpointError(str(file), what, expected=rule, got=error, fix=fix) from error
 
 
 # ---- files ---------------------------------------------------------------------------------------
-
-
-def describe(
-    recipe: str, config: Any, script: Script | None, machine: Mapping[str, Any] | None = None
-) -> str:
-    """The text of config.json.
-
-    Args:
-        recipe: its name.
-        config: a dataclass, the parameters.
-        script: the code as run; None in a notebook.
-        machine: choices made for this run from the machine it runs on: see `Run.machine`.
-    """
-    content = {
-        "recipe": recipe,
-        "script": described(script),
-        "config": dataclasses.asdict(config),
-        "versions": manifest.versions(),
-        "machine": dict(machine or {}),
-    }
-    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -299,21 +272,16 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         DataError: another line is not JSON.
     """
-    return list(_rows(Path(path) / "metrics.jsonl"))
-
-
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    file, rows = Path(path) / "metrics.jsonl", []
     lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
-            yield from [json.loads(line)] if line else []
+            rows += [json.loads(line)] if line else []
         except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            fix = "Remove that line, or give another run folder."
-            raise DataError(
-                f"{file}:{number}", "broken", expected="JSON", got=repr(line[:60]), fix=fix
-            ) from error
+            if number < len(lines):
+                where, fix = f"{file}:{number}", "Remove that line, or give another run folder."
+                raise DataError(where, "broken", got=repr(line[:60]), fix=fix) from error
+    return rows
 
 
 def truncate_metrics(path: Path, step: int) -> None:

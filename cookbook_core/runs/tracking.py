@@ -14,11 +14,11 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from cookbook_core.errors import ConfigError, RequestError, nearest
 
-Kind = Literal["tensorboard", "wandb", "trackio"]
+KINDS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,8 @@ def open_tracker(kind: str, name: str, config: Mapping[str, Any], folder: Path) 
         ConfigError: another kind, or its library is not installed. RequestError: the library
             raised, because it is not logged in or cannot reach its server, say.
     """
-    if kind not in get_args(Kind):
-        raise ConfigError("track", f'no tracker "{kind}"', fix=nearest(kind, get_args(Kind)))
+    if kind not in KINDS:
+        raise ConfigError("track", f'no tracker "{kind}"', fix=nearest(kind, KINDS))
     library = _library(kind)
     try:
         if kind == "tensorboard":
