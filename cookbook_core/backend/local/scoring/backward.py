@@ -50,7 +50,6 @@ class ScoredBatch:
             makes logprobs `(N, V)` of them.
         view: see `logprobs`; None for "logprobs".
         loss_params: parameters that the loss depends on through `view`: a trained unembedding.
-        device: of the model.
         passes: 1, or 2 where a micro-batch was scored twice.
     """
 
@@ -63,7 +62,7 @@ class ScoredBatch:
         loss_type_input: LossTypeInput = "logprobs",
         datum_indices: Sequence[int] | None = None,
     ) -> None:
-        self._scorer, self._memory, self.device = scorer, memory, scorer.device
+        self._scorer, self._memory = scorer, memory
         self._data, self._params, self._datum_indices = data, params, datum_indices
         self._batches: list[MicroBatch] = []
         self._micro_batch_tokens = 0
