@@ -299,7 +299,7 @@ def test_a_failure_leaves_everything_as_it_was(sides: Connect, name: str) -> Non
     loss, token, kind, said = FAILURES[name]
     both, good = sides(), grouped(1, 3, 3)
     good[0] = grouped(1, 1, 30)[0]  # the longest, so that [1] and [2] are the other process's
-    assert share_out([d.model_input.to_ints() for d in good], 2, share=True)[1] == [1, 2]
+    assert share_out([d.model_input.to_ints() for d in good], 2, reuse_prefixes=True)[1] == [1, 2]
     bad = good if token is None else [*good[:2], _beginning_with(token, good[2])]
     both.agree(lambda c: c.forward_backward_custom(good, squared))
     before = [g.clone() for g in adapter_of(both.shared).grads]
@@ -361,7 +361,7 @@ def lists_of(data: list[Datum]) -> list[list[int]]:
 
 @pytest.mark.parametrize(("groups", "members"), [(8, 2), (4, 8), (5, 3)])
 def test_groups_with_a_prompt_of_their_own_stay_whole(groups: int, members: int) -> None:
-    shares = share_out(lists_of(grouped(groups, members, 60)), 2, share=True)
+    shares = share_out(lists_of(grouped(groups, members, 60)), 2, reuse_prefixes=True)
     assert sorted(i for share in shares for i in share) == list(range(groups * members))
     for share in shares:
         assert all(i - i % members + j in share for i in share for j in range(members))
@@ -369,14 +369,14 @@ def test_groups_with_a_prompt_of_their_own_stay_whole(groups: int, members: int)
 
 
 def test_one_prompt_for_all_is_split() -> None:
-    shares = share_out(lists_of(grouped(1, 16, 60)), 2, share=True)
+    shares = share_out(lists_of(grouped(1, 16, 60)), 2, reuse_prefixes=True)
     assert abs(len(shares[0]) - len(shares[1])) <= 1
 
 
 def test_a_system_prompt_does_not_hold_pairs_together() -> None:
     """All share 20 tokens, pairs 60: pairs stay whole, the system prompt is computed twice."""
     lists = [[*range(20), *ids] for ids in lists_of(grouped(6, 2, 40))]
-    shares = share_out(lists, 2, share=True)
+    shares = share_out(lists, 2, reuse_prefixes=True)
     assert sorted(map(len, shares)) == [6, 6]
     assert all(i ^ 1 in share for share in shares for i in share)
 
@@ -385,14 +385,14 @@ def test_a_system_prompt_does_not_hold_pairs_together() -> None:
 def test_shares_are_balanced(size: int) -> None:
     rng = np.random.default_rng(0)
     lists = [rng.integers(0, 100, n).tolist() for n in rng.integers(60, 512, 8 * size)]
-    shares = share_out(lists, size, share=True)
+    shares = share_out(lists, size, reuse_prefixes=True)
     loads = [sum(len(lists[i]) for i in share) for share in shares]
     assert max(loads) <= 1.05 * sum(loads) / size
 
 
 def test_fewer_than_processes() -> None:
-    assert share_out([[1, 2], [3]], 4, share=True) == [[0], [1], [], []]
-    assert share_out([], 2, share=True) == [[], []]
+    assert share_out([[1, 2], [3]], 4, reuse_prefixes=True) == [[0], [1], [], []]
+    assert share_out([], 2, reuse_prefixes=True) == [[], []]
 
 
 def test_distinct_tokens_are_those_laid_out() -> None:

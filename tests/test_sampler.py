@@ -240,7 +240,9 @@ def test_stop_string_that_spans_tokens(model_folder, small_tokenizer):
 
 def test_open_ended_requests_run_to_the_context_limit(model_folder):
     asked = request(ids(4), 3, max_tokens=None)
-    sequences = sample_batch(load(model_folder()), None, [asked], max_context=10)[0].sequences
+    sequences = sample_batch(load(model_folder()), None, [asked], max_context_length=10)[
+        0
+    ].sequences
     assert [len(s.tokens) for s in sequences] == [6, 6, 6]
     assert len({s.sequence_id for s in sequences}) == 3
 
@@ -281,8 +283,8 @@ def test_several_end_ids_count_only_if_the_tokenizer_agrees():
 def test_bad_input_names_the_field(error, field, change):
     values = {"prompt": [5, 6, 7], "num_samples": 1, "max_tokens": 4, **change}
     with pytest.raises(error, match=field):
-        check_request(request(**values), vocab_size=VOCAB, max_context=16)
-    check_request(request([5, 6, 7], max_tokens=13), vocab_size=VOCAB, max_context=16)
+        check_request(request(**values), vocab_size=VOCAB, max_context_length=16)
+    check_request(request([5, 6, 7], max_tokens=13), vocab_size=VOCAB, max_context_length=16)
 
 
 def test_output_that_is_not_finite_is_refused(model_folder):

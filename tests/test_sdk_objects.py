@@ -283,7 +283,7 @@ def test_bad_sampling_options(client):
     later = LaterSamplingParams(max_tokens=2, min_p=0.1)
     with pytest.raises(ConfigError, match=r"SamplingParams\.min_p: not supported"):
         sampler.sample(sdk_input([1]), 1, later)
-    with pytest.raises(ConfigError, match=r"temperature.*cannot work"):
+    with pytest.raises(ConfigError, match=r"temperature.*invalid value"):
         sampler.sample(sdk_input([1]), 1, sdk.SamplingParams(max_tokens=2, temperature=-1.0))
     with pytest.raises(ConfigError, match=r"params: wrong type.*AdamParams"):
         sampler.sample(sdk_input([1]), 1, sdk.AdamParams())

@@ -1,1 +1,1 @@
-"""Where the work is done: `interface.py` says what a backend must do, `local/` does it here."""
+"""Backends: interface.py is the protocol; local/ runs the model here, remote/ on a service."""

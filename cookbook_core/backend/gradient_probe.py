@@ -95,7 +95,10 @@ def core_problems(
 
 
 def measure(training: TrainingBackend, timeout: float = TIMEOUT_SECONDS) -> list[Reading]:
-    """All readings of one adapter, whose weights they may ruin: some 60 requests of few tokens."""
+    """Measure all gradient properties on a scratch adapter.
+
+    About 60 small requests; the adapter is unusable afterwards.
+    """
     try:
         readings = [_same_logprobs(training, timeout)]
         if not readings[0].ok:
@@ -135,10 +138,10 @@ def probe_datums(training: TrainingBackend) -> list[Datum]:
 
 
 def cases(training: TrainingBackend) -> list[tuple[str, float, Calls, Calls]]:
-    """(name, right ratio, calls, reference calls): the ratio is the calls' reading over the
-    reference's.
+    """Return (name, correct ratio, calls, reference calls).
 
-    Negative weights come last: a service that divides by their sum ruins the adapter.
+    ratio = gradient of calls / gradient of reference. Negative weights come last: a service that
+    divides by their sum ruins the adapter.
     """
     data = probe_datums(training)
     long = data[0]
@@ -182,7 +185,7 @@ def _same_logprobs(training: TrainingBackend, timeout: float) -> Reading:
 
 
 def arrays(output: ForwardBackwardOutput) -> list[np.ndarray]:
-    """Logprobs of each datum, float64."""
+    """Return the logprobs: D float64 arrays, shape of target_tokens, nats."""
     return [np.asarray(o["logprobs"].to_numpy(), np.float64) for o in output.loss_fn_outputs]
 
 
@@ -261,7 +264,7 @@ class GradientReader:
         return self._read(submit, max(1.0, abs(expected))) / unit
 
     def right_ratio(self, ratio: float) -> float:
-        """How this reader reads a right `ratio`: a norm has no sign."""
+        """Return the value measured for a correct ratio: its absolute value when reading norms."""
         return abs(ratio) if self.by_norm else ratio
 
     def uphill(self) -> bool:

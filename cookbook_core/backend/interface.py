@@ -83,9 +83,9 @@ class TrainingBackend(Protocol):
     """One adapter in training: its weights, accumulated gradients and optimizer."""
 
     info: GetInfoResponse
+    """The adapter's id and rank, and its base model."""
     machine: dict[str, Any]
     """What results depend on besides seed and data, down to their last bits; JSON values."""
-    """The adapter's id and rank, and its base model."""
 
     def forward(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[ForwardBackwardOutput]:
         """Compute logprobs and the loss; change neither gradients nor weights.

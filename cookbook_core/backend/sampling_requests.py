@@ -61,7 +61,7 @@ def sampling_request(
     """
     ids = check_prompt(prompt, "sample")
     request = SampleRequest(ids, num_samples, params, include_prompt_logprobs, topk_prompt_logprobs)
-    check_request(request, vocab_size=model.vocab_size, max_context=model.max_context_length)
+    check_request(request, vocab_size=model.vocab_size, max_context_length=model.max_context_length)
     return request
 
 
@@ -81,7 +81,7 @@ def check_request(
     request: SampleRequest,
     *,
     vocab_size: int | None,
-    max_context: int | None,
+    max_context_length: int | None,
     where: str = "sample",
 ) -> None:
     """Validate a request before any work is done.
@@ -89,7 +89,7 @@ def check_request(
     Args:
         request: the request.
         vocab_size: ids must be below this; None if it is unknown.
-        max_context: most tokens of prompt and completion together; None for no limit.
+        max_context_length: most tokens of prompt and completion together; None for no limit.
         where: the request's name in errors.
 
     Raises:
@@ -111,20 +111,23 @@ def check_request(
             fix="Pass tinker.SamplingParams(max_tokens=...).",
         )
     problems = [
-        ConfigError(f"{where}.{name}", "cannot work", expected=expected, got=repr(got))
+        ConfigError(f"{where}.{name}", "invalid value", expected=expected, got=repr(got))
         for name, good, expected, got in _parameter_checks(request, vocab_size)
         if not good
     ]
     raise_all(problems)
-    if max_context is not None and len(prompt) + (params.max_tokens or 1) > max_context:
+    if (
+        max_context_length is not None
+        and len(prompt) + (params.max_tokens or 1) > max_context_length
+    ):
         raise ConfigError(
             f"{where}.params.max_tokens",
             "prompt and completion do not fit the model's context",
-            expected=f"at most {max_context} tokens in all",
+            expected=f"at most {max_context_length} tokens in all",
             got=f"{len(prompt)} (prompt) + {params.max_tokens or 'at least 1'}",
             fix="Shorten the prompt or lower max_tokens.",
         )
-    if max_context is None and params.max_tokens is None:
+    if max_context_length is None and params.max_tokens is None:
         raise ConfigError(
             f"{where}.params.max_tokens",
             "missing: this model states no context limit, so nothing bounds the completion",

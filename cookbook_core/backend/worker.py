@@ -87,7 +87,7 @@ class Worker:
                 "requests cannot be made from inside a loss function, which occupies the queue",
                 fix="Make the call first and put its result on the datums with with_inputs().",
             )
-        release_helpers()  # of the caller, who is about to wait
+        release_helpers()  # the caller blocks next: end its idle helper threads
         with self._changed:
             if self._closed:
                 raise RequestError(
@@ -106,7 +106,7 @@ class Worker:
                 _run(jobs[0])
             else:
                 _run_batch(jobs)
-            del jobs  # what a job references must not live until the next one comes
+            del jobs  # release the job's tensors before waiting
 
     def _next(self) -> list[_Job] | None:
         """The next job with the neighbours it runs with; None once closed and empty."""
@@ -174,6 +174,6 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 @atexit.register
 def close_all() -> None:
-    """Daemon threads inside torch must not be cut off in the middle of interpreter shutdown."""
+    """Close all workers at exit; a daemon thread killed inside torch can crash the interpreter."""
     for worker in list(_workers):
         worker.close()

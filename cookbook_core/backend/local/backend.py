@@ -52,7 +52,7 @@ class LocalBackend:
     ) -> None:
         check_mode(gradient_checkpointing)
         if not torch.cuda.is_available():
-            keep_freed_memory()  # before there is a thread with an arena of its own
+            keep_freed_memory()  # set malloc options before the worker thread starts
         self.worker = Worker(f"cookbook-{base_model}")
         self.checkpoint_dir = checkpoint_dir
         self.model_ids = model_ids or ModelIds(checkpoint_dir)
@@ -109,13 +109,17 @@ def load_engine(name: str, device: str, dtype: str, gradient_checkpointing: str)
 
 
 def check_metadata(user_metadata: Any) -> None:
-    """Raise a CheckpointError unless it can be written beside a checkpoint: a dict of text."""
+    """Raise CheckpointError unless user_metadata is None or a dict of str to str."""
     if user_metadata is None:
         return
     if not isinstance(user_metadata, dict):
         got = f"{type(user_metadata).__name__} {user_metadata!r:.80}"
         raise CheckpointError(
-            "user_metadata", "wrong type", expected="a dict of str, or None", got=got
+            "user_metadata",
+            "wrong type",
+            expected="a dict of str, or None",
+            got=got,
+            fix="Pass a dict; convert its values with str().",
         )
     for key, value in user_metadata.items():
         check_text(CheckpointError, "user_metadata", key)

@@ -81,6 +81,7 @@ def check_name(name: str) -> str:
             "not usable as a checkpoint name",
             expected="1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit",
             got=repr(name)[:80],
+            fix='Use a name such as "step-100".',
         )
     return name
 
@@ -118,7 +119,11 @@ def write(
         json.dumps(state)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            "user_metadata", "cannot be written as JSON", expected="a dict of str", got=error
+            "user_metadata",
+            "cannot be written as JSON",
+            expected="a dict of str",
+            got=error,
+            fix="Convert values with str().",
         ) from error
     try:
         with beside(folder) as temporary:
@@ -138,7 +143,11 @@ def write(
             put_in_place(temporary, folder)
     except (OSError, SafetensorError) as error:  # SafetensorError: where the disk is full
         raise CheckpointError(
-            str(folder), "cannot be written", expected="a writable folder", got=error
+            str(folder),
+            "cannot be written",
+            expected="a writable folder",
+            got=error,
+            fix="Free disk space, or choose another folder.",
         ) from error
     return folder
 
@@ -176,7 +185,11 @@ def read(path: str | Path, *, with_optimizer: bool = False) -> Checkpoint:
         raise
     except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
         raise CheckpointError(
-            str(path), "cannot be read", expected="an intact LoRA folder", got=error
+            str(path),
+            "cannot be read",
+            expected="an intact LoRA folder",
+            got=error,
+            fix="Copy the folder again, or use another checkpoint.",
         ) from error
     _check_kind(path, config)
     config.init_lora_weights = True  # `restore` overwrites every value: no costly start is needed
@@ -222,7 +235,11 @@ def _check_kind(path: str | Path, config: Any) -> None:
 
     if not isinstance(config, peft.LoraConfig):
         raise CheckpointError(
-            f"{path}: peft_type", "not a LoRA", expected="LORA", got=config.peft_type
+            f"{path}: peft_type",
+            "not a LoRA",
+            expected="LORA",
+            got=config.peft_type,
+            fix="Merge it into the base model with peft and pass the result.",
         )
     for key, plain in _UNSUPPORTED.items():
         if getattr(config, key, plain) not in (plain, False, None):
@@ -269,22 +286,22 @@ def check_base(checkpoint: Checkpoint, base: BaseModel) -> None:
         CheckpointError: the manifest names other weights, or base weights saved in the folder
             differ from the base model's.
     """
-    here, there = base.identity(), checkpoint.base
-    if there and there.get("fingerprint") != here["fingerprint"]:
+    current, saved = base.identity(), checkpoint.base
+    if saved and saved.get("fingerprint") != current["fingerprint"]:
         raise CheckpointError(
             f"{checkpoint.path}: base model",
             "not the one it was trained on",
-            expected=_described(there),
-            got=_described(here),
+            expected=_described(saved),
+            got=_described(current),
             fix="Pass the model it was trained on as base_model.",
         )
-    for key, saved in checkpoint.base_tensors.items():
+    for key, weight in checkpoint.base_tensors.items():
         own = base.weight(key.removeprefix("base_model.model.").replace(".base_layer", ""))
         where = f"{checkpoint.path}: {key}"
         if own is None:
-            what = f"neither LoRA nor a weight of {here['architecture']}"
+            what = f"neither LoRA nor a weight of {current['architecture']}"
             raise CheckpointError(where, what, fix=_MERGE)
-        if got := _difference(saved, own):
+        if got := _difference(weight, own):
             raise CheckpointError(
                 where,
                 "differs from the base model's weight",
@@ -353,13 +370,14 @@ def _check_shapes(
     shapes: Mapping[str, torch.Size],
     fix: str,
 ) -> None:
-    """Raise CheckpointError, naming the first odd key, unless `tensors` have exactly `shapes`."""
+    """Raise CheckpointError for the first mismatched key unless `tensors` have exactly `shapes`."""
     saved = {key: tensor.shape for key, tensor in tensors.items()}
-    odd = sorted(k for k in shapes.keys() | saved.keys() if shapes.get(k) != saved.get(k))
-    if odd:
-        expected, got = (str(tuple(of.get(odd[0], ())) or "no tensor") for of in (shapes, saved))
-        what = f"does not fit {target} ({len(odd)} of {len(shapes)} tensors differ)"
-        raise CheckpointError(f"{path}: {odd[0]}", what, expected=expected, got=got, fix=fix)
+    differing = sorted(k for k in shapes.keys() | saved.keys() if shapes.get(k) != saved.get(k))
+    if differing:
+        key = differing[0]
+        expected, got = (str(tuple(of.get(key, ())) or "no tensor") for of in (shapes, saved))
+        what = f"does not fit {target} ({len(differing)} of {len(shapes)} tensors differ)"
+        raise CheckpointError(f"{path}: {key}", what, expected=expected, got=got, fix=fix)
 
 
 def _moments(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from cookbook_core.backend.local.model.adapters import Adapter, AdapterBank
 from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.backend.local.model.memory import total_bytes
 from cookbook_core.backend.local.sampling.sampler import TOKEN_BUDGET, sample_batch
-from cookbook_core.backend.local.scoring.backward import ScoredBatch
+from cookbook_core.backend.local.scoring.backward import BatchScores, ScoredBatch
 from cookbook_core.backend.local.scoring.memory_limits import MemoryLimits
 from cookbook_core.backend.local.scoring.scorer import Scorer
 from cookbook_core.backend.sampling_requests import SampleRequest
@@ -41,7 +41,7 @@ MERGE_SHARE = 0.25
 
 
 class Engine:
-    """A base model with its adapters, and what computes with them."""
+    """A base model and its adapters: score, differentiate, sample."""
 
     def __init__(self, base: BaseModel, gradient_checkpointing: str = "auto") -> None:
         self.base = base
@@ -54,17 +54,17 @@ class Engine:
         adapter: Adapter,
         data: Sequence[Datum],
         loss_fn: LossFn,
-        form: LossTypeInput = "logprobs",
+        loss_type_input: LossTypeInput = "logprobs",
     ) -> ForwardBackwardOutput:
         """Accumulate the gradient of `loss_fn`; on any error nothing is accumulated."""
-        with self.score_with_graph(adapter, data, form) as scored:
+        with self.score_with_graph(adapter, data, loss_type_input) as scored:
             result = differentiate(
                 loss_fn, data, scored.logprobs, view=scored.view, params=scored.loss_params
             )
             grads = _sum(scored.pull_back(result.grads), result.param_grads)
         tokens = sum(datum.model_input.length for datum in data)
         backend_metrics = {"passes": float(scored.passes), "tokens": float(tokens)}
-        logprobs = scored.logprobs if form == "logprobs" else []
+        logprobs = scored.logprobs if loss_type_input == "logprobs" else []
         output = _output(logprobs, result, backend_metrics)  # refuses reserved metric names
         adapter.accumulate(grads)
         return output
@@ -74,21 +74,23 @@ class Engine:
         self,
         adapter: Adapter,
         data: Sequence[Datum],
-        form: LossTypeInput = "logprobs",
-        places: Sequence[int] | None = None,
-    ) -> Iterator[ScoredBatch]:
-        """The scored batch, while its gradient can be pulled back: inside the block.
+        loss_type_input: LossTypeInput = "logprobs",
+        datum_indices: Sequence[int] | None = None,
+    ) -> Iterator[BatchScores]:
+        """Score a batch and keep its graph until the block ends.
 
         Args:
-            adapter: the weights in force.
+            adapter: the adapter to compute with.
             data: D checked datums.
-            form: what the loss takes.
-            places: the index of each datum in the caller's batch, for errors; None: its own.
+            loss_type_input: what the loss takes.
+            datum_indices: each datum's index in the caller's batch, for errors; None: 0 to D-1.
         """
         # the attention stays switched until the backward, which may compute layers again
         packed = self.scorer.attention(packed=self.scorer.packs)
         with self.bank.active(adapter) as params, packed:
-            yield ScoredBatch(self.scorer, self.limits, data, params, form, places)
+            yield ScoredBatch(
+                self.scorer, self.limits, data, params, loss_type_input, datum_indices
+            )
 
     def forward(
         self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn
@@ -98,12 +100,26 @@ class Engine:
         return _output(logprobs, evaluate(loss_fn, data, logprobs), {})
 
     def score(
-        self, adapter: Adapter | None, data: Sequence[Datum], places: Sequence[int] | None = None
+        self,
+        adapter: Adapter | None,
+        data: Sequence[Datum],
+        datum_indices: Sequence[int] | None = None,
     ) -> list[torch.Tensor]:
-        """Logprobs of every datum's target_tokens, without a graph, on the CPU."""
+        """Compute the logprobs of every datum's target_tokens, without a graph.
+
+        Args:
+            adapter: the adapter to compute with; None for the base model.
+            data: D checked datums with target_tokens `(N,)` or `(N, K)`.
+            datum_indices: as in `score_with_graph`.
+
+        Returns:
+            D tensors `(N,)` or `(N, K)`, nats, float32 or better, on the CPU.
+        """
         with self.bank.active(adapter), torch.no_grad():
             scored = self.limits.fit(
-                data, lambda limits: self.scorer.score(data, limits.micro_batch_tokens), places
+                data,
+                lambda limits: self.scorer.score(data, limits.micro_batch_tokens),
+                datum_indices,
             )
             return [lp.cpu() for lp in scored]
 
@@ -126,7 +142,10 @@ class Engine:
             return sample_batch(self.base.model, tokenizer, requests)
 
     def merged(self, adapter: Adapter | None) -> AbstractContextManager[None]:
-        """Inside, the adapter is merged, where the machine (not its present load) has room."""
+        """Within the block, merge the adapter if the copy fits in MERGE_SHARE of memory.
+
+        Total memory, not free memory: results must not depend on the machine's load.
+        """
         room = MERGE_SHARE * total_bytes(self.base.device)
         fits = adapter is not None and self.bank.merged_bytes(adapter) <= room
         return self.bank.merged(adapter if fits else None)
@@ -147,7 +166,7 @@ class Engine:
 
 
 def _sum(grads: Sequence[torch.Tensor], more: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    """The gradient through the logprobs, plus what the loss itself has of the parameters."""
+    """Add the gradient through the logprobs and the loss's direct gradient (param_grads)."""
     extra = more or [None] * len(grads)
     return [g if e is None else g + e for g, e in zip(grads, extra, strict=True)]
 
@@ -159,7 +178,7 @@ def _has_text(stop: Any) -> bool:
 def _output(
     logprobs: Sequence[torch.Tensor], result: LossResult, backend_metrics: dict[str, float]
 ) -> ForwardBackwardOutput:
-    """The answer to the caller; loss_fn_outputs is empty where the loss saw no target logprobs."""
+    """Build the output for the caller; loss_fn_outputs is empty for vocab_logprobs."""
 
     def pack(lp: torch.Tensor) -> TensorData:
         return TensorData(lp.numpy(), "float64" if lp.dtype == torch.float64 else "float32")

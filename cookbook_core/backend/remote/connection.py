@@ -260,7 +260,11 @@ def _checked_url(url: object) -> str:
     parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
-            "base_url", "not a URL", expected="one such as http://localhost:8000", got=url
+            "base_url",
+            "not a URL",
+            expected="one such as http://localhost:8000",
+            got=url,
+            fix="Pass base_url with http:// or https://.",
         )
     return str(url).rstrip("/")
 

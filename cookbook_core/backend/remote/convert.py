@@ -183,10 +183,14 @@ def output_in(where: str, response: Any, data: Sequence[Datum]) -> ForwardBackwa
 
 
 def mask_grads(data: Sequence[Datum], grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Gradients of logprobs, set to 0 where "score_mask" is 0: those logprobs are constants."""
+    """Set gradients to 0 where "score_mask" is 0: those logprobs are constants.
+
+    Args:
+        data: D datums; a score_mask is `(N,)`.
+        grads: D tensors `(N,)` or `(N, K)`.
+    """
     return [
         grad if (mask := datum.loss_fn_inputs.get(SCORE_MASK)) is None
-        # mask is (N,), grad (N,) or (N, K)
         else grad * (mask.to_torch() != 0).reshape(-1, *[1] * (grad.dim() - 1))
         for datum, grad in zip(data, grads, strict=True)
     ]  # fmt: skip

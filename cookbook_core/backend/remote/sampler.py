@@ -32,7 +32,7 @@ class RemoteSampler:
         topk_prompt_logprobs: int = 0,
     ) -> Future[SampleResponse]:
         options = include_prompt_logprobs, topk_prompt_logprobs
-        # refuse what cannot work before it is sent
+        # validate before sending
         sampling_request(self.model_data, prompt, num_samples, params, *options)
         connection = self._session.connection
         sent = self._client.sample(
@@ -54,7 +54,7 @@ class RemoteSampler:
         return [self.sample(prompt, num_samples, p) for prompt, p in pairs]
 
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
-        prompt_datum(self.model_data, prompt)  # refuse what cannot work before it is sent
+        prompt_datum(self.model_data, prompt)  # validate before sending
         label, connection = "compute_logprobs", self._session.connection
         sent = self._client.compute_logprobs(convert.prompt_out(connection.types, prompt))
         return connection.watch(label, connection.answer(label, sent, list))

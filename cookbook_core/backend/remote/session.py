@@ -1,7 +1,6 @@
-"""What everything made from one base model of a service shares.
+"""One base model on a service: its request queue, tokenizer and gradient check.
 
-The connection, the model's name and sizes there, its tokenizer, the queue of requests, and whether
-the service computes right gradients. Requests leave in the order they were made, from one thread;
+Requests leave in the order they were made, from one thread;
 a result is awaited only where the next request depends on it.
 """
 
@@ -46,7 +45,7 @@ class Session:
         return self._model_data
 
     def adopt_model_of(self, info: Any) -> ModelData:
-        """The base model, named by the SDK's `get_info` if this session has no name for it yet."""
+        """Return the model data; take the model's name from get_info if none was given."""
         if self.base_model is None and info.model_data.model_name:
             self.base_model, self._model_data = info.model_data.model_name, None
         return self.model_data()

@@ -109,7 +109,9 @@ class RemoteTraining:
             try:
                 result = evaluate(loss, data, logprobs_from_output(output, data))
             except LossError as error:
-                what = f"the service accepted data without a loss: {error.where} {error.what}"
+                what = (
+                    f"the service accepted data on which the loss fails: {error.where} {error.what}"
+                )
                 slots = {"expected": error.expected, "got": error.got, "fix": error.fix}
                 raise AnswerError(where, what, **slots) from error
             theirs = output.metrics.get("loss:sum")

@@ -58,7 +58,7 @@ class Adapter:
     """Identifies the adapter among the processes of a run."""
 
     def named(self) -> dict[str, torch.Tensor]:
-        """The tensors, detached, by the key under which peft saves them."""
+        """Return the detached parameters by peft's key: A `(r, in)`, B `(out, r)`."""
         return {k: p.detach() for k, p in zip(self.slot.params, self.params, strict=True)}
 
     def copy(self) -> Adapter:
@@ -67,6 +67,9 @@ class Adapter:
 
     def accumulate(self, grads: Sequence[torch.Tensor]) -> None:
         """Add a gradient to the accumulated one.
+
+        Args:
+            grads: one tensor per parameter, A `(r, in)`, B `(out, r)`.
 
         Raises:
             RequestError: the sum is not finite; the accumulated gradient is unchanged.
@@ -280,10 +283,12 @@ class AdapterBank:
         if not _whole(lora.rank, 1, widest):
             what = "too small" if _whole(lora.rank, -math.inf, 0) else "out of range"
             rule = f"an integer from 1 to {widest}, the width of the widest layer"
-            raise ConfigError("rank", what, expected=rule, got=repr(lora.rank))
+            raise ConfigError("rank", what, expected=rule, got=repr(lora.rank), fix="Change rank=.")
         if lora.seed is not None and not _whole(lora.seed, -(2**63), 2**64 - 1):
             rule = "an integer from -2**63 to 2**64 - 1, or None"
-            raise ConfigError("seed", "out of range", expected=rule, got=repr(lora.seed))
+            raise ConfigError(
+                "seed", "out of range", expected=rule, got=repr(lora.seed), fix="Change seed=."
+            )
         for name in ("train_attn", "train_mlp", "train_unembed"):
             if not isinstance(value := getattr(lora, name), (int, np.bool_)):
                 raise ConfigError(name, "wrong type", expected="True or False", got=repr(value))

@@ -31,7 +31,7 @@ class BaseModel:
         name: as the caller gave it.
         path: the absolute path of its folder, or its hub name.
         vocab_size: rows of the embedding.
-        max_context: positions it was built for, in tokens; None where its config has no limit.
+        max_context_length: positions it was built for, in tokens; None if its config has none.
     """
 
     name: str
@@ -39,7 +39,7 @@ class BaseModel:
     model: Any
     device: torch.device
     vocab_size: int
-    max_context: int | None
+    max_context_length: int | None
     _tokenizer: Any = field(default=None, repr=False)
     _identity: dict[str, Any] | None = field(default=None, repr=False)
 
@@ -54,7 +54,7 @@ class BaseModel:
             arch=type(self.model).__name__,
             model_name=self.name,
             tokenizer_id=self.path,
-            max_context_length=self.max_context,
+            max_context_length=self.max_context_length,
             vocab_size=self.vocab_size,
         )
 
@@ -87,9 +87,9 @@ class BaseModel:
                 yield name.replace(".base_layer", ""), p
 
     def weight(self, name: str) -> torch.Tensor | None:
-        """The parameter that had this name before LoRA was added; None if there is none.
+        """Return the parameter that had this name before LoRA was added, in its own shape.
 
-        A tied parameter has the names of both its places.
+        None if there is no such parameter. A tied parameter has two names.
         """
         for own, p in self.model.named_parameters(remove_duplicate=False):
             if own.replace(".base_layer", "") == name:
@@ -215,7 +215,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
         model=model,
         device=chosen_device,
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
-        max_context=getattr(text_config, "max_position_embeddings", None),
+        max_context_length=getattr(text_config, "max_position_embeddings", None),
     )
 
 

@@ -33,7 +33,7 @@ from cookbook_core.backend.local.model.loading import BaseModel, load_base_model
 from cookbook_core.backend.local.model.memory import keep_freed_memory
 from cookbook_core.backend.local.multiprocess.group import Group, Packet, Request, Stopped
 from cookbook_core.backend.local.multiprocess.shares import share_out, spread
-from cookbook_core.backend.local.scoring.backward import ScoredBatch
+from cookbook_core.backend.local.scoring.backward import BatchScores
 from cookbook_core.backend.sampling_requests import SampleRequest
 from cookbook_core.custom_loss import LossTypeInput
 from cookbook_core.datums import SCORE_MASK
@@ -94,17 +94,26 @@ class SharedEngine(Engine):
             for rank, answer in zip(group.others, request.answers(), strict=True):
                 if (theirs := answer.header["fingerprint"]) != mine:
                     where = f"base_model in {group.name(rank)}"
-                    raise ModelError(where, "has other weights", expected=mine, got=theirs)
+                    fix = "Give every process the same model folder."
+                    what = "has other weights"
+                    raise ModelError(where, what, expected=mine, got=theirs, fix=fix)
             request.finish()
         return engine
 
     def score(
-        self, adapter: Adapter | None, data: Sequence[Datum], places: Sequence[int] | None = None
+        self,
+        adapter: Adapter | None,
+        data: Sequence[Datum],
+        datum_indices: Sequence[int] | None = None,
     ) -> list[torch.Tensor]:
-        """As in one process; each rank scores its share."""
+        """As `Engine.score`; each rank scores its share.
+
+        Returns:
+            D tensors `(N,)` or `(N, K)`, nats, float32 or better, on the CPU.
+        """
         shares = self._shares(data)
         if not any(shares[1:]):
-            return super().score(adapter, data, places)
+            return super().score(adapter, data, datum_indices)
         with self._request("score", adapter, [_packet(data, share) for share in shares]) as request:
             mine = super().score(adapter, [data[i] for i in shares[0]], shares[0])
             scored = [mine, *(answer.tensors for answer in request.answers())]
@@ -116,27 +125,27 @@ class SharedEngine(Engine):
         self,
         adapter: Adapter,
         data: Sequence[Datum],
-        form: LossTypeInput = "logprobs",
-        places: Sequence[int] | None = None,
-    ) -> Iterator[ScoredBatch]:
-        """As in one process; each rank scores its share and keeps its graph."""
+        loss_type_input: LossTypeInput = "logprobs",
+        datum_indices: Sequence[int] | None = None,
+    ) -> Iterator[BatchScores]:
+        """As `Engine.score_with_graph`; each rank scores its share and keeps its graph."""
         shares = self._shares(data)
         if not any(shares[1:]):
-            with super().score_with_graph(adapter, data, form, places) as scored:
+            with super().score_with_graph(adapter, data, loss_type_input, datum_indices) as scored:
                 yield scored
             return
-        work = [_packet(data, share, form=form) for share in shares]
+        work = [_packet(data, share, loss_type_input=loss_type_input) for share in shares]
         mine = [data[i] for i in shares[0]]
         with (
             self._request("gradient", adapter, work) as request,
-            super().score_with_graph(adapter, mine, form, shares[0]) as own,
+            super().score_with_graph(adapter, mine, loss_type_input, shares[0]) as own,
         ):
-            yield SharedScores(own, shares, request, self._group)
+            yield SharedScores(own, shares, request, self._group, self.base.device)
 
     def sample(
         self, adapter: Adapter | None, requests: Sequence[SampleRequest]
     ) -> list[SampleResponse]:
-        """As in one process; each rank takes whole requests. Missing seeds are drawn on rank 0."""
+        """As `Engine.sample`; each rank takes whole requests. Missing seeds are drawn on rank 0."""
         requests = [_seeded(request) for request in requests]
         costs = [r.num_samples * (r.params.max_tokens or 1) for r in requests]
         shares = spread(costs, self._group.size)
@@ -154,7 +163,7 @@ class SharedEngine(Engine):
 
     def _shares(self, data: Sequence[Datum]) -> list[list[int]]:
         lists = [datum.model_input.to_ints() for datum in data]
-        return share_out(lists, self._group.size, share=self.scorer.packs)
+        return share_out(lists, self._group.size, reuse_prefixes=self.scorer.packs)
 
     @contextmanager
     def _request(
@@ -181,19 +190,32 @@ class SharedEngine(Engine):
             raise
 
 
-class SharedScores(ScoredBatch):
-    """The scores of a batch of which each process scored a share."""
+class SharedScores:
+    """`BatchScores` of a batch of which each process scored a share."""
 
     def __init__(
-        self, own: ScoredBatch, shares: Sequence[Sequence[int]], request: Request, group: Group
+        self,
+        own: BatchScores,
+        shares: Sequence[Sequence[int]],
+        request: Request,
+        group: Group,
+        device: torch.device,
     ) -> None:
         self._own, self._shares, self._request, self._group = own, shares, request, group
+        self._device = device
         self.view, self.loss_params, self.passes = own.view, own.loss_params, own.passes
         answers = [[self._like_own(t) for t in answer.tensors] for answer in request.answers()]
         self.logprobs = _in_order(shares, [own.logprobs, *answers])
 
     def pull_back(self, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Each process pulls its share back through its own graph; the sum arrives on rank 0."""
+        """Pull each share back through its process's graph; sum the gradients on rank 0.
+
+        Args:
+            grads: D tensors shaped like logprobs.
+
+        Returns:
+            One tensor per parameter, in its shape.
+        """
         shares = [[grads[i] for i in share] for share in self._shares]
         self._request.next_round(shares)
         own = self._own.pull_back(shares[0])
@@ -203,8 +225,8 @@ class SharedScores(ScoredBatch):
         return _like(self._group.sum_on_first(_flat(own)), own)
 
     def _like_own(self, scores: torch.Tensor) -> torch.Tensor:
-        """On the device where the loss expects them."""
-        return scores.to(self._own.device) if self.view else scores
+        """Move hidden states to rank 0's device; leave logprobs on the CPU."""
+        return scores.to(self._device) if self.view else scores
 
 
 class Follower:
@@ -259,20 +281,22 @@ class Follower:
             responses = engine.sample(adapter, requests) if requests else []
             self._group.exchange({"responses": [dataclasses.asdict(r) for r in responses]})
             return
-        data, places = _datums(request), header["places"]
+        data, datum_indices = _datums(request), header["datum_indices"]
         if header["op"] == "score":
-            self._group.exchange({}, engine.score(adapter, data, places))
+            self._group.exchange({}, engine.score(adapter, data, datum_indices))
             return
-        assert adapter is not None, "a gradient is one of an adapter"
+        assert adapter is not None, "gradient request without an adapter"
 
-        with engine.score_with_graph(adapter, data, header["form"], places) as scored:
+        with engine.score_with_graph(
+            adapter, data, header["loss_type_input"], datum_indices
+        ) as scored:
             grads = self._group.exchange({}, scored.logprobs).tensors
             flat = _flat(scored.pull_back(grads))
         self._group.exchange({"passes": scored.passes})
         self._group.sum_on_first(flat)
 
     def _adapter(self, header: dict[str, Any]) -> Adapter | None:
-        """The copy of the request's adapter, with the values it has on rank 0 now."""
+        """Return this rank's copy of the request's adapter, updated to rank 0's values."""
         if header["adapter"] is None:
             return None
         import peft
@@ -294,7 +318,7 @@ _numbers = itertools.count()
 
 
 def _keep(copies: OrderedDict[int, Any], number: int, value: Any) -> None:
-    """Put the latest last, and drop the least recently used."""
+    """Mark as most recently used; evict the least recently used beyond COPIES."""
     copies[number] = value
     copies.move_to_end(number)
     while len(copies) > COPIES:
@@ -330,7 +354,7 @@ def _packet(data: Sequence[Datum], share: Sequence[int], **header: Any) -> Packe
         keys.append([key for key in _KEYS if key in datum.loss_fn_inputs])
         tensors.append(torch.tensor(datum.model_input.to_ints()))
         tensors += [datum.loss_fn_inputs[key].to_torch() for key in keys[-1]]
-    return Packet({**header, "keys": keys, "places": list(share)}, tensors)
+    return Packet({**header, "keys": keys, "datum_indices": list(share)}, tensors)
 
 
 def _datums(packet: Packet) -> list[Datum]:
@@ -343,7 +367,7 @@ def _datums(packet: Packet) -> list[Datum]:
 
 
 def _seeded(request: SampleRequest) -> SampleRequest:
-    """With the seed that `sample_batch` would draw."""
+    """Return the request with a random seed if it has none."""
     if request.params.seed is not None:
         return request
     seed = int(torch.randint(2**62, ()))

@@ -41,7 +41,7 @@ NCCL_TIMEOUT = timedelta(minutes=5)
 
 
 class Stopped(Exception):
-    """The verdict on an answer: the request failed in another process."""
+    """Raised when rank 0 aborts a request that failed on another rank."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Group:
         return range(1, self.size)
 
     def name(self, rank: int) -> str:
-        """How errors call a process."""
+        """Return the name of a process in errors."""
         return f"process {rank} of {self.size}"
 
     # ---- messages --------------------------------------------------------------------------------
@@ -128,11 +128,19 @@ class Group:
     # ---- collectives -----------------------------------------------------------------------------
 
     def broadcast(self, flat: torch.Tensor) -> torch.Tensor:
-        """Rank 0's `flat` in every process; all call this together."""
+        """Return rank 0's `flat` in every process; all call this together.
+
+        Args:
+            flat: `(P,)`, P = parameter elements.
+        """
         return self._collective(flat, lambda x, group: dist.broadcast(x, 0, group=group))
 
     def sum_on_first(self, flat: torch.Tensor) -> torch.Tensor:
-        """The sum over processes, valid on rank 0 only; all call this together."""
+        """Return the sum over processes, valid on rank 0 only; all call this together.
+
+        Args:
+            flat: `(P,)`, P = parameter elements.
+        """
         return self._collective(flat, lambda x, group: dist.reduce(x, 0, group=group))
 
     def _collective(self, flat: torch.Tensor, run: Any) -> torch.Tensor:
@@ -182,10 +190,10 @@ class Group:
         return self.receive(0)
 
     def exchange(self, header: Mapping[str, Any], tensors: Sequence[torch.Tensor] = ()) -> Packet:
-        """Answer, and wait for the verdict.
+        """Send this rank's result; return rank 0's next packet.
 
         Raises:
-            Stopped: the request failed in another process.
+            Stopped: the request failed on another rank.
         """
         self.send(0, Packet(dict(header), list(tensors)))
         verdict = self.receive(0)
@@ -194,7 +202,7 @@ class Group:
         return verdict
 
     def report_error(self, error: Exception) -> None:
-        """Answer that the request failed here."""
+        """Send rank 0 the error that the request raised on this rank."""
         try:
             kind = type(error).__name__
             slots = {"where": "", "what": f"{kind}: {error}"}
@@ -207,7 +215,10 @@ class Group:
 
 
 class Request:
-    """A request of rank 0: rounds of an answer from each process and a verdict for each."""
+    """A request of rank 0.
+
+    In each round every rank sends a result and rank 0 replies continue or stop.
+    """
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -286,7 +297,7 @@ def leave() -> None:
     if group is None:
         return
     close_all()
-    if group.lock.acquire(timeout=5):  # else a request hangs; the others detect our end
+    if group.lock.acquire(timeout=5):  # after 5 s a request is hung; the others detect our end
         with contextlib.suppress(ProcessError):
             for rank in group.others:
                 group.send(rank, Packet({"op": "end"}))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cookbook_core.backend.local.scoring.target_logprobs import at_least_float32
 from cookbook_core.types import SamplingParams
 
 _BLOCK = 128  # vocabulary entries that `draw_tokens` sums together
@@ -130,11 +131,6 @@ def truncate(mass: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor
     return torch.zeros_like(mass).scatter_(1, order, ordered)
 
 
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Convert to float32, except for float64."""
-    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-
-
 def score(logits: Tensor, targets: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Logprobs at temperature 1 of `targets`, and the `top_k` most likely ids.
 
@@ -188,10 +184,10 @@ class StopRule:
 
 
 def eos_ids(tokenizer: Any, config: Any) -> frozenset[int]:
-    """What `stop=None` stops at: the tokenizer's end-of-sequence id.
+    """Return the end-of-sequence ids used for stop=None.
 
-    When the model config lists several end ids and the tokenizer's is one of them, all of that
-    list. A config that disagrees with the tokenizer is ignored: many are library defaults.
+    The tokenizer's id; if the model config lists several and the tokenizer's is one of them, all
+    of that list. A config that disagrees with the tokenizer is ignored: many are library defaults.
     """
     eos = getattr(tokenizer, "eos_token_id", None)
     listed = getattr(config, "eos_token_id", None)

@@ -55,7 +55,10 @@ class RowLayer(CacheLayerMixin):
         self.capacity, self.length, self.rows = capacity, length, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for the rows of these states. Filled with 0: masked padding must be finite."""
+        """Allocate for the rows of these states, filled with 0: masked padding must be finite.
+
+        The states are `(rows, heads, new columns, head_dim)`.
+        """
         self.rows = key_states.shape[0]
         self.keys, self.values = (
             states.new_zeros(*states.shape[:2], self.capacity, states.shape[3])
@@ -66,7 +69,11 @@ class RowLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append columns; return all columns of the live rows."""
+        """Append states `(rows, heads, new columns, head_dim)`.
+
+        Returns:
+            Keys and values in all columns of the live rows, `(rows, heads, length, head_dim)`.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[2]
@@ -159,9 +166,8 @@ class Decoder:
         if not names:
             raise ModelError(
                 "sample",
-                f"{type(core).__name__} keeps its state in a way this sampler does not support",
-                expected="a model that takes past_key_values",
-                got=", ".join(known),
+                f"{type(core).__name__}.forward() takes neither cache nor past_key_values",
+                fix="Use a decoder-only causal LM.",
             )
         self._cache_name = names[0]  # transformers 5.24 renamed past_key_values to cache
         self._takes_position_ids = "position_ids" in known
@@ -208,7 +214,10 @@ class Decoder:
         return self.step(torch.tensor([p.tokens[-1] for p in prompts], device=self.device))
 
     def _groups(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
-        """Prompts to read in one pass: similar lengths, those to score separately."""
+        """Group prompts of similar length for one prefill.
+
+        Prompts with requested logprobs form their own groups.
+        """
         if not self.pads:
             yield prompts
             return

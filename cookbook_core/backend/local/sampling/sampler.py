@@ -82,18 +82,13 @@ class _Row:
         )
 
 
-def context_limit(model: Any) -> int | None:
-    """Largest number of positions that the model's config allows; None without a limit."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
 def sample_batch(
     model: Any,
     tokenizer: Any,
     requests: Sequence[SampleRequest],
     *,
     generator: torch.Generator | None = None,
-    max_context: int | None = None,
+    max_context_length: int | None = None,
     token_budget: int = TOKEN_BUDGET,
 ) -> list[SampleResponse]:
     """Decode all requests together.
@@ -107,7 +102,8 @@ def sample_batch(
         tokenizer: for `stop=None` (see `eos_ids`) and for stop strings.
         requests: validated before any work.
         generator: one number is drawn from it per request without a seed; None: torch's global.
-        max_context: tokens of prompt and completion together; None: the model config's limit.
+        max_context_length: of prompt and completion together, in tokens; None: the model
+            config's limit.
         token_budget: most rows x columns of one KV cache; other rows wait for the next loop. An
             open-ended request (max_tokens None) counts as 1024 tokens.
 
@@ -115,11 +111,15 @@ def sample_batch(
         One response per request, in order; logprobs in nats.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    max_context = max_context or context_limit(core)
-    vocab_size = core.config.get_text_config(decoder=True).vocab_size
+    config = core.config.get_text_config(decoder=True)
+    max_context_length = max_context_length or getattr(config, "max_position_embeddings", None)
+    vocab_size = config.vocab_size
     for i, request in enumerate(requests):
         check_request(
-            request, vocab_size=vocab_size, max_context=max_context, where=f"requests[{i}]"
+            request,
+            vocab_size=vocab_size,
+            max_context_length=max_context_length,
+            where=f"requests[{i}]",
         )
     eos = eos_ids(tokenizer, core.config)
     prompts: dict[tuple[int, ...], Prompt] = {}
@@ -128,7 +128,7 @@ def sample_batch(
         prompt = prompts.setdefault(tuple(request.prompt), Prompt(list(request.prompt)))
         prompt.top_k = max(prompt.top_k, request.topk_prompt_logprobs)
         prompt.scored |= request.include_prompt_logprobs or prompt.top_k > 0
-        rows.append(_rows_of(request, prompt, tokenizer, eos, generator, max_context))
+        rows.append(_rows_of(request, prompt, tokenizer, eos, generator, max_context_length))
     with _inference(core):
         decoder = Decoder(core)
         for wave in _waves([row for group in rows for row in group], decoder, token_budget):
@@ -145,7 +145,7 @@ def _rows_of(
     tokenizer: Any,
     eos: frozenset[int],
     generator: torch.Generator | None,
-    max_context: int | None,
+    max_context_length: int | None,
 ) -> list[_Row]:
     """The samples of one request, ready to decode."""
     params, seed = request.params, request.params.seed
@@ -153,7 +153,7 @@ def _rows_of(
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**62, (), generator=generator, device=device))
     stop = StopRule.of(params.stop, eos)
-    limit = params.max_tokens or (max_context or 0) - len(request.prompt)
+    limit = params.max_tokens or (max_context_length or 0) - len(request.prompt)
     return [
         _Row(
             prompt=prompt,

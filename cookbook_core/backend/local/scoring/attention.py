@@ -81,8 +81,8 @@ class _InPieces(torch.autograd.Function):
     ) -> torch.Tensor:
         heads, length, width = q.shape
         out = q.new_empty(length, heads, width)
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        lse = torch.empty(length, heads, dtype=wide)
+        acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        lse = torch.empty(length, heads, dtype=acc_dtype)
         for piece in layout.pieces:
             mask, seeing = _mask(layout, piece, window, q.dtype)
             a, b = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
@@ -152,8 +152,10 @@ def _cut(x: torch.Tensor, at: slice, count: int) -> torch.Tensor:
 def _mask(
     layout: Layout, piece: Piece, window: int | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The additive mask of a piece `(1, 1, Lq, Lk)` and its queries that see any key, where a
-    sliding window cuts into the piece; else None."""
+    """Return a piece's additive mask `(1, 1, Lq, Lk)` and which of its queries see any key.
+
+    Return (None, None) unless a window cuts the piece.
+    """
     cut = None if window is None else layout.window_mask(piece, window)
     if cut is None:
         return None, None
@@ -188,7 +190,11 @@ def _flex(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """The whole row in one call of torch's flex attention (as it is, or compiled)."""
+    """Compute the whole row in one call of torch's flex attention, eager or compiled.
+
+    q is `(heads, T, head_dim)`, k and v have as many heads or fewer; returns
+    `(T, heads, head_dim)`.
+    """
 
     def capped(score: Any, *_: Any) -> Any:
         cap = softcap or 1.0
@@ -238,9 +244,11 @@ def _by_segment(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Plain torch, a segment at a time, for what neither of the others can do.
+    """Fallback for soft-capping on the CPU and devices without Triton: plain torch by segment.
 
-    Each segment's queries meet the keys of all segments above it and its own in one call.
+    q is `(heads, T, head_dim)`, k and v have as many heads or fewer; returns
+    `(T, heads, head_dim)`. Each segment's queries meet the keys of all segments above it and its
+    own in one call.
     """
     groups = q.shape[0] // k.shape[0]
     out = []
@@ -270,9 +278,9 @@ def _by_segment(
             )[0]
         else:
             keys, values = (x.repeat_interleave(groups, dim=0) for x in (keys, values))
-            scores = softcap * torch.tanh(queries @ keys.transpose(1, 2) * scale / softcap)
-            wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-            shares = scores.to(wide).masked_fill(~allowed, -torch.inf).softmax(dim=-1)
-            o = shares.to(values.dtype) @ values
+            logits = softcap * torch.tanh(queries @ keys.transpose(1, 2) * scale / softcap)
+            acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+            probs = logits.to(acc_dtype).masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+            o = probs.to(values.dtype) @ values
         out.append(o.transpose(0, 1))
     return torch.cat(out)

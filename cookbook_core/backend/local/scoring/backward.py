@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 
 from cookbook_core.backend.local.scoring.memory_limits import Limits, MemoryLimits
-from cookbook_core.backend.local.scoring.scorer import Batch, Scorer, in_order
+from cookbook_core.backend.local.scoring.scorer import MicroBatch, Scorer, in_order
 from cookbook_core.backend.local.scoring.vocab_logprobs import VocabLogprobs
 from cookbook_core.custom_loss import LossTypeInput
 from cookbook_core.types import Datum
 
 View: TypeAlias = Callable[[torch.Tensor], VocabLogprobs]
+
+
+class BatchScores(Protocol):
+    """A scored batch whose gradient can be pulled back; see `ScoredBatch` for the attributes."""
+
+    logprobs: list[torch.Tensor]
+    view: View | None
+    loss_params: list[torch.Tensor]
+    passes: int
+
+    def pull_back(self, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Compute d loss / d params, one tensor per parameter, from d loss / d logprobs."""
+        ...
 
 
 class ScoredBatch:
@@ -26,18 +39,17 @@ class ScoredBatch:
 
     Args:
         scorer: scores micro-batches.
-        memory: how many of their graphs are kept.
+        memory: decides how many graphs are kept.
         data: D checked datums.
-        params: d loss / d params is wanted of these.
-        form: "logprobs", or "vocab_logprobs".
-        places: the index of each datum in the caller's batch, for errors; None: its own.
+        params: parameters to differentiate.
+        loss_type_input: "logprobs", or "vocab_logprobs".
+        datum_indices: each datum's index in the caller's batch, for errors; None: 0 to D-1.
     Attributes:
         logprobs: D detached tensors. For "logprobs" those of the target tokens, `(N,)` or `(N, K)`,
-            nats, on the CPU. For "vocab_logprobs" hidden states `(N, width)` on the device; `view`
+            nats, on the CPU. For "vocab_logprobs" hidden states `(N, H)` on the device; `view`
             makes logprobs `(N, V)` of them.
         view: see `logprobs`; None for "logprobs".
         loss_params: parameters that the loss depends on through `view`: a trained unembedding.
-        device: of the model.
         passes: 1, or 2 where a micro-batch was scored twice.
     """
 
@@ -47,26 +59,33 @@ class ScoredBatch:
         memory: MemoryLimits,
         data: Sequence[Datum],
         params: Sequence[torch.Tensor],
-        form: LossTypeInput = "logprobs",
-        places: Sequence[int] | None = None,
+        loss_type_input: LossTypeInput = "logprobs",
+        datum_indices: Sequence[int] | None = None,
     ) -> None:
-        self._scorer, self._memory, self.device = scorer, memory, scorer.device
-        self._data, self._params, self._places = data, params, places
-        self._batches: list[Batch] = []
+        self._scorer, self._memory = scorer, memory
+        self._data, self._params, self._datum_indices = data, params, datum_indices
+        self._batches: list[MicroBatch] = []
         self._micro_batch_tokens = 0
         self._graphs: dict[int, list[torch.Tensor]] = {}
         """By number of the micro-batch, scores with their graph."""
-        self._whole_vocabulary = form == "vocab_logprobs"
+        self._whole_vocabulary = loss_type_input == "vocab_logprobs"
         self.passes = 1
         self.view: View | None = self._view if self._whole_vocabulary else None
         self.loss_params = list(params) if self._whole_vocabulary else []
-        scores = memory.fit(data, self._score_all, places, keeps_graphs=True)
+        scores = memory.fit(data, self._score_all, datum_indices, keeps_graphs=True)
         self.logprobs = scores if self._whole_vocabulary else [lp.cpu() for lp in scores]
 
     def pull_back(self, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """d loss / d params, given d loss / d logprobs of each datum; uses the graphs up."""
+        """Compute d loss / d params from d loss / d logprobs; uses the graphs up.
+
+        Args:
+            grads: D tensors shaped like logprobs.
+
+        Returns:
+            One tensor per parameter, in its shape.
+        """
         run = partial(self._pull_back_all, grads)
-        return self._memory.fit(self._data, run, self._places, keeps_graphs=True)
+        return self._memory.fit(self._data, run, self._datum_indices, keeps_graphs=True)
 
     def _score_all(self, limits: Limits) -> list[torch.Tensor]:
         """Detached scores in the order of the data; the graphs that fit are kept."""
@@ -85,7 +104,7 @@ class ScoredBatch:
 
     def _pull_back_all(self, grads: Sequence[torch.Tensor], limits: Limits) -> list[torch.Tensor]:
         batches = self._micro_batches(limits)
-        graphs, self._graphs = self._graphs, {}  # gone if this attempt fails
+        graphs, self._graphs = self._graphs, {}  # released even if this attempt fails
         total = [torch.zeros_like(p) for p in self._params]
         for number, batch in enumerate(batches):
             scores = graphs.pop(number, None)
@@ -101,14 +120,14 @@ class ScoredBatch:
                     whole += part
         return total
 
-    def _micro_batches(self, limits: Limits) -> list[Batch]:
+    def _micro_batches(self, limits: Limits) -> list[MicroBatch]:
         if limits.micro_batch_tokens != self._micro_batch_tokens:
             self._batches = self._scorer.batches(self._data, limits.micro_batch_tokens)
             self._micro_batch_tokens = limits.micro_batch_tokens
             self._graphs = {}
         return self._batches
 
-    def _score(self, batch: Batch, limits: Limits) -> list[torch.Tensor]:
+    def _score(self, batch: MicroBatch, limits: Limits) -> list[torch.Tensor]:
         score = self._scorer.hidden_batch if self._whole_vocabulary else self._scorer.score_batch
         with self._memory.recomputing(batch, limits):
             return score(batch)

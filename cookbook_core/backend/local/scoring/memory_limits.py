@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.backend.local.model.memory import one_pass_tokens
-from cookbook_core.backend.local.scoring.scorer import Batch, Scorer
+from cookbook_core.backend.local.scoring.scorer import MicroBatch, Scorer
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.types import Datum
 
@@ -45,14 +45,15 @@ def check_mode(mode: str) -> None:
 class Limits:
     """How much of a batch is in memory at a time, in tokens.
 
-    graph_tokens: whose graphs are kept between forward and backward, all micro-batches together.
-    micro_batch_tokens: that go through the model together.
+    graph_tokens: most tokens whose graphs are kept between forward and backward, over all
+        micro-batches.
+    micro_batch_tokens: most tokens per forward.
     """
 
     graph_tokens: int
     micro_batch_tokens: int
 
-    def count_kept(self, batches: Sequence[Batch]) -> int:
+    def count_kept(self, batches: Sequence[MicroBatch]) -> int:
         """How many of the micro-batches, from the first on, have graphs that fit together."""
         total = itertools.accumulate(batch.tokens for batch in batches)
         return sum(1 for tokens in total if tokens <= self.graph_tokens)
@@ -76,10 +77,10 @@ class MemoryLimits:
         """After running out of memory: limits by the length of the longest datum then."""
 
     def limits(self, longest: int) -> Limits:
-        """What holds for data whose longest datum has this many tokens.
+        """Return the limits for a batch whose longest datum has `longest` tokens.
 
-        Limits that were lowered for shorter data, or for data of this length, hold here too; those
-        lowered for longer data do not.
+        Limits that were lowered for data of this length or shorter apply; those lowered for longer
+        data do not.
         """
         tokens = one_pass_tokens(self.base) if self.graph_tokens is None else self.graph_tokens
         lowered = [limits for length, limits in self._lowered.items() if length <= longest]
@@ -92,7 +93,7 @@ class MemoryLimits:
         self,
         data: Sequence[Datum],
         run: Callable[[Limits], T],
-        places: Sequence[int] | None = None,
+        datum_indices: Sequence[int] | None = None,
         *,
         keeps_graphs: bool = False,
     ) -> T:
@@ -101,7 +102,7 @@ class MemoryLimits:
         Args:
             data: what `run` computes.
             run: the work.
-            places: the index of each datum in the caller's batch, for errors; None: its own.
+            datum_indices: each datum's index in the caller's batch, for errors; None: 0 to D-1.
             keeps_graphs: whether `run` keeps graphs, so that keeping fewer may help.
         Raises:
             DatumError: the longest datum does not fit by itself.
@@ -120,7 +121,7 @@ class MemoryLimits:
             lowered = self._lower(limits, lengths, keeps_graphs)
             if lowered is None:
                 at = lengths.index(longest)
-                raise self._too_long(places[at] if places else at, longest)
+                raise self._too_long(datum_indices[at] if datum_indices else at, longest)
             limits = lowered
         if limits != before:
             self._lowered[longest] = limits
@@ -162,7 +163,7 @@ class MemoryLimits:
         )
 
     @contextmanager
-    def recomputing(self, batch: Batch, limits: Limits) -> Iterator[None]:
+    def recomputing(self, batch: MicroBatch, limits: Limits) -> Iterator[None]:
         """Inside, the layers of a micro-batch whose graph does not fit are checkpointed."""
         large = self.mode == "auto" and batch.tokens > limits.graph_tokens
         on = torch.is_grad_enabled() and (large or self.mode == "on")

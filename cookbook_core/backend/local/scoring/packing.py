@@ -213,7 +213,7 @@ def tree_order(sequences: Sequence[Sequence[int]]) -> list[int]:
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common prefix."""
+    """Length of the longest common prefix of `(Na,)` and `(Nb,)` int64 token ids."""
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n

@@ -21,9 +21,9 @@ import torch
 from cookbook_core.backend.local.scoring import attention, packing
 from cookbook_core.backend.local.scoring.target_logprobs import (
     Head,
+    at_least_float32,
     find_head,
     target_logprobs,
-    wide,
 )
 from cookbook_core.datums import SCORE_MASK
 from cookbook_core.types import Datum, ModelInput
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """Datums that go through the model together.
 
     indices: of the datums in the batch they were taken from.
@@ -79,7 +79,9 @@ class Scorer:
         batches = self.batches(data, micro_batch_tokens)
         return in_order((batch, self.score_batch(batch)) for batch in batches)
 
-    def batches(self, data: Sequence[Datum], micro_batch_tokens: int | None = None) -> list[Batch]:
+    def batches(
+        self, data: Sequence[Datum], micro_batch_tokens: int | None = None
+    ) -> list[MicroBatch]:
         """The micro-batches in which `data` goes through the model: a function of the tokens."""
         budget = micro_batch_tokens or self.micro_batch_tokens
         lists = [datum.model_input.to_ints() for datum in data]
@@ -89,8 +91,13 @@ class Scorer:
         groups = _by_length(lists, budget)
         return [self._padded(data, lists, group) for group in groups]
 
-    def score_batch(self, batch: Batch) -> list[torch.Tensor]:
-        """Logprobs of the targets of one micro-batch; datums of equal K go together."""
+    def score_batch(self, batch: MicroBatch) -> list[torch.Tensor]:
+        """Compute the logprobs of one micro-batch's targets; datums of equal K go together.
+
+        Returns:
+            One tensor per datum, shape of its target_tokens, nats, on the device, with graph when
+            gradients are enabled.
+        """
         states = self._states(batch)
         targets = [datum.loss_fn_inputs["target_tokens"].to_torch() for datum in batch.data]
         masks = [datum.loss_fn_inputs.get(SCORE_MASK) for datum in batch.data]
@@ -111,28 +118,32 @@ class Scorer:
                 out[i] = piece.reshape(targets[i].shape)
         return out
 
-    def hidden_batch(self, batch: Batch) -> list[torch.Tensor]:
-        """The input of `vocab_logprobs` for every datum of a micro-batch, `(N, width)`.
+    def hidden_batch(self, batch: MicroBatch) -> list[torch.Tensor]:
+        """Compute the input of `vocab_logprobs` for every datum of a micro-batch.
 
-        The last hidden states; logits, `width` = V, where the head is not a plain one.
+        Returns:
+            One tensor per datum: last hidden states `(N, H)`, or logits `(N, V)` if find_head()
+            returned None.
         """
         states = self._states(batch)
         return [states.index_select(0, rows.to(self.device)) for rows in batch.rows]
 
     def vocab_logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`(R, width)` of `hidden_batch` -> log p of every token `(R, V)`, nats, by autograd."""
+        """Rows `(R, H)` or `(R, V)` of `hidden_batch` -> log p of every token `(R, V)`, nats."""
         if self.head is None:
-            return torch.log_softmax(wide(hidden), dim=-1)
-        return torch.log_softmax(self.head.finish(wide(self.head.module(hidden))), dim=-1)
+            return torch.log_softmax(at_least_float32(hidden), dim=-1)
+        return torch.log_softmax(
+            self.head.finish(at_least_float32(self.head.module(hidden))), dim=-1
+        )
 
     def _target_logprobs(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self.head is not None:
             return target_logprobs(self.head, rows, targets)
-        logits = wide(rows)
+        logits = at_least_float32(rows)
         return logits.gather(1, targets) - logits.logsumexp(1, keepdim=True)
 
-    def _states(self, batch: Batch) -> torch.Tensor:
-        """`(rows, width)`: hidden states, or logits where the head is not a plain one."""
+    def _states(self, batch: MicroBatch) -> torch.Tensor:
+        """Hidden states `(rows, H)`, or logits `(rows, V)` if find_head() returned None."""
         with self.attention(packed="layout" in batch.inputs):
             if self.head is None:
                 return self.model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
@@ -142,7 +153,7 @@ class Scorer:
 
     def _packed(
         self, data: Sequence[Datum], lists: Sequence[list[int]], indices: list[int]
-    ) -> Batch:
+    ) -> MicroBatch:
         layout = packing.lay_out([lists[i] for i in indices])
         inputs = {
             "input_ids": layout.tokens[None].to(self.device),
@@ -150,18 +161,18 @@ class Scorer:
             "layout": layout,
         }
         chosen = [data[i] for i in indices]
-        return Batch(indices, chosen, len(layout.tokens), inputs, layout.rows)
+        return MicroBatch(indices, chosen, len(layout.tokens), inputs, layout.rows)
 
     def _padded(
         self, data: Sequence[Datum], lists: Sequence[list[int]], indices: list[int]
-    ) -> Batch:
+    ) -> MicroBatch:
         longest = max(len(lists[i]) for i in indices)
         # any id is right; a row's own last token avoids transformers' warning of a missing mask
         ids = [lists[i] + lists[i][-1:] * (longest - len(lists[i])) for i in indices]
         rows = [torch.arange(len(lists[i])) + n * longest for n, i in enumerate(indices)]
         inputs = {"input_ids": torch.tensor(ids).to(self.device)}
         chosen = [data[i] for i in indices]
-        return Batch(indices, chosen, len(indices) * longest, inputs, rows)
+        return MicroBatch(indices, chosen, len(indices) * longest, inputs, rows)
 
     # ---- packed attention ------------------------------------------------------------------------
 

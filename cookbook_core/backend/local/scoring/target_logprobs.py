@@ -4,7 +4,7 @@ With a frozen unembedding W the logprob of target t and its derivative are
 
     z = W h (+ b),   l = z[t] - logsumexp(z),   dl/dh = W[t] - p W,   p = softmax(z)
 
-so the forward, which computes p tile by tile of the vocabulary, keeps e = pW `(N, D)`, and the
+so the forward, which computes p tile by tile of the vocabulary, keeps e = pW `(N, H)`, and the
 backward needs no product over the vocabulary, for any number K of targets per row:
 
     dL/dh = sum_k g_k W[t_k] - (sum_k g_k) e
@@ -49,12 +49,12 @@ class Head:
         return self.model.get_output_embeddings()
 
     def finish(self, z: torch.Tensor) -> torch.Tensor:
-        """Raw logits -> logits."""
+        """Raw logits `(..., V)` -> logits, elementwise."""
         z = z if self.scale == 1.0 else z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def slope(self, y: torch.Tensor) -> torch.Tensor | float:
-        """d logits / d raw logits, from the logits."""
+        """d logits / d raw logits from the logits, elementwise; a number if it is constant."""
         return self.scale if self.softcap is None else self.scale * (1 - (y / self.softcap) ** 2)
 
 
@@ -93,7 +93,7 @@ def target_logprobs(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> 
 
     Args:
         head: see `find_head`.
-        hidden: `(N, D)` last hidden states.
+        hidden: `(N, H)` last hidden states.
         targets: `(N, K)` int64 token ids.
     Returns:
         `(N, K)` nats, float32 (float64 for float64 hidden states); gradient flows to `hidden` and
@@ -115,7 +115,7 @@ def _checkpointed(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> to
     module = head.module
 
     def chunk(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.log_softmax(head.finish(wide(module(h))), dim=-1).gather(1, t)
+        return torch.log_softmax(head.finish(at_least_float32(module(h))), dim=-1).gather(1, t)
 
     n = _rows_per_chunk(module.weight.shape[0])
     return torch.cat(
@@ -126,18 +126,23 @@ def _checkpointed(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> to
     )
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """Convert to float32, except for float64: softmax in bfloat16 is a well-known silent bug."""
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Convert a tensor of any shape to float32, except for float64.
+
+    Softmax in bfloat16 is a well-known silent bug.
+    """
     return x if x.dtype == torch.float64 else x.float()
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Target logprobs through a frozen linear head; keeps `(N, D)`, never `(N, V)`."""
+    """Target logprobs through a frozen linear head; keeps `(N, H)`, never `(N, V)`."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, head: Head) -> Any:
         keep = ctx.needs_input_grad[0]
-        logprobs = torch.empty(targets.shape, dtype=wide(hidden).dtype, device=hidden.device)
+        logprobs = torch.empty(
+            targets.shape, dtype=at_least_float32(hidden).dtype, device=hidden.device
+        )
         slopes = torch.ones_like(logprobs)
         expected = torch.empty_like(hidden) if keep else hidden.new_empty(0)
         step = TILE.get(hidden.device.type, TILE["cuda"])[0]
@@ -171,9 +176,9 @@ def _tiles(
     head: Head,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logprobs of the targets `(R, K)`, the slopes there, and e `(R, D)` if `keep`."""
+    """Logprobs of the targets `(R, K)`, the slopes there, and e `(R, H)` if `keep`."""
     width = TILE.get(hidden.device.type, TILE["cuda"])[1]
-    dtype = wide(hidden).dtype
+    dtype = at_least_float32(hidden).dtype
     top = torch.zeros(targets.shape, dtype=dtype, device=hidden.device)
     total = torch.zeros(len(hidden), 1, dtype=dtype, device=hidden.device)
     peak = torch.full_like(total, -torch.inf)
@@ -183,7 +188,7 @@ def _tiles(
         raw = torch.nn.functional.linear(
             hidden, tile, None if bias is None else bias[v : v + width]
         )
-        y = head.finish(wide(raw))
+        y = head.finish(at_least_float32(raw))
         here = (targets >= v) & (targets < v + len(tile))
         top = torch.where(here, y.gather(1, (targets - v).clamp(0, len(tile) - 1)), top)
         risen = torch.maximum(peak, y.amax(1, keepdim=True))
