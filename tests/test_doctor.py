@@ -972,7 +972,7 @@ def test_the_readme_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) ->
     """recipes/README.md quotes a command and the end of its output."""
     text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     quoted = re.findall(
-        r"    (?:python -m cookbook_core\.|cookbook )doctor (.*)\n((?:    \S.*\n|     +.*\n)*)",
+        r"    cookbook doctor (.*)\n((?:    \S.*\n|     +.*\n)*)",
         text,
     )
     shown = {command: textwrap.dedent(output) for command, output in quoted}

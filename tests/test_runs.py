@@ -662,4 +662,4 @@ def test_a_run_that_made_its_best_metric_worse_says_so(
         file = (
             Path(__file__).relative_to(Path.cwd()) if Path.cwd() in Path(__file__).parents else ""
         )
-        assert f"python -m cookbook_core.doctor {file or __file__}:" in summary
+        assert f"cookbook doctor {file or __file__}:" in summary

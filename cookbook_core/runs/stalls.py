@@ -100,5 +100,5 @@ def got_worse(
     if not (now > was if best.startswith("-") else now < was):
         return []
     moved = f"{'rose' if now > was else 'fell'} from {was:.3g} to {now:.3g}"
-    command = f"python -m cookbook_core.doctor {loss}"
+    command = f"cookbook doctor {loss}"
     return [f"{name} {moved}: is the sign of the loss right? {command}"]
