@@ -24,7 +24,7 @@ Alignment = Literal["strict", "min_length"]
 
 
 def input_tensor(datum: Datum, key: str, like: torch.Tensor) -> torch.Tensor:
-    """`datum.loss_fn_inputs[key]` as a tensor of the dtype and device of `like`.
+    """`datum.loss_fn_inputs[key]` as a tensor of its own shape, in the dtype and device of `like`.
 
     Raises:
         DatumError: the datum has no such input; names those it has.
@@ -118,6 +118,10 @@ def check_alignment(
 ) -> None:
     """Check that each named input of each datum has one entry per logprob.
 
+    Args:
+        data: D datums.
+        logprobs_list: D tensors `(N_i,)` or `(N_i, K)`, nats.
+        keys: names of inputs with N_i rows each.
     Raises:
         DatumError: no datum, another number of logprobs than datums, or the misaligned and missing
             inputs of all datums, with index, field and lengths. Five are listed.
@@ -261,7 +265,7 @@ def weighted_mean(logprobs: torch.Tensor, weights: Any, **align: Any) -> torch.T
 
 
 def _tensor(values: Any, like: torch.Tensor, where: str) -> torch.Tensor:
-    """`values` as a tensor in the dtype and on the device of `like`."""
+    """`values` as a tensor of its own shape, in the dtype and on the device of `like`."""
     import torch
 
     if isinstance(values, TensorData):
@@ -270,5 +274,6 @@ def _tensor(values: Any, like: torch.Tensor, where: str) -> torch.Tensor:
         values = to_array(where, values, np.dtype("float64"))
     elif values.is_meta or values.is_complex() or values.layout != torch.strided:
         got = f"{values.dtype}, {values.layout}, on {values.device}"
-        raise DatumError(where, "not numeric", expected="a dense tensor of real numbers", got=got)
+        rule, fix = "a dense tensor of real numbers", "Pass weights as a list or a float tensor."
+        raise DatumError(where, "not numeric", expected=rule, got=got, fix=fix)
     return torch.as_tensor(values, dtype=like.dtype, device=like.device)

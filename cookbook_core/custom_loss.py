@@ -65,16 +65,16 @@ class LossResult:
 
 
 def check_loss(loss_fn: Any, loss_type_input: str | None) -> LossTypeInput:
-    """Validate a custom loss and the form of logprobs it takes; None means "logprobs".
+    """Validate a custom loss and its `loss_type_input`; None means "logprobs".
 
     Returns:
         "logprobs" or "vocab_logprobs".
     Raises:
-        ConfigError: an unknown form, or a loss that is not a function.
+        ConfigError: an unknown loss_type_input, or a loss that is not a function.
     """
     if loss_type_input is not None:
-        forms = get_args(LossTypeInput)
-        check_choice(ConfigError, "loss_type_input", "unknown form", loss_type_input, forms)
+        known = get_args(LossTypeInput)
+        check_choice(ConfigError, "loss_type_input", "unknown", loss_type_input, known)
     if not callable(loss_fn):
         raise ConfigError(
             "loss_fn",
@@ -112,10 +112,12 @@ def logprobs_from_output(
         values = out.get("logprobs")
         expected = datum.loss_fn_inputs["target_tokens"].to_numpy().shape
         if values is None or list(values.shape) != list(expected):
-            got = "nothing" if values is None else tuple(values.shape)
+            got = "no logprobs" if values is None else tuple(values.shape)
             where = f'output[{i}]["logprobs"]'
             problems.append(
-                DatumError(where, "not that of target_tokens", expected=tuple(expected), got=got)
+                DatumError(
+                    where, "shape does not match target_tokens", expected=tuple(expected), got=got
+                )
             )
         else:
             logprobs.append(values.to_torch())
@@ -207,6 +209,12 @@ def evaluate(
 ) -> LossResult:
     """Run the loss once without gradients, for `forward`: the result's `grads` is empty.
 
+    Args:
+        loss_fn: see `LossFn`.
+        data: D datums.
+        logprobs: D tensors, nats, any shape.
+    Returns:
+        LossResult, its loss the value of a 0-d tensor.
     Raises:
         LossError, CookbookError: as `differentiate` does.
     """

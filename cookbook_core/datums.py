@@ -32,6 +32,8 @@ no gradient."""
 _OWN_KEYS = {"logprobs": "sampling_logprobs"}
 """Loss inputs that have another name in the SDK: its name, then ours."""
 _BUILD = "Build datums with datum_from_tokens_weights(), which shifts both together."
+_FINITE = "Look for 0/0 in how the weights were computed."
+_ENCODE = "Encode text with client.get_tokenizer()."
 
 
 def shift_tokens(tokens: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -119,7 +121,9 @@ def datum_from_tokens_weights(
     shifted = given[1 : len(targets) + 1]
     if not np.isfinite(shifted).all():
         at = int(np.flatnonzero(~np.isfinite(shifted))[0]) + 1
-        raise DatumError(f"weights[{at}]", "not finite", expected="a finite number", got=given[at])
+        raise DatumError(
+            f"weights[{at}]", "not finite", expected="a finite number", got=given[at], fix=_FINITE
+        )
     if not shifted.any() and not allow_zero_weights:
         cut = bool(given[len(targets) + 1 :].any())
         raise DatumError(
@@ -217,7 +221,7 @@ def score_where_weighted(datum: Datum) -> Datum:
 
 
 def with_inputs(datum: Datum, **loss_fn_inputs: Any) -> Datum:
-    """Copy `datum` and add these arrays for its loss; a name that it has already is replaced."""
+    """Copy `datum` and add these arrays for its loss; existing names are overwritten."""
     return Datum(datum.model_input, {**datum.loss_fn_inputs, **loss_fn_inputs})
 
 
@@ -232,7 +236,7 @@ def input_key(datum: Datum, key: str) -> str:
 
 
 def missing_input(where: str, datum: Datum, key: str) -> DatumError:
-    """The error that `datum`, called `where`, has no loss input of this name."""
+    """Build the DatumError for a loss input that `datum`, called `where`, lacks."""
     built = key in ("target_tokens", "weights")
     own = _OWN_KEYS.get(key, key)
     return DatumError(
@@ -248,7 +252,7 @@ def check_data(
     data: Sequence[Datum],
     *,
     vocab_size: int | None,
-    max_context: int | None = None,
+    max_context_length: int | None = None,
     needs: Sequence[str] = ("target_tokens",),
 ) -> None:
     """Validate a batch before anything is computed.
@@ -256,7 +260,7 @@ def check_data(
     Args:
         data: D datums.
         vocab_size: token ids must be below it; None (not known) checks that they are >= 0.
-        max_context: the most tokens that a model_input may have; None for no limit.
+        max_context_length: the most tokens that a model_input may have; None for no limit.
         needs: names of loss inputs that every datum must have, with N rows each.
     Raises:
         DatumError: an empty batch, or the faults of all datums with index and field: type, empty
@@ -283,26 +287,36 @@ def check_data(
         [
             problem
             for i, datum in enumerate(data)
-            for problem in _datum_problems(f"data[{i}]", datum, vocab_size, max_context, needs)
+            for problem in _datum_problems(
+                f"data[{i}]", datum, vocab_size, max_context_length, needs
+            )
         ]
     )
 
 
 def _datum_problems(
-    where: str, datum: Any, vocab_size: int | None, max_context: int | None, needs: Sequence[str]
+    where: str,
+    datum: Any,
+    vocab_size: int | None,
+    max_context_length: int | None,
+    needs: Sequence[str],
 ) -> Iterator[DatumError]:
     if not isinstance(datum, Datum):
-        yield DatumError(where, "wrong type", expected="Datum", got=type(datum).__name__)
+        fix = "Build datums with datum_from_prompt_completion()."
+        yield DatumError(where, "wrong type", expected="Datum", got=type(datum).__name__, fix=fix)
         return
     n = datum.model_input.length
     if n == 0:
-        yield DatumError(f"{where}.model_input", "empty", expected="at least one token", got=0)
+        fix = "Leave out empty rows."
+        yield DatumError(
+            f"{where}.model_input", "empty", expected="at least one token", got=0, fix=fix
+        )
         return
-    if max_context is not None and n > max_context:
+    if max_context_length is not None and n > max_context_length:
         yield DatumError(
             f"{where}.model_input",
             "longer than the model's context",
-            expected=f"<= {max_context} tokens",
+            expected=f"<= {max_context_length} tokens",
             got=n,
             fix="Truncate with max_length when building the datum.",
         )
@@ -366,7 +380,9 @@ def _weight_problems(where: str, datum: Datum, targets: TensorData) -> Iterator[
     values = weights.to_numpy()
     for at in np.argwhere(~np.isfinite(values))[:1].tolist():
         got = values[tuple(at)]
-        yield DatumError(f"{field}{at}", "not finite", expected="a finite number", got=got)
+        yield DatumError(
+            f"{field}{at}", "not finite", expected="a finite number", got=got, fix=_FINITE
+        )
 
 
 def input_problems(field: str, ids: list[int], vocab_size: int | None) -> list[DatumError]:
@@ -374,7 +390,9 @@ def input_problems(field: str, ids: list[int], vocab_size: int | None) -> list[D
     for at, token in enumerate(ids):  # EncodedTextChunk does not check its items
         if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
             where, rule = f"{field}[{at}]", "an integer"
-            return [DatumError(where, "not a token id", expected=rule, got=repr(token))]
+            return [
+                DatumError(where, "not a token id", expected=rule, got=repr(token), fix=_ENCODE)
+            ]
     return token_problems(field, np.asarray(ids), vocab_size)
 
 
@@ -384,7 +402,7 @@ def token_problems(field: str, ids: np.ndarray, vocab_size: int | None) -> list[
     if not len(bad):
         return []
     at = tuple(int(j) for j in bad[0])
-    fix = "Encode text with client.get_tokenizer()."
+    fix = _ENCODE
     if ids[at] < 0:
         fix = "Use any valid id where there is no loss, with a weight of 0."
     return [

@@ -106,7 +106,8 @@ def bradley_terry_loss(
     if len(data) % 2:
         where, rule = f"data[{len(data) - 1}]", "chosen, rejected, chosen, rejected, ..."
         fix = "Keep both members of each pair in the batch."
-        raise errors.DatumError(where, "has no partner", expected=rule, fix=fix)
+        got = f"{len(data)} datums"
+        raise errors.DatumError(where, "has no partner", expected=rule, got=got, fix=fix)
     reward = torch.stack([lp[-1, 0] - lp[-1, 1] for lp in logprobs])  # (D,)
     chosen, rejected = reward[0::2], reward[1::2]
     loss = -F.logsigmoid(chosen - rejected).mean()
@@ -147,12 +148,12 @@ class Judge:
 def build_pairs(
     rows: list[dict], judge: Judge, max_length: int
 ) -> tuple[list[tinker.Datum], list[dict]]:
-    """Rows -> interleaved datums (chosen, rejected, ...), and the rows that were kept. A pair with
-    a member longer than max_length tokens is not."""
+    """Rows -> interleaved datums (chosen, rejected, ...), and the rows kept. Drop a pair if either
+    member exceeds max_length tokens."""
     data, kept_rows = [], []
-    for given in rows:
-        with chat.naming(given):  # errors name the row
-            row = chat.split_pair(given)
+    for raw_row in rows:
+        with chat.naming(raw_row):  # errors name the row
+            row = chat.split_pair(raw_row)
             pair = [judge.datum(row["prompt"], row[side]) for side in ("chosen", "rejected")]
         if max(datum.model_input.length for datum in pair) <= max_length:
             kept_rows.append(row)
@@ -213,10 +214,10 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
         judge = Judge(client.get_tokenizer(), config.question, config.verdicts)
-        given = len(train_rows) + len(test_rows)
+        num_given = len(train_rows) + len(test_rows)
         data, train_rows = build_pairs(train_rows, judge, config.max_length)
         test_data, test_rows = build_pairs(test_rows, judge, config.max_length)
-        run.report_rows("pairs", len(train_rows), len(test_rows), given, config.max_length)
+        run.report_rows("pairs", len(train_rows), len(test_rows), num_given, config.max_length)
 
         def evaluate() -> tuple[dict[str, float], list[torch.Tensor]]:
             logprobs = clients.score(client, test_data)

@@ -1,7 +1,7 @@
 """Direct Preference Optimization: make chosen answers likelier than rejected ones.
 
-    L = -mean over pairs of log sigmoid(beta * margin)
-    margin = [log p(chosen) - log p_ref(chosen)] - [log p(rejected) - log p_ref(rejected)]
+    L = -mean over pairs of log sigmoid(beta * logratio_margin)
+    logratio_margin = [log p(chosen) - log p_ref(chosen)] - [log p(rejected) - log p_ref(rejected)]
 
 p is the policy in training, p_ref a frozen reference, beta (1/nats) how closely to stay to it. Log
 probabilities are summed over the completion's tokens (nats); the loss is a mean over pairs.
@@ -40,11 +40,12 @@ from cookbook_core import (
     chat,
     clients,
     datum_from_prompt_completion,
+    errors,
     runs,
     tinker,
     weighted_sums,
 )
-from cookbook_core.data import batch_indices, train_test
+from cookbook_core import data as dataset
 
 # ---- config --------------------------------------------------------------------------------------
 
@@ -98,7 +99,7 @@ def dpo_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """DPO's loss over pairs, which lie interleaved: chosen, rejected, chosen, rejected, ...
 
-        L = -mean_p log sigmoid(beta * (logratio[2p] - logratio[2p + 1]))
+        L = -mean_p log sigmoid(beta * (log_ratio[2p] - log_ratio[2p + 1]))
 
     Source: Rafailov et al. 2023, arXiv 2305.18290, equation 7. Differs: nothing.
 
@@ -111,22 +112,21 @@ def dpo_loss(
         metrics: accuracy in [0, 1] (a tie counts one half), reward_margin (times beta),
             chosen_logprob and rejected_logprob (nats per sequence).
     Raises:
-        ValueError: odd number of datums. DatumError: ref_logprobs or weights missing, misaligned.
+        DatumError: odd number of datums, or ref_logprobs or weights missing or misaligned.
     """
     if len(data) % 2:
-        raise ValueError(
-            f"data[{len(data) - 1}]: has no partner. Expected chosen, rejected, chosen, ... "
-            "Keep both members of each pair in the batch."
-        )
+        where, rule = f"data[{len(data) - 1}]", "chosen, rejected, chosen, rejected, ..."
+        got, fix = f"{len(data)} datums", "Keep both members of each pair in the batch."
+        raise errors.DatumError(where, "has no partner", expected=rule, got=got, fix=fix)
     policy = weighted_sums(data, logprobs)  # (D,) log p of each completion
     reference = weighted_sums(data, "ref_logprobs").to(policy)
-    logratio = policy - reference
-    margin = logratio[0::2] - logratio[1::2]  # (P,)
-    loss = -F.logsigmoid(beta * margin).mean()
-    wins = (margin > 0).float() + 0.5 * (margin == 0).float()
+    log_ratio = policy - reference
+    logratio_margin = log_ratio[0::2] - log_ratio[1::2]  # (P,)
+    loss = -F.logsigmoid(beta * logratio_margin).mean()
+    wins = (logratio_margin > 0).float() + 0.5 * (logratio_margin == 0).float()
     return loss, {
         "accuracy": wins.mean().item(),
-        "reward_margin": beta * margin.mean().item(),
+        "reward_margin": beta * logratio_margin.mean().item(),
         "chosen_logprob": policy[0::2].mean().item(),
         "rejected_logprob": policy[1::2].mean().item(),
     }
@@ -138,14 +138,14 @@ def dpo_loss(
 def build_pairs(
     rows: list[dict], tokenizer, max_length: int
 ) -> tuple[list[tinker.Datum], list[dict]]:
-    """Rows -> interleaved datums (chosen, rejected, ...), and the rows that were kept. Those with a
-    member longer than max_length tokens are not: a pair stays together or goes together."""
+    """Rows -> interleaved datums (chosen, rejected, ...), and the rows kept. Drop a pair if either
+    member exceeds max_length tokens."""
     data, kept_rows = [], []
-    for given in rows:
-        with chat.naming(given):  # errors name the row
-            row, pair = chat.split_pair(given), []
+    for raw_row in rows:
+        with chat.naming(raw_row):  # errors name the row
+            row, pair = chat.split_pair(raw_row), []
         for side in ("chosen", "rejected"):
-            with chat.naming(given, completion=side):
+            with chat.naming(raw_row, completion=side):
                 pair.append(chat.render_completion(tokenizer, row["prompt"], row[side]))
         if max(len(prompt) + len(completion) for prompt, completion in pair) > max_length:
             continue
@@ -159,7 +159,9 @@ def build_pairs(
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
     """Train from the start, or resume; return the held-out metrics at the end."""
-    train_rows, test_rows = train_test(config.dataset, chat.PAIRS, config.test_rows, config.seed)
+    train_rows, test_rows = dataset.train_test(
+        config.dataset, chat.PAIRS, config.test_rows, config.seed
+    )
     panels = [
         runs.Panel("loss", "loss", ["loss", "test_loss"]),
         runs.Panel("held-out accuracy", "share of pairs", ["test_accuracy"], 0.5, "chance"),
@@ -181,10 +183,10 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         reference = clients.frozen_copy(service, client, config.model, run.once)
 
         tokenizer = client.get_tokenizer()
-        given = len(train_rows) + len(test_rows)
+        num_given = len(train_rows) + len(test_rows)
         data, train_rows = build_pairs(train_rows, tokenizer, config.max_length)
         test_data, test_rows = build_pairs(test_rows, tokenizer, config.max_length)
-        run.report_rows("pairs", len(train_rows), len(test_rows), given, config.max_length)
+        run.report_rows("pairs", len(train_rows), len(test_rows), num_given, config.max_length)
         test_data = clients.add_ref_logprobs(reference, test_data)
         loss_fn = partial(dpo_loss, beta=config.beta)
 
@@ -202,7 +204,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         for step in run.steps(client):
             if step % config.eval_every == 0:
                 run.log(step, evaluate() if step else before)
-            rows = batch_indices(len(data) // 2, config.batch_size, step, config.seed)
+            rows = dataset.batch_indices(len(data) // 2, config.batch_size, step, config.seed)
             batch = [data[2 * row + side] for row in rows for side in (0, 1)]
             batch = clients.add_ref_logprobs(reference, batch)
             adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))

@@ -277,7 +277,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         reference = clients.frozen_copy(service, client, config.model, run.once)
         tokenizer = client.get_tokenizer()
         reward_fn = bradley_terry_reward(service, config) if config.reward_model else reward
-        given = len(train_rows) + len(test_rows)
+        num_given = len(train_rows) + len(test_rows)
         longest = (client.get_info().model_data.max_context_length or 10**9) - config.max_tokens
         train_rows = with_prompt_tokens(train_rows, tokenizer, longest)
         test_rows = with_prompt_tokens(test_rows, tokenizer, longest)
@@ -285,7 +285,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             "prompts",
             len(train_rows),
             len(test_rows),
-            given,
+            num_given,
             longest,
             flag="a smaller --max_tokens",
         )

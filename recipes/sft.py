@@ -170,10 +170,10 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
         tokenizer = client.get_tokenizer()
-        given = len(train_rows) + len(test_rows)
+        num_given = len(train_rows) + len(test_rows)
         data, train_rows = build_data(train_rows, tokenizer, config.max_length, config.train_on)
         test_data, test_rows = build_data(test_rows, tokenizer, config.max_length, config.train_on)
-        run.report_rows("sequences", len(train_rows), len(test_rows), given, config.max_length)
+        run.report_rows("sequences", len(train_rows), len(test_rows), num_given, config.max_length)
         expected = [question_and_answer(row)[1] for row in test_rows]
 
         samples = run.once("samples", lambda: clients.offers_sampling(service, config.model))

@@ -192,10 +192,10 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
         tokenizer = client.get_tokenizer()
-        given = len(train_rows) + len(test_rows)
+        num_given = len(train_rows) + len(test_rows)
         data, train_rows = build_data(train_rows, tokenizer, config, "train")
         test_data, test_rows = build_data(test_rows, tokenizer, config, "test")
-        run.report_rows("rows", len(train_rows), len(test_rows), given, config.max_length)
+        run.report_rows("rows", len(train_rows), len(test_rows), num_given, config.max_length)
         loss_fn = partial(
             token_set_kl_loss, divergence=config.divergence, mass_coef=config.mass_coef
         )

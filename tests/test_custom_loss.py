@@ -247,7 +247,7 @@ def test_logprobs_of_another_shape_are_refused() -> None:
     with pytest.raises(DatumError) as caught:
         logprobs_from_output(output, data)
     assert re.search(r'output\[1\]\["logprobs"\].*\(2, 2\), got \(4,\)', str(caught.value))
-    assert re.search(r'output\[2\]\["logprobs"\].*got nothing', str(caught.value))
+    assert re.search(r'output\[2\]\["logprobs"\].*got no logprobs', str(caught.value))
     with pytest.raises(DatumError, match="Expected 2, got 3"):
         logprobs_from_output(output, data[:2])
 

@@ -310,7 +310,7 @@ def test_a_bad_datum_is_named(case: str) -> None:
     """Index, field, position; the good datum before it is not mentioned."""
     bad, match = BAD[case]
     with pytest.raises(DatumError, match=match) as caught:
-        check_data([GOOD, bad], vocab_size=100, max_context=8)
+        check_data([GOOD, bad], vocab_size=100, max_context_length=8)
     assert "data[0]" not in str(caught.value)
 
 
@@ -342,7 +342,7 @@ def test_good_batches_pass() -> None:
     wide = bad_datum(2, target_tokens=[[0, 99], [1, 2]])
     batch = [GOOD, bad_datum(8), wide, with_inputs(wide, weights=[1, 0])]
     batch.append(with_inputs(wide, weights=[[1, 0], [0.5, 0.5]]))
-    check_data(batch, vocab_size=100, max_context=8)
+    check_data(batch, vocab_size=100, max_context_length=8)
     with pytest.raises(DatumError, match=r'"advantages".*missing.*got target_tokens'):
         check_data([GOOD], vocab_size=100, needs=("target_tokens", "advantages"))
 

@@ -987,7 +987,9 @@ def test_a_copied_and_broken_recipe_from_another_folder(tmp_path: Path) -> None:
     """The way people work: cp recipes/dpo.py my_dpo.py, change the loss, ask the doctor."""
     text = (ROOT / "recipes" / "dpo.py").read_text(encoding="utf-8")
     (tmp_path / "helper.py").write_text("HALF = 0.5\n", encoding="utf-8")
-    broken = text.replace("margin = logratio[0::2] - ", "margin = HALF * 2 * logratio[0::2] - 0 * ")
+    broken = text.replace(
+        "margin = log_ratio[0::2] - ", "margin = HALF * 2 * log_ratio[0::2] - 0 * "
+    )
     broken = broken.replace("import torch\n", "import torch\nfrom helper import HALF\n", 1)
     assert broken != text
     (tmp_path / "my_dpo.py").write_text(broken, encoding="utf-8")

@@ -182,6 +182,9 @@ def test_half_of_all_errors_name_a_fix():
     without = [place for place, slots in sites if "fix" not in slots]
     share = 1 - len(without) / len(sites)
     assert share >= 0.5, f"{share:.0%} of {len(sites)} errors name a fix; these do not: {without}"
+    full = [place for place, slots in sites if {"expected", "got", "fix"} <= slots.keys()]
+    share = len(full) / len(sites)
+    assert share >= 0.5, f"{share:.1%} of {len(sites)} errors have expected, got and fix"
 
 
 @pytest.mark.parametrize("path", [*CORE, *RECIPES], ids=name_of)

@@ -73,7 +73,7 @@ def prompt_datum(model: ModelData, prompt: object) -> Datum:
     """
     inputs, targets = shift_tokens(check_prompt(prompt, "compute_logprobs"))
     datum = Datum(ModelInput.from_ints(inputs), {"target_tokens": targets})
-    check_data([datum], vocab_size=model.vocab_size, max_context=model.max_context_length)
+    check_data([datum], vocab_size=model.vocab_size, max_context_length=model.max_context_length)
     return datum
 
 

@@ -146,7 +146,7 @@ class Subject:
 
 
 def logprobs(client: TrainingClient, data: Sequence[Datum]) -> list[np.ndarray]:
-    """Forward's logprobs of each datum's target_tokens, nats."""
+    """Forward's logprobs: D float64 arrays in the shape of target_tokens, nats."""
     return arrays(client.forward(list(data), "cross_entropy").result())
 
 

@@ -46,7 +46,7 @@ THEN: tuple[Callable[[Case], list[Finding]], ...] = (
     reference.step_0,
     reference.kl,
 )
-# After a defect of the checks on the right, the one on the left would report it again.
+# Skip the check on the left if one on the right failed: it would repeat the same defect.
 REPEATS = {
     "padding": {"off_by_one", "weights"},
     "order": {"every_datum"},
@@ -72,7 +72,7 @@ def examine(
         logprobs: D tensors in the shape of target_tokens, nats; None draws plausible ones, near
             the reference's or the sampler's where the datums carry these.
         loss_type_input: "vocab_logprobs" for a loss over the whole vocabulary, None to read the
-            form from the name of the loss's second parameter.
+            it from the name of the loss's second parameter.
         group_size: example datums come in whole groups of this many.
         seed: seed of the logprobs.
     Returns:
@@ -82,18 +82,18 @@ def examine(
         ConfigError: loss_fn is not a function, loss_type_input is unknown, or the whole
             vocabulary's logprobs of these datums would take too much memory.
     """
-    form = check_loss(loss_fn, loss_type_input)
+    loss_type = check_loss(loss_fn, loss_type_input)
     given = data is not None
     if data is None:
-        data, form = example_data(loss_fn, loss_type_input, group_size=group_size, seed=seed)
+        data, loss_type = example_data(loss_fn, loss_type_input, group_size=group_size, seed=seed)
     subject = f"{name_of(loss_fn)} on {len(data)} {'datums' if given else 'example datums'}"
-    needs = () if form == "vocab_logprobs" else ("target_tokens",)
+    needs = () if loss_type == "vocab_logprobs" else ("target_tokens",)
     try:
         check_data(data, vocab_size=2**62, needs=needs)
     except DatumError as error:
         errors = [error, *error.others]
         return Report(subject, tuple(from_error("data", "data", each) for each in errors))
-    case = make_case(loss_fn, data, logprobs, form, seed)
+    case = make_case(loss_fn, data, logprobs, loss_type, seed)
     findings = _all_checks(case)
     if not given and any(_misses_input(f.error) for f in findings if f.check == "returns"):
         words = "example datums may lack what the loss needs; examine(loss_fn, data) takes yours"
@@ -103,7 +103,7 @@ def examine(
 
 
 def _all_checks(case: Case) -> list[Finding]:
-    """Run the checks in order; name those that cannot be made after the defects before them."""
+    """Run the checks in order; list those skipped because an earlier one failed."""
     findings = _run_check(case, checks.mutates, set())
     for check in FIRST:
         results = _run_check(case, check, set())

@@ -88,7 +88,7 @@ class Case:
 
     data: D datums.
     logprobs: D tensors, nats, float64 where the loss takes it, else float32.
-    form: what the logprobs are of, see `custom_loss.LossFn`.
+    loss_type_input: what the logprobs are of, see `custom_loss.LossFn`.
     reads: names of the loss inputs that the loss has looked up.
     unit: number of neighbouring datums that belong together (pairs: 2); None before `batch.order`
         has run, and where the order matters.
@@ -98,7 +98,7 @@ class Case:
     loss_fn: LossFn
     data: list[Datum]
     logprobs: list[torch.Tensor]
-    form: LossTypeInput = "logprobs"
+    loss_type_input: LossTypeInput = "logprobs"
     reads: set[str] = field(default_factory=set)
     unit: int | None = None
     escapes: list[str] = field(default_factory=list)
@@ -178,7 +178,7 @@ class Case:
         return np.logical_and.reduce(marks) if marks else None
 
     def with_side_data(self, change: Callable[[str, int, tuple[int, ...]], Any]) -> list[Datum]:
-        """Replace each input by change(key, i, shape), unless that is None."""
+        """Replace inputs by change(key, i, shape); None keeps the input."""
         made = []
         for i, datum in enumerate(self.data):
             new = {k: change(k, i, tuple(v.shape)) for k, v in datum.loss_fn_inputs.items()}
@@ -212,7 +212,10 @@ def per_token(datum: Datum) -> list[str]:
 
 
 def take_rows(datum: Datum, rows: np.ndarray) -> Datum:
-    """Build a datum of these positions, in this order; -1 adds a new position of weight 0."""
+    """Build a datum of these positions, in this order; -1 adds a new position of weight 0.
+
+    rows: `(M,)` int64.
+    """
     tokens = np.asarray(datum.model_input.to_ints())[rows]
     inputs = dict(datum.loss_fn_inputs)
     for key in per_token(datum):
@@ -223,12 +226,16 @@ def take_rows(datum: Datum, rows: np.ndarray) -> Datum:
     return Datum(ModelInput.from_ints(tokens.tolist()), inputs)
 
 
-def draw_logprobs(data: Sequence[Datum], form: LossTypeInput, seed: int) -> list[torch.Tensor]:
+def draw_logprobs(
+    data: Sequence[Datum], loss_type_input: LossTypeInput, seed: int
+) -> list[torch.Tensor]:
     """Draw plausible logprobs of the datums' targets: float64, nats, seeded.
 
     They lie near the datum's sampling logprobs or else its reference logprobs, as those of a policy
     one step away. They are 0.0 where "score_mask" is 0, as in training.
 
+    Returns:
+        D tensors `(N,)`, `(N, K)` or `(N, V)`.
     Raises:
         ConfigError: the whole vocabulary's logprobs have more than MAX_CELLS entries.
     """
@@ -240,7 +247,7 @@ def draw_logprobs(data: Sequence[Datum], form: LossTypeInput, seed: int) -> list
         if targets := datum.loss_fn_inputs.get("target_tokens"):
             vocab = max(vocab, 1 + int(targets.to_numpy().max()))
     cells = vocab * sum(datum.model_input.length for datum in data)
-    if form == "vocab_logprobs" and cells > MAX_CELLS:
+    if loss_type_input == "vocab_logprobs" and cells > MAX_CELLS:
         rule, fix = f"at most {MAX_CELLS} logprobs", "Examine fewer or shorter datums."
         raise ConfigError(
             "data", "too large a table of logprobs", expected=rule, got=cells, fix=fix
@@ -249,11 +256,11 @@ def draw_logprobs(data: Sequence[Datum], form: LossTypeInput, seed: int) -> list
     for datum in data:
         n, targets = datum.model_input.length, datum.loss_fn_inputs.get("target_tokens")
         shape = [n] if targets is None else list(targets.shape)
-        if form == "vocab_logprobs" or len(shape) == 2:
-            width = vocab if form == "vocab_logprobs" else shape[1] + 3
-            scores = rng.normal(size=(n, width))
-            lp = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-            lp = lp if form == "vocab_logprobs" else lp[:, : shape[1]]
+        if loss_type_input == "vocab_logprobs" or len(shape) == 2:
+            size = vocab if loss_type_input == "vocab_logprobs" else shape[1] + 3
+            logits = rng.normal(size=(n, size))
+            lp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            lp = lp if loss_type_input == "vocab_logprobs" else lp[:, : shape[1]]
         else:
             lp = -0.2 - rng.exponential(size=n)
             for role, spread in (("reference", 0.3), ("sampling", 0.05)):
@@ -272,19 +279,19 @@ def make_case(
     loss_fn: LossFn,
     data: Sequence[Datum],
     logprobs: Sequence[Any] | None,
-    form: LossTypeInput,
+    loss_type_input: LossTypeInput,
     seed: int,
 ) -> Case:
     """Build a case in float64, or in float32 where the loss runs in that alone."""
     import torch
 
-    values = draw_logprobs(data, form, seed) if logprobs is None else list(logprobs)
+    values = draw_logprobs(data, loss_type_input, seed) if logprobs is None else list(logprobs)
     values = [torch.as_tensor(lp).detach().double() for lp in values]
-    case = Case(loss_fn, list(data), values, form)
+    case = Case(loss_fn, list(data), values, loss_type_input)
     try:
         case.run()
     except CookbookError:
-        single = Case(loss_fn, list(data), [lp.float() for lp in values], form)
+        single = Case(loss_fn, list(data), [lp.float() for lp in values], loss_type_input)
         try:
             single.run()
             return single

@@ -29,7 +29,7 @@ def lengths(case: Case) -> list[Finding]:
     findings = []
     for i, (datum, lp) in enumerate(zip(case.data, case.logprobs, strict=True)):
         targets = datum.loss_fn_inputs.get("target_tokens")
-        if case.form == "logprobs" and targets and targets.shape != list(lp.shape):
+        if case.loss_type_input == "logprobs" and targets and targets.shape != list(lp.shape):
             what, got = "not one logprob per target token", tuple(lp.shape)
             findings.append(defect("alignment", f"logprobs[{i}]", what, tuple(targets.shape), got))
             continue
@@ -124,7 +124,7 @@ def _difference(case: Case, changes: list[Any], eps: float, frozen: bool) -> flo
 
 
 def _directions(case: Case) -> list[tuple[str, list[Any]]]:
-    """Choose directions to differentiate along: two entries of each of five datums, one at random.
+    """Choose directions: for five datums the entry with the steepest gradient and a random one.
 
     Returns:
         (name, one tensor per datum in the shape of its logprobs) pairs.

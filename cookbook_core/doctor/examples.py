@@ -22,7 +22,7 @@ Maker = Callable[[int, dict[str, bool]], Datum]
 def example_data(
     loss_fn: LossFn, loss_type_input: str | None = None, *, group_size: int = 1, seed: int = 0
 ) -> tuple[list[Datum], LossTypeInput]:
-    """Build datums that `loss_fn` runs on, and say which form of logprobs it takes.
+    """Build datums that `loss_fn` runs on, and return its `loss_type_input`.
 
     Neighbours (0 and 1, 2 and 3, ...) share their prompt, as pairs and groups do; the first two
     differ in one token, the first of the response. Prompts and completions differ in length, some
@@ -32,7 +32,7 @@ def example_data(
     is added; its name decides its values (see `case.role_of`).
 
     Returns:
-        The first datums that the loss runs on, else plain `(N,)` ones; and the form of logprobs.
+        The first datums that the loss runs on, else plain `(N,)` ones; and its loss_type_input.
     """
     count = COUNT if COUNT % group_size == 0 else 2 * group_size
     if _wants_vocab(loss_fn, loss_type_input):
@@ -58,7 +58,7 @@ def _wants_vocab(loss_fn: LossFn, loss_type_input: str | None) -> bool:
 
 
 def _fill(
-    loss_fn: LossFn, make: Maker, form: LossTypeInput, count: int, seed: int
+    loss_fn: LossFn, make: Maker, loss_type: LossTypeInput, count: int, seed: int
 ) -> tuple[list[Datum], bool]:
     """Build datums with every input that the loss looks up, and say whether it runs on them.
 
@@ -69,7 +69,7 @@ def _fill(
     while True:
         data = [make(i, fields) for i in range(count)]
         reads: set[str] = set()
-        logprobs = [lp.requires_grad_(True).clone() for lp in draw_logprobs(data, form, seed)]
+        logprobs = [lp.requires_grad_(True).clone() for lp in draw_logprobs(data, loss_type, seed)]
         try:
             loss_fn(copies(data, reads), logprobs)
             return data, True

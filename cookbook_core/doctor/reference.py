@@ -58,7 +58,7 @@ def sign(case: Case) -> list[Finding]:
 
 
 def _all_one_way(case: Case, sums: list[float]) -> list[Finding]:
-    """Without pairs or advantages, a loss that lowers every target without a bound lost its minus.
+    """Detect a missing minus sign: descent lowers every target's logprob without bound.
 
     sums: total gradient of each datum.
     """
@@ -272,6 +272,7 @@ def _verdict(
         words = f"behaves like {name}" if name else "has the gradient of k2"
         return [Finding("kl", "ok", f"{words}: its expected gradient is that of KL(policy || ref)")]
     words = f"behaves like {name}" if name else "is none of the known estimators"
-    other = "KL(ref || policy), the other direction" if name == "k3" else "something else"
-    words = f"{words}: its expected gradient is that of {other}"
+    other = "that of KL(ref || policy), the other direction"
+    other = other if name == "k3" else "not that of a known KL"
+    words = f"{words}: its expected gradient is {other}"
     return [Finding("kl", "note", f"{words} (cosine {along:.3f} with KL(policy || ref))")]

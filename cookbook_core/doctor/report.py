@@ -44,7 +44,7 @@ class Finding:
 def defect(
     check: str, where: str, what: str, expected: object, got: object, fix: str = ""
 ) -> Finding:
-    """Make a finding that spoils a run."""
+    """Make a finding of status defect."""
     return Finding(check, "defect", what, where, str(expected), str(got), fix)
 
 
@@ -54,7 +54,7 @@ def not_checked(check: str, reason: str) -> Finding:
 
 
 def from_error(check: str, where: str, error: CookbookError) -> Finding:
-    """Report an error as a defect, at `where` unless the error has a place of its own."""
+    """Report an error as a defect, at `where` unless the error has its own `where`."""
     slots = error.slots() | {"where": error.where or where}
     return Finding(check, "defect", error=error, **slots)
 

@@ -197,18 +197,18 @@ def mapped(future: Future[Any], convert: Any) -> Future[Any]:
 def async_version(
     method: Callable[Concatenate[Client, P], T],
 ) -> Callable[Concatenate[Client, P], Coroutine[Any, Any, T]]:
-    """The SDK's `name_async` of a client's method: awaits to what the method returns."""
+    """Make the `*_async` variant: awaiting it returns the method's return value."""
 
     async def call(self: Client, *args: P.args, **kwargs: P.kwargs) -> T:
         return getattr(self, method.__name__)(*args, **kwargs)
 
-    return _named_async(method, call, "what it returns")
+    return _named_async(method, call, "the same value")
 
 
 def async_result(
     method: Callable[Concatenate[Client, P], APIFuture[T]],
 ) -> Callable[Concatenate[Client, P], Coroutine[Any, Any, T]]:
-    """The SDK's `name_async` of a method that returns a future: awaits to the future's result."""
+    """Make the `*_async` variant: awaiting it returns the result of the method's future."""
 
     async def call(self: Client, *args: P.args, **kwargs: P.kwargs) -> T:
         return await getattr(self, method.__name__)(*args, **kwargs)
@@ -220,9 +220,11 @@ def async_result(
     return call
 
 
-def _named_async(method: Any, call: Any, awaits_to: str) -> Any:
+def _named_async(method: Any, call: Any, returned: str) -> Any:
     call = functools.wraps(method)(call)
     call.__name__, call.__qualname__ = f"{method.__name__}_async", f"{method.__qualname__}_async"
     text = inspect.getdoc(method)
-    call.__doc__ = f"Async version of `{method.__name__}`; awaits to {awaits_to}.\n\n{text}"
+    call.__doc__ = (
+        f"Async version of `{method.__name__}`; awaiting it returns {returned}.\n\n{text}"
+    )
     return call

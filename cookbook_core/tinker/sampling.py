@@ -99,7 +99,7 @@ class SamplingClient:
         if len(prompts) != len(sampling_params):
             raise ConfigError(
                 "sampling_params", "not one per prompt", expected=len(prompts),
-                got=len(sampling_params),
+                got=len(sampling_params), fix="Pass one SamplingParams per prompt.",
             )  # fmt: skip
         inputs = [own_input(prompt) for prompt in prompts]
         params = [own_params(SamplingParams, p) for p in sampling_params]

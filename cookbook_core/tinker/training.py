@@ -109,8 +109,8 @@ class TrainingClient:
                 (`[t][ids]` costs one), and no target_tokens are needed. None: "logprobs".
 
         Returns:
-            metrics: "loss" (your loss), your own metrics, "passes" (1, or 2 if the graph does not
-            fit in memory, and at a service), "tokens". loss_fn_outputs is empty for
+            metrics: "loss" (your loss), your own metrics, "passes" (1; 2 if the graph does not
+            fit in memory, or on a service), "tokens". loss_fn_outputs is empty for
             "vocab_logprobs".
 
         Raises:
@@ -118,18 +118,18 @@ class TrainingClient:
             LossError: from the future, if the loss raises or has no finite gradient; nothing is
                 accumulated then.
         """
-        form = check_loss(loss_fn, loss_type_input)
-        own = self._own(data, ("target_tokens",) if form == "logprobs" else ())
+        loss_type = check_loss(loss_fn, loss_type_input)
+        own = self._own(data, ("target_tokens",) if loss_type == "logprobs" else ())
         if own is not data:
             loss_fn = loss_on(data, loss_fn)
         return self._gradient(
-            "forward_backward_custom", self._backend.forward_backward(list(own), loss_fn, form)
+            "forward_backward_custom", self._backend.forward_backward(list(own), loss_fn, loss_type)
         )
 
     def optim_step(
         self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
     ) -> APIFuture[OptimStepResponse]:
-        """Take one AdamW step on the accumulated gradient, which is used up.
+        """Take one AdamW step on the accumulated gradient, and clear the gradient.
 
         Args:
             optim_params: learning rate, betas, eps, weight decay and clipping; required.
@@ -300,7 +300,7 @@ class TrainingClient:
         """The batch as this package's datums, validated."""
         data, model = own_data(data), self._backend.info.model_data
         size = model.vocab_size
-        check_data(data, vocab_size=size, max_context=model.max_context_length, needs=needs)
+        check_data(data, vocab_size=size, max_context_length=model.max_context_length, needs=needs)
         return data
 
     def _gradient(self, label: str, future: Future[T]) -> APIFuture[T]:

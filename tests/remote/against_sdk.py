@@ -330,7 +330,7 @@ def test_an_invalid_result_is_an_error(fake, client, mood, by_name):
 
 def test_flattened_candidates_are_an_error(fake, client):
     fake.mood = "flat"
-    with pytest.raises(RequestError, match=r"output\[0\].*not that of target_tokens"):
+    with pytest.raises(RequestError, match=r"output\[0\].*does not match target_tokens"):
         client.forward_backward_custom(make_random_data(2, k=2), squared).result(60)
 
 
