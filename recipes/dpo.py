@@ -40,12 +40,11 @@ from cookbook_core import (
     chat,
     clients,
     datum_from_prompt_completion,
-    errors,
     runs,
     tinker,
     weighted_sums,
 )
-from cookbook_core import data as dataset
+from cookbook_core.data import batch_indices, train_test
 
 # ---- config --------------------------------------------------------------------------------------
 
@@ -112,12 +111,13 @@ def dpo_loss(
         metrics: accuracy in [0, 1] (a tie counts one half), reward_margin (times beta),
             chosen_logprob and rejected_logprob (nats per sequence).
     Raises:
-        DatumError: odd number of datums, or ref_logprobs or weights missing or misaligned.
+        ValueError: odd number of datums. DatumError: ref_logprobs or weights missing, misaligned.
     """
     if len(data) % 2:
-        where, rule = f"data[{len(data) - 1}]", "chosen, rejected, chosen, rejected, ..."
-        got, fix = f"{len(data)} datums", "Keep both members of each pair in the batch."
-        raise errors.DatumError(where, "has no partner", expected=rule, got=got, fix=fix)
+        raise ValueError(
+            f"data[{len(data) - 1}]: has no partner. Expected chosen, rejected, chosen, ..., got "
+            f"{len(data)} datums. Keep both members of each pair in the batch."
+        )
     policy = weighted_sums(data, logprobs)  # (D,) log p of each completion
     reference = weighted_sums(data, "ref_logprobs").to(policy)
     log_ratio = policy - reference
@@ -159,9 +159,7 @@ def build_pairs(
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
     """Train from the start, or resume; return the held-out metrics at the end."""
-    train_rows, test_rows = dataset.train_test(
-        config.dataset, chat.PAIRS, config.test_rows, config.seed
-    )
+    train_rows, test_rows = train_test(config.dataset, chat.PAIRS, config.test_rows, config.seed)
     panels = [
         runs.Panel("loss", "loss", ["loss", "test_loss"]),
         runs.Panel("held-out accuracy", "share of pairs", ["test_accuracy"], 0.5, "chance"),
@@ -204,7 +202,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         for step in run.steps(client):
             if step % config.eval_every == 0:
                 run.log(step, evaluate() if step else before)
-            rows = dataset.batch_indices(len(data) // 2, config.batch_size, step, config.seed)
+            rows = batch_indices(len(data) // 2, config.batch_size, step, config.seed)
             batch = [data[2 * row + side] for row in rows for side in (0, 1)]
             batch = clients.add_ref_logprobs(reference, batch)
             adam = tinker.AdamParams(config.learning_rate * (1 - step / config.num_steps))
