@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from cookbook_core import clients
 from cookbook_core.backend.local import engine
 from cookbook_core.backend.worker import Worker
-from cookbook_core.errors import ConfigError
+from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.tinker import ModelInput, SamplingParams, TrainingClient
 from tests.oracles.logprobs import adapter_of, engine_of
 
@@ -71,6 +73,43 @@ def test_a_batch_of_prompts_is_decoded_as_one_unit(
     groups = clients.rollout(sampler, [[5, 6], [7, 8]], 3, max_tokens=2)
     assert sizes == [3, 4, 2, 2]
     assert [len(group) for group in groups] == [3, 3]
+
+
+def test_coroutines_that_start_together_are_one_unit(
+    connect: Callable[..., TrainingClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tinker-cookbook scores references and samples: gathered, however long each takes to ask.
+
+    One that is refused fails alone.
+    """
+    sizes: list[int] = []
+    score = engine.Engine.score
+
+    def counted(self: Any, adapter: Any, data: Any, datum_indices: Any = None) -> Any:
+        sizes.append(len(data))
+        return score(self, adapter, data, datum_indices)
+
+    monkeypatch.setattr(engine.Engine, "score", counted)
+    sampler = connect().save_weights_and_get_sampling_client().result()
+    make = sampler._backend.compute_logprobs
+
+    def slowly(prompt: ModelInput) -> Any:
+        time.sleep(0.02)
+        return make(prompt)
+
+    monkeypatch.setattr(sampler._backend, "compute_logprobs", slowly)
+
+    async def gathered() -> list[Any]:
+        prompts = [ModelInput.from_ints([5, 6, 7 + n]) for n in range(5)]
+        prompts.insert(2, ModelInput.from_ints([5]))
+        return await asyncio.gather(
+            *(sampler.compute_logprobs_async(p) for p in prompts), return_exceptions=True
+        )
+
+    results = asyncio.run(gathered())
+    assert sizes == [5]
+    assert isinstance(results[2], DatumError)
+    assert [len(r) for n, r in enumerate(results) if n != 2] == [3] * 5
 
 
 def test_parameters_of_a_batch_of_prompts(connect: Callable[..., TrainingClient]) -> None:

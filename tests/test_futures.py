@@ -187,10 +187,10 @@ def test_grouped_requests_run_together_and_in_order(worker):
         return [item * 10 for item in items]
 
     worker.submit("block", lambda: go.wait(30))
-    a = [future for i in range(3) for future in worker.submit_batch("sample", run, [i], "a")]
-    (b,) = worker.submit_batch("sample", run, [3], "b")
+    a = [worker.submit_grouped("sample", run, i, "a") for i in range(3)]
+    b = worker.submit_grouped("sample", run, 3, "b")
     c = worker.submit("other", lambda: batches.append("other"))
-    (d,) = worker.submit_batch("sample", run, [4], "a")
+    d = worker.submit_grouped("sample", run, 4, "a")
     go.set()
     assert [f.result() for f in [*a, b, d]] == [0, 10, 20, 30, 40]
     assert c.done()

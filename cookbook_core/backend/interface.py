@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from cookbook_core.custom_loss import LossFn, LossTypeInput
@@ -60,10 +61,11 @@ class SamplingBackend(Protocol):
         """
         ...
 
-    def sample_batch(
-        self, prompts: Sequence[ModelInput], num_samples: int, params: Sequence[SamplingParams]
-    ) -> list[Future[SampleResponse]]:
-        """Completions of each prompt; where the backend decodes itself, together as one unit."""
+    def unit(self) -> AbstractContextManager[None]:
+        """Compute the requests that this thread makes inside the block together, as one unit.
+
+        The same requests then give the same bits. No effect at a service.
+        """
         ...
 
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:

@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ class Worker:
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
+        self._collecting = threading.local()
         _workers.add(self)
 
     def submit(self, label: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
@@ -48,29 +50,51 @@ class Worker:
             RequestError: called from inside a request (a loss function), or after `close`.
         """
         job = _Job(label, function, list(args), [Future()])
-        self._put(job)
+        self._put([job])
         return job.futures[0]
 
-    def submit_batch(
+    def submit_grouped(
         self,
         label: str,
         function: Callable[[list[Any]], Sequence[Any]],
-        items: Sequence[Any],
-        group: Hashable | None = None,
-    ) -> list[Future[Any]]:
-        """Call `function(items)` as one unit; it gives one result for each item.
+        item: Any,
+        group: Hashable,
+    ) -> Future[Any]:
+        """Call `function([item, ...])`, which returns one result for each item.
 
         Args:
             label: what errors call the request.
             function: what to call.
-            items: of the unit, in order.
-            group: a key that lets requests of the same key that are already waiting in the queue
-                run in the same call. Which those are depends on timing. None: this unit alone.
+            item: of this request.
+            group: requests of one group run in one call: those of a `unit`, or, outside of one,
+                those that are already waiting side by side. Which those are depends on timing.
         """
-        key = object() if group is None else group
-        job = _Job(label, function, list(items), [Future() for _ in items], key)
-        self._put(job)
-        return job.futures
+        jobs: list[_Job] | None = getattr(self._collecting, "jobs", None)
+        if jobs is None:
+            job = _Job(label, function, [item], [Future()], group)
+            self._put([job])
+        else:
+            job = _Job(label, function, [item], [Future()], (id(jobs), group))
+            jobs.append(job)
+        return job.futures[0]
+
+    @contextmanager
+    def unit(self) -> Iterator[None]:
+        """Collect the grouped requests that this thread makes inside, and queue them as one unit.
+
+        If the block raises, none of them is queued.
+        """
+        self._collecting.jobs = jobs = []
+        try:
+            yield
+        finally:
+            self._collecting.jobs = None
+        try:
+            if jobs:
+                self._put(jobs)
+        except RequestError as error:  # raised to whoever waits for the results
+            for job in jobs:
+                job.futures[0].set_exception(error)
 
     def close(self) -> None:
         """Serve everything that is queued, then end the thread; waits until it has ended."""
@@ -80,10 +104,10 @@ class Worker:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _put(self, job: _Job) -> None:
+    def _put(self, jobs: list[_Job]) -> None:
         if in_worker_thread():
             raise RequestError(
-                job.label,
+                jobs[0].label,
                 "requests cannot be made from inside a loss function, which occupies the queue",
                 fix="Make the call first and put its result on the datums with with_inputs().",
             )
@@ -91,12 +115,12 @@ class Worker:
         with self._changed:
             if self._closed:
                 raise RequestError(
-                    job.label, "this client has been closed", fix="Make a new ServiceClient."
+                    jobs[0].label, "this client has been closed", fix="Make a new ServiceClient."
                 )
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
                 self._thread.start()
-            self._jobs.append(job)
+            self._jobs.extend(jobs)
             self._changed.notify()
 
     def _serve(self) -> None:

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from cookbook_core.backend.threads import in_worker_thread
@@ -194,6 +195,41 @@ def mapped(future: Future[Any], convert: Any) -> Future[Any]:
     return out
 
 
+class JointCalls:
+    """Requests of coroutines that an event loop runs in one iteration, made as one unit.
+
+    `asyncio.gather` starts its coroutines in one iteration: what they ask for together is computed
+    together, whatever the timing.
+
+    Args:
+        unit: a context manager in which requests become a unit.
+    """
+
+    def __init__(self, unit: Callable[[], AbstractContextManager[None]]) -> None:
+        self._unit = unit
+        self._calls: dict[asyncio.AbstractEventLoop, list[tuple[Callable[[], Any], Any]]] = {}
+
+    async def make(self, request: Callable[[], APIFuture[T]]) -> APIFuture[T]:
+        """Call `request()` in the loop's next iteration, with those of other coroutines."""
+        loop = asyncio.get_running_loop()
+        made = loop.create_future()
+        if loop not in self._calls:
+            self._calls[loop] = []
+            loop.call_soon(self._make_all, loop)
+        self._calls[loop].append((request, made))
+        return await made
+
+    def _make_all(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._unit():
+            for request, made in self._calls.pop(loop):
+                if made.cancelled():
+                    continue
+                try:
+                    made.set_result(request())
+                except Exception as error:  # raised to the coroutine that made the request
+                    made.set_exception(error)
+
+
 def async_version(
     method: Callable[Concatenate[Client, P], T],
 ) -> Callable[Concatenate[Client, P], Coroutine[Any, Any, T]]:
@@ -206,12 +242,17 @@ def async_version(
 
 
 def async_result(
-    method: Callable[Concatenate[Client, P], APIFuture[T]],
+    method: Callable[Concatenate[Client, P], APIFuture[T]], *, joined: bool = False
 ) -> Callable[Concatenate[Client, P], Coroutine[Any, Any, T]]:
-    """Make the `*_async` variant: awaiting it returns the result of the method's future."""
+    """Make the `*_async` variant: awaiting it returns the result of the method's future.
+
+    joined: coroutines that are started together make their requests as one unit: see `JointCalls`.
+    """
 
     async def call(self: Client, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await getattr(self, method.__name__)(*args, **kwargs)
+        request = functools.partial(getattr(self, method.__name__), *args, **kwargs)
+        future = await self._joint_calls.make(request) if joined else request()  # type: ignore
+        return await future
 
     signature = inspect.signature(method)
     result = str(signature.return_annotation).partition("[")[2].removesuffix("]")

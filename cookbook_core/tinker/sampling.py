@@ -7,7 +7,7 @@ from typing import Any
 
 from cookbook_core.backend.interface import SamplingBackend
 from cookbook_core.errors import ConfigError
-from cookbook_core.tinker.futures import APIFuture, async_result, async_version
+from cookbook_core.tinker.futures import APIFuture, JointCalls, async_result, async_version
 from cookbook_core.tinker.sdk_objects import own_params
 from cookbook_core.types import ModelInput, SampleResponse, SamplingParams, TensorData
 from cookbook_core.types.model_input import own_input
@@ -19,11 +19,13 @@ class SamplingClient:
     Single requests are decoded together with those that are already waiting, so submit all before
     waiting for one. Which ones share a loop depends on timing, and the shapes of its matrix
     products move last bits. `sample_batch` decodes its prompts as one unit: the same seeds give the
-    same bits.
+    same bits. So do `sample_async` and `compute_logprobs_async` of coroutines that are started
+    together, as `asyncio.gather` does.
     """
 
     def __init__(self, backend: SamplingBackend) -> None:
         self._backend = backend
+        self._joint_calls = JointCalls(backend.unit)
 
     def sample(
         self,
@@ -101,10 +103,11 @@ class SamplingClient:
                 "sampling_params", "not one per prompt", expected=len(prompts),
                 got=len(sampling_params), fix="Pass one SamplingParams per prompt.",
             )  # fmt: skip
-        inputs = [own_input(prompt) for prompt in prompts]
-        params = [own_params(SamplingParams, p) for p in sampling_params]
-        futures = self._backend.sample_batch(inputs, num_samples, params)
-        return [APIFuture(future, "sample") for future in futures]
+        with self._backend.unit():
+            return [
+                self.sample(prompt, num_samples, params)
+                for prompt, params in zip(prompts, sampling_params, strict=True)
+            ]
 
     def compute_logprobs(
         self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
@@ -138,6 +141,6 @@ class SamplingClient:
         """Name or path of the base model."""
         return self._backend.model_data.model_name or ""
 
-    sample_async = async_result(sample)
-    compute_logprobs_async = async_result(compute_logprobs)
+    sample_async = async_result(sample, joined=True)
+    compute_logprobs_async = async_result(compute_logprobs, joined=True)
     get_base_model_async = async_version(get_base_model)

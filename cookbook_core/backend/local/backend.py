@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from cookbook_core.backend.local.model_ids import ModelIds
 from cookbook_core.backend.local.multiprocess.engine import SharedEngine
 from cookbook_core.backend.local.multiprocess.group import joined
 from cookbook_core.backend.local.scoring.memory_limits import check_mode
-from cookbook_core.backend.sampling_requests import SampleRequest, prompt_datum, sampling_request
+from cookbook_core.backend.sampling_requests import prompt_datum, sampling_request
 from cookbook_core.backend.worker import Worker, refuse_after_failure
 from cookbook_core.custom_loss import LossFn, LossTypeInput
 from cookbook_core.errors import CheckpointError, check_text
@@ -241,26 +242,15 @@ class LocalSampler:
         """Queued; decoded together with requests of this snapshot that are waiting by then."""
         wanted = include_prompt_logprobs, topk_prompt_logprobs
         request = sampling_request(self.model_data, prompt, num_samples, params, *wanted)
-        return self._submit_samples([request], group="sample")[0]
-
-    def sample_batch(
-        self, prompts: Sequence[ModelInput], num_samples: int, params: Sequence[SamplingParams]
-    ) -> list[Future[SampleResponse]]:
-        requests = [
-            sampling_request(self.model_data, prompt, num_samples, p, False, 0)
-            for prompt, p in zip(prompts, params, strict=True)
-        ]
-        return self._submit_samples(requests, group=None)
-
-    def _submit_samples(
-        self, requests: list[SampleRequest], group: str | None
-    ) -> list[Future[SampleResponse]]:
         sample = partial(self._engine.sample, self._adapter)
-        return self._worker.submit_batch("sample", sample, requests, group and (group, id(self)))
+        return self._worker.submit_grouped("sample", sample, request, ("sample", id(self)))
+
+    def unit(self) -> AbstractContextManager[None]:
+        return self._worker.unit()
 
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
         """log p of each prompt token given those before it, through the training's scoring path."""
         datum = prompt_datum(self.model_data, prompt)
         score = partial(self._engine.compute_logprobs, self._adapter)
         group = "compute_logprobs", id(self)
-        return self._worker.submit_batch("compute_logprobs", score, [datum], group)[0]
+        return self._worker.submit_grouped("compute_logprobs", score, datum, group)

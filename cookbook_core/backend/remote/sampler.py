@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from cookbook_core.backend.interface import SamplingBackend
@@ -47,11 +47,8 @@ class RemoteSampler:
         )
         return connection.watch("sample", answer)
 
-    def sample_batch(
-        self, prompts: Sequence[ModelInput], num_samples: int, params: Sequence[SamplingParams]
-    ) -> list[Future[SampleResponse]]:
-        pairs = zip(prompts, params, strict=True)
-        return [self.sample(prompt, num_samples, p) for prompt, p in pairs]
+    def unit(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
         prompt_datum(self.model_data, prompt)  # validate before sending
