@@ -10,8 +10,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cookbook_core import chat
-from cookbook_core.custom_loss import logprobs_from_output
+from cookbook_core import chat, custom_loss
+from cookbook_core.custom_loss import LossFn, logprobs_from_output
 from cookbook_core.datums import with_inputs
 from cookbook_core.errors import ConfigError, LossError, RequestError
 from cookbook_core.runs.run_folder import find_checkpoint, has_begun
@@ -112,6 +112,24 @@ def score(client: TrainingClient, data: Sequence[Datum]) -> list[torch.Tensor]:
         D tensors, nats, each of the shape of its target_tokens.
     """
     return logprobs_from_output(client.forward(list(data), "cross_entropy").result(), data)
+
+
+def evaluate(
+    loss_fn: LossFn, data: Sequence[Datum], logprobs: Sequence[torch.Tensor]
+) -> dict[str, float]:
+    """Compute a loss on held-out datums, with the checks and error messages of a training step.
+
+    Args:
+        loss_fn: see `custom_loss.LossFn`.
+        data: D datums.
+        logprobs: D tensors, nats, as `score` returns them.
+    Returns:
+        "loss", which may be NaN or infinite here, and the loss's own metrics.
+    Raises:
+        LossError: the loss raised, or returned another structure; its own lines come first.
+    """
+    result = custom_loss.evaluate(loss_fn, data, logprobs, finite=False)
+    return {"loss": result.loss, **result.metrics}
 
 
 def add_ref_logprobs(reference: TrainingClient, data: Sequence[Datum]) -> list[Datum]:

@@ -205,7 +205,11 @@ def differentiate(
 
 
 def evaluate(
-    loss_fn: LossFn, data: Sequence[Datum], logprobs: Sequence[torch.Tensor]
+    loss_fn: LossFn,
+    data: Sequence[Datum],
+    logprobs: Sequence[torch.Tensor],
+    *,
+    finite: bool = True,
 ) -> LossResult:
     """Run the loss once without gradients, for `forward`: the result's `grads` is empty.
 
@@ -213,6 +217,7 @@ def evaluate(
         loss_fn: see `LossFn`.
         data: D datums.
         logprobs: D tensors, nats, any shape.
+        finite: False accepts a loss that is NaN or infinite.
     Returns:
         LossResult, its loss the value of a 0-d tensor.
     Raises:
@@ -228,12 +233,14 @@ def evaluate(
             raise
         except Exception as error:
             raise LossError.caused_by(where, error) from error
-        loss, metrics = _loss_and_metrics(where, returned)
+        loss, metrics = _loss_and_metrics(where, returned, finite=finite)
     return LossResult(loss.item(), metrics, [])
 
 
-def _loss_and_metrics(where: str, returned: Any) -> tuple[torch.Tensor, dict[str, float]]:
-    """Validate what a loss returned: a finite 0-d tensor, and metrics that are numbers.
+def _loss_and_metrics(
+    where: str, returned: Any, *, finite: bool = True
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Validate what a loss returned: a (finite) 0-d tensor, and metrics that are numbers.
 
     Raises:
         LossError: another structure, or a metric that is not a number.
@@ -262,7 +269,7 @@ def _loss_and_metrics(where: str, returned: Any) -> tuple[torch.Tensor, dict[str
             got=f"shape {tuple(loss.shape)}, {loss.dtype} on {loss.device}",
             fix="Reduce it: .sum() or .mean().",
         )
-    if not torch.isfinite(loss):
+    if finite and not torch.isfinite(loss):
         raise NotFiniteError(
             where,
             "loss is not finite",

@@ -221,8 +221,8 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
 
         def evaluate() -> tuple[dict[str, float], list[torch.Tensor]]:
             logprobs = clients.score(client, test_data)
-            loss, metrics = bradley_terry_loss(test_data, logprobs)
-            return {f"test_{k}": v for k, v in {"loss": loss.item(), **metrics}.items()}, logprobs
+            metrics = clients.evaluate(bradley_terry_loss, test_data, logprobs)
+            return {f"test_{k}": v for k, v in metrics.items()}, logprobs
 
         before = run.once("before", lambda: evaluate()[0])
         for step in run.steps(client):
@@ -258,7 +258,8 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         )
         print(f"scorer: {saved}\nplot: {run.plot(panels)}")
         print(
-            f"as a reward: python -m recipes.grpo --dataset {config.dataset} --reward_model {saved}"
+            f"as a reward: python -m recipes.grpo --dataset {config.dataset} --max_tokens 24 "
+            f"--reward_model {saved}"
         )
         return after
 

@@ -189,8 +189,8 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         loss_fn = partial(dpo_loss, beta=config.beta)
 
         def evaluate() -> dict[str, float]:
-            loss, metrics = loss_fn(test_data, clients.score(client, test_data))
-            return {f"test_{k}": v for k, v in {"loss": loss.item(), **metrics}.items()}
+            metrics = clients.evaluate(loss_fn, test_data, clients.score(client, test_data))
+            return {f"test_{k}": v for k, v in metrics.items()}
 
         samples = run.once("samples", lambda: clients.offers_sampling(service, config.model))
 

@@ -179,12 +179,13 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         samples = run.once("samples", lambda: clients.offers_sampling(service, config.model))
 
         def evaluate() -> tuple[dict[str, float], list[str]]:
-            loss, _ = sft_loss(test_data, clients.score(client, test_data))
+            logprobs = clients.score(client, test_data)
+            loss = clients.evaluate(sft_loss, test_data, logprobs)["loss"]
             if not samples:
-                return {"test_loss": loss.item()}, ["(not sampled)"] * len(test_rows)
+                return {"test_loss": loss}, ["(not sampled)"] * len(test_rows)
             answers = generate(client, test_rows, config.max_tokens)
             hits = [a.strip() == e.strip() for a, e in zip(answers, expected, strict=True)]
-            return {"test_loss": loss.item(), "test_exact_match": sum(hits) / len(hits)}, answers
+            return {"test_loss": loss, "test_exact_match": sum(hits) / len(hits)}, answers
 
         before, answers_before = run.once("before", evaluate)
         for step in run.steps(client):

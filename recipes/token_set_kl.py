@@ -202,9 +202,9 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
 
         def evaluate() -> tuple[dict[str, float], list[list[float]]]:
             logprobs = clients.score(client, test_data)
-            loss, metrics = loss_fn(test_data, logprobs)
+            metrics = clients.evaluate(loss_fn, test_data, logprobs)
             shares = [lp[-1].softmax(dim=-1).tolist() for lp in logprobs[:3]]
-            return {f"test_{k}": v for k, v in {"loss": loss.item(), **metrics}.items()}, shares
+            return {f"test_{k}": v for k, v in metrics.items()}, shares
 
         before, shown_before = run.once("before", evaluate)
         for step in run.steps(client):

@@ -35,6 +35,8 @@ def test_help_needs_no_heavy_import() -> None:
     [
         ([], "usage: cookbook"),
         (["new", "dop"], 'no recipe "dop". Did you mean "dpo"?'),
+        (["new", "dpo", "json.py"], "hides the module of that name"),
+        (["new", "dpo", "torch.py"], "hides the module of that name"),
         (["new", "dpo", "dpo"], "such as my_dpo.py, got dpo"),
         (["new", "dpo", "no/such/dpo.py"], "no such folder"),
         (["new", "dpo", "there.py"], "there.py: exists"),

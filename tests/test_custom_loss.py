@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cookbook_core import with_inputs
+from cookbook_core import clients, with_inputs
 from cookbook_core.custom_loss import (
     LossResult,
     differentiate,
@@ -488,3 +488,20 @@ def test_bad_data_is_refused_at_once(client: TrainingClient) -> None:
     bad = Datum(ModelInput.from_ints([1, 2]), {"weights": [1.0, 1.0]})
     with pytest.raises(DatumError, match=r'data\[0\].*"target_tokens".*got weights'):
         client.forward_backward_custom([bad], total)
+
+
+def test_a_loss_on_held_out_data_is_checked_as_in_training(random_data):
+    """Recipes measure before the first step: a bug in the loss first shows there."""
+    data = random_data(2)
+    logprobs = [torch.zeros(d.model_input.length) for d in data]
+
+    def broken(data, logprobs):
+        return data[0].loss_fn_inputs["nope"], {}
+
+    with pytest.raises(LossError, match=r"broken\(\): raised KeyError: 'nope'. See line \d+ of"):
+        clients.evaluate(broken, data, logprobs)
+    with pytest.raises(LossError, match=r"not a tensor.*got float"):
+        clients.evaluate(lambda data, lps: (float(lps[0].sum()), {}), data, logprobs)
+    found = clients.evaluate(lambda data, lps: (lps[0].sum() / 0, {"a": 1}), data, logprobs)
+    assert np.isnan(found["loss"])
+    assert found["a"] == 1.0

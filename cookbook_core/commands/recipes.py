@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -38,6 +39,10 @@ def listing() -> str:
     return "\n".join(lines)
 
 
+SHADOWED = ("cookbook_core", "datasets", "matplotlib", "numpy", "peft", "torch", "transformers")
+"""Modules that recipes import: a script of such a name would be imported in their place."""
+
+
 def new(recipe: str, target: Path | None = None) -> Path:
     """Copy a recipe to a new file; commands in its text are changed to name that file.
 
@@ -47,7 +52,8 @@ def new(recipe: str, target: Path | None = None) -> Path:
     Returns:
         The file.
     Raises:
-        ConfigError: no such recipe, or a target that exists, does not end in .py or has no folder.
+        ConfigError: no such recipe, or a target that exists, does not end in .py, has no folder, or
+            has the name of a module that recipes import.
     """
     recipes = find_recipes()
     if recipe not in recipes:
@@ -56,6 +62,9 @@ def new(recipe: str, target: Path | None = None) -> Path:
     if path.suffix != ".py":
         rule = f"a name ending in .py, such as my_{recipe}.py"
         raise ConfigError("cookbook new", "not a Python file's name", expected=rule, got=path)
+    if path.stem in sys.stdlib_module_names or path.stem in SHADOWED:
+        fix = f"Give another name, such as my_{recipe}.py."
+        raise ConfigError("cookbook new", "hides the module of that name", got=path, fix=fix)
     if not path.parent.is_dir():
         fix = "Create it first."
         raise ConfigError("cookbook new", "no such folder", got=path.parent, fix=fix)
