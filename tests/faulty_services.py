@@ -352,6 +352,9 @@ class Sampler:
     def logprobs(self, prompt: ModelInput, params: Any, sequence: Any) -> Any:
         return sequence.logprobs_np
 
+    def unit(self):
+        return self.inner.unit()
+
     def sample(self, prompt, num_samples, params, *more):
         def run() -> Any:
             response = self.inner.sample(prompt, num_samples, self.params(params), *more).result()
