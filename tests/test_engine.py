@@ -64,14 +64,15 @@ def test_a_batch_of_prompts_is_decoded_as_one_unit(
     blocked = client._backend._backend.worker.submit("block", release.wait, 30)
     singles = [sampler.sample(prompt, 1, params) for _ in range(3)]
     rolled = sampler.sample_batch([prompt] * 4, 2, [params] * 4)
+    rolled += sampler.sample_batch([prompt] * 5, 1, [params] * 5)  # a unit of its own
     singles += [sampler.sample(prompt, 1, params) for _ in range(2)]
     release.set()
     assert blocked.result()
     for future in [*singles, *rolled]:
         future.result()
-    assert sizes == [3, 4, 2]
+    assert sizes == [3, 4, 5, 2]
     groups = clients.rollout(sampler, [[5, 6], [7, 8]], 3, max_tokens=2)
-    assert sizes == [3, 4, 2, 2]
+    assert sizes == [3, 4, 5, 2, 2]
     assert [len(group) for group in groups] == [3, 3]
 
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cookbook_core.backend.threads import in_worker_thread, mark_worker_thread, release_helpers
@@ -18,17 +18,17 @@ from cookbook_core.errors import RequestError
 
 @dataclass
 class _Job:
-    """One call of `function`, and the futures of its results.
+    """A request and the future of its result.
 
-    group None: `function(*items)` has one result. Otherwise `function(items)` has one for each
-    item, and neighbours of the same group in the queue are run as one call.
+    group None: the result is `function(*args)`. Otherwise `args` is one item, and neighbours of the
+    same group in the queue run as one call, `function(items)`, which has one result for each.
     """
 
     label: str
     function: Callable[..., Any]
-    items: list[Any]
-    futures: list[Future[Any]]
+    args: tuple[Any, ...]
     group: Hashable | None = None
+    future: Future[Any] = field(default_factory=Future)
 
 
 class Worker:
@@ -49,9 +49,9 @@ class Worker:
         Raises:
             RequestError: called from inside a request (a loss function), or after `close`.
         """
-        job = _Job(label, function, list(args), [Future()])
+        job = _Job(label, function, args)
         self._put([job])
-        return job.futures[0]
+        return job.future
 
     def submit_grouped(
         self,
@@ -69,14 +69,14 @@ class Worker:
             group: requests of one group run in one call: those of a `unit`, or, outside of one,
                 those that are already waiting side by side. Which those are depends on timing.
         """
-        jobs: list[_Job] | None = getattr(self._collecting, "jobs", None)
-        if jobs is None:
-            job = _Job(label, function, [item], [Future()], group)
+        unit: list[_Job] | None = getattr(self._collecting, "unit", None)
+        if unit is None:
+            job = _Job(label, function, (item,), group)
             self._put([job])
         else:
-            job = _Job(label, function, [item], [Future()], (id(jobs), group))
-            jobs.append(job)
-        return job.futures[0]
+            job = _Job(label, function, (item,), (self._collecting.key, group))
+            unit.append(job)
+        return job.future
 
     @contextmanager
     def unit(self) -> Iterator[None]:
@@ -84,17 +84,18 @@ class Worker:
 
         If the block raises, none of them is queued.
         """
-        self._collecting.jobs = jobs = []
+        self._collecting.unit = jobs = []
+        self._collecting.key = object()  # its own: neighbouring units must not run together
         try:
             yield
         finally:
-            self._collecting.jobs = None
+            self._collecting.unit = None
         try:
             if jobs:
                 self._put(jobs)
         except RequestError as error:  # raised to whoever waits for the results
             for job in jobs:
-                job.futures[0].set_exception(error)
+                job.future.set_exception(error)
 
     def close(self) -> None:
         """Serve everything that is queued, then end the thread; waits until it has ended."""
@@ -149,35 +150,29 @@ class Worker:
 
 def _run(job: _Job) -> None:
     """Call the job's function and settle its future."""
-    (future,) = job.futures
-    if not future.set_running_or_notify_cancel():
+    if not job.future.set_running_or_notify_cancel():
         return
     try:
-        result = job.function(*job.items)
+        result = job.function(*job.args)
     except BaseException as error:  # re-raised to whoever waits for the result
-        future.set_exception(error)
+        job.future.set_exception(error)
     else:
-        future.set_result(result)
+        job.future.set_result(result)
 
 
 def _run_batch(jobs: list[_Job]) -> None:
     """Run jobs of one group as one call, without the cancelled ones, and settle their futures."""
-    running = [pair for pair in _requests(jobs) if pair[1].set_running_or_notify_cancel()]
+    running = [job for job in jobs if job.future.set_running_or_notify_cancel()]
     if not running:
         return
     try:
-        results = jobs[0].function([item for item, _ in running])
+        results = running[0].function([job.args[0] for job in running])
     except BaseException as error:  # re-raised to whoever waits for the results
-        for _, future in running:
-            future.set_exception(error)
+        for job in running:
+            job.future.set_exception(error)
     else:
-        for (_, future), result in zip(running, results, strict=True):
-            future.set_result(result)
-
-
-def _requests(jobs: list[_Job]) -> Iterator[tuple[Any, Future[Any]]]:
-    for job in jobs:
-        yield from zip(job.items, job.futures, strict=True)
+        for job, result in zip(running, results, strict=True):
+            job.future.set_result(result)
 
 
 def refuse_after_failure(requests: Sequence[Future[Any]]) -> None:
