@@ -146,13 +146,14 @@ class Engine:
 
         Total memory, not free memory: results must not depend on the machine's load.
         """
+        return self.bank.merged(adapter if self._merges(adapter) else None)
+
+    def _merges(self, adapter: Adapter | None) -> bool:
         room = MERGE_SHARE * total_bytes(self.base.device)
-        fits = adapter is not None and self.bank.merged_bytes(adapter) <= room
-        return self.bank.merged(adapter if fits else None)
+        return adapter is not None and self.bank.merged_bytes(adapter) <= room
 
     def machine(self, adapter: Adapter) -> dict[str, Any]:
         """What results depend on besides seed and data, down to their last bits."""
-        room = MERGE_SHARE * total_bytes(self.base.device)
         return {
             "device": str(self.base.device),
             "dtype": str(self.base.model.dtype).removeprefix("torch."),
@@ -161,7 +162,7 @@ class Engine:
             "micro_batch_tokens": self.scorer.micro_batch_tokens,
             "packed_rows": self.scorer.packs,
             "sampling_tokens": TOKEN_BUDGET,
-            "merged_for_sampling": self.bank.merged_bytes(adapter) <= room,
+            "merged_for_sampling": self._merges(adapter),
         }
 
 
