@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -268,7 +267,7 @@ class Follower:
         options = header["options"]
         wanted = options["device"]
         if wanted.startswith("cuda") or (wanted == "auto" and torch.cuda.is_available()):
-            options["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            options["device"] = f"cuda:{torch.cuda.current_device()}"  # which Group has set
         base = load_base_model(**options)
         engine = Engine(base, header["gradient_checkpointing"])
         self._group.exchange({"fingerprint": base.identity()["fingerprint"]})
