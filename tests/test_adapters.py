@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
 
-from cookbook_core import tinker
+from cookbook_core import clients, tinker
 from cookbook_core.backend.local.model import adapters
 from cookbook_core.backend.local.model.adapters import AdapterBank
 from cookbook_core.backend.local.model.loading import load_base_model
 from cookbook_core.types import LoraConfig
 from tests.conftest import VOCAB, make_random_data
+from tests.oracles.counts import Count
 from tests.oracles.logprobs import adapter_of, engine_of, randomize
 
 
@@ -106,10 +104,10 @@ def test_copied_adapters_lie_at_the_addresses_of_the_first(
     service = make_service(dtype=dtype)
     seeds = (0, 1)
     made = [service.create_lora_training_client(model_folder(), 4, seed=s) for s in seeds]
-    clients = [client.result(60) for client in made]
-    bank, scorer = engine_of(clients[0]).bank, engine_of(clients[0]).scorer
+    both = [client.result(60) for client in made]
+    bank, scorer = engine_of(both[0]).bank, engine_of(both[0]).scorer
     data, seen = make_random_data(3), []
-    for client, seed in zip(clients, seeds, strict=True):
+    for client, seed in zip(both, seeds, strict=True):
         randomize(client, seed)
         adapter = adapter_of(client)
         results = []
@@ -128,7 +126,7 @@ def test_copied_adapters_lie_at_the_addresses_of_the_first(
     (one, places), (other, other_places) = seen
     assert one != other
     assert places == other_places
-    own = {p.data_ptr() for client in clients for p in adapter_of(client).params}
+    own = {p.data_ptr() for client in both for p in adapter_of(client).params}
     assert not own & set(places)
     assert (adapter.slot.rounded is None) == (dtype == "float32")
 
@@ -152,19 +150,6 @@ def test_an_adapter_is_one_tensor_whatever_is_done_to_it(service, model_folder) 
     assert adapter.flat.data_ptr() == start
 
 
-class Count(TorchDispatchMode):
-    """Counts operators other than views: on a GPU, launches (of `_foreach`: a few) and syncs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
-            self.seen[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_step_needs_as_many_kernels_for_any_number_of_tensors(service, model_folder) -> None:
     counts = []
     for train_mlp in (False, True):
@@ -186,3 +171,40 @@ def test_a_step_needs_as_many_kernels_for_any_number_of_tensors(service, model_f
     assert one == other
     assert sum(one.values()) < 50
     assert one["aten::_local_scalar_dense"] <= 2  # one per accumulate; `tolist` is the step's
+
+
+def test_the_rounded_adapter_is_never_stale(model_folder, make_service) -> None:
+    """Made once per use: equal to a new client with the same values after every kind of change."""
+    service, data = make_service(dtype="bfloat16"), make_random_data(3)
+    client, other = (
+        service.create_lora_training_client(model_folder(), rank=4, seed=s).result(60)
+        for s in (0, 1)
+    )
+    randomize(client)
+    seen = [scores_of(client, data)]
+    for _ in range(2):
+        client.forward_backward(data, "cross_entropy").result(60)
+        client.optim_step(tinker.AdamParams(learning_rate=0.1)).result(60)
+        scores_of(other, data)  # another adapter in the same slot
+        seen.append(scores_of(client, data))
+    path = client.save_state("saved").result(60).path
+    fresh = make_service(dtype="bfloat16").create_training_client_from_state(path).result(60)
+    assert torch.equal(scores_of(fresh, data), seen[-1])
+    assert len({scores.sum().item() for scores in seen}) == 3
+    other.load_state(path).result(60)
+    assert torch.equal(scores_of(other, data), seen[-1])
+
+
+def test_a_graph_does_not_outlive_the_use_of_its_adapter(model_folder, make_service) -> None:
+    """The next use overwrites the rounded values: an error then, not a wrong gradient."""
+    service, data = make_service(dtype="bfloat16"), make_random_data(1)
+    client = service.create_lora_training_client(model_folder(), rank=4, seed=0).result(60)
+    bank, scorer = engine_of(client).bank, engine_of(client).scorer
+    with bank.active(adapter_of(client)) as params:
+        loss = scorer.score(data)[0].sum()
+    with bank.active(adapter_of(client)), pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(loss, params)
+
+
+def scores_of(client: tinker.TrainingClient, data: list[tinker.Datum]) -> torch.Tensor:
+    return torch.cat(clients.score(client, data))

@@ -275,9 +275,11 @@ class AdapterBank:
         for p in params.values():
             p.data = p.data.to(dtype)
         slot = Slot(name, config, params)
+        rounded = {}
         if model.dtype.itemsize < dtype.itemsize:
             slot.rounded = slot.new_flat(model.dtype)
-        fuse(model, name)
+            rounded = dict(zip(params.values(), slot.views(slot.rounded), strict=True))
+        fuse(model, name, rounded)
         self._active = self._slots[key] = slot
         return slot
 
