@@ -182,3 +182,16 @@ def test_lora_added_later_is_part_of_the_kernel_s_input(
         results.append(outcome(model))
     for ours, own in zip(*results, strict=True):
         assert float((ours - own).norm()) <= 1e-5 * float(own.norm())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_on_cuda_with_liger_where_it_is_installed(model_folder: Callable[..., str]) -> None:
+    """The kernels themselves: taken without a warning, near the module's own values."""
+    fused, own = (load(model_folder(), torch.float32) for _ in "12")
+    want = outcome(own)
+    fused_cuda.fuse(fused.cuda())
+    taken = {"Qwen3RMSNorm"} | ({"Qwen3MLP"} if fused_cuda._liger()[1] else set())
+    assert replaced(fused) == taken
+    x = fused.get_input_embeddings()(torch.arange(20, device="cuda")[None]).detach()
+    logits = fused(inputs_embeds=x, use_cache=False).logits
+    assert float((logits.cpu() - want[0]).norm()) <= 1e-4 * float(want[0].norm())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cookbook_core.backend.local.model.fused_lora import fuse
+from cookbook_core.backend.local.model.fused_lora import _product, fuse
 from tests.oracles.counts import Count
 
 
@@ -154,3 +154,14 @@ def test_dropout_and_other_layers_stay_with_peft(model_folder: Callable[..., str
     model = peft.get_peft_model(base, config, adapter_name="slot0")
     fuse(model, "slot0")
     assert not any(m.lora_variant for m in model.modules() if hasattr(m, "lora_variant"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_on_cuda_weight_gradients_are_not_rounded_to_the_base_s_dtype() -> None:
+    torch.manual_seed(0)
+    g, low = (torch.randn(4000, n, device="cuda").bfloat16() for n in (96, 8))
+    for one, other in ((g.t(), low), (low.t(), g)):
+        product = _product(one, other, torch.float32)
+        exact = one.double() @ other.double()
+        assert product.dtype == torch.float32
+        assert float((product - exact).norm()) < 1e-5 * float(exact.norm())
