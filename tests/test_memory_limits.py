@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cookbook_core.backend.local.scoring import memory_limits
-from cookbook_core.errors import ConfigError, DatumError
+from cookbook_core.errors import ConfigError, DatumError, RequestError
 from cookbook_core.tinker import ServiceClient, TrainingClient
 from tests.oracles.logprobs import adapter_of, assert_close, engine_of, randomize, take_gradient
 from tests.test_gradient_parity import squared
@@ -107,6 +107,50 @@ def test_an_unknown_mode_is_refused(make_service: Callable[..., ServiceClient]) 
     service = make_service(gradient_checkpointing="sometimes")
     with pytest.raises(ConfigError, match=r"gradient_checkpointing: .*\"auto\".*'sometimes'"):
         service.create_lora_training_client("tiny", rank=4)
+
+
+NAMES = {
+    "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "an asynchronous error": torch.AcceleratorError("CUDA error: out of memory"),
+    "triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(h)"),
+    "cudnn": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "mps": RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB, max allowed: 9 GB)"),
+    "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+    "numpy": MemoryError("Unable to allocate 8.00 TiB for an array"),
+}
+OTHERS = {
+    "a kernel too large": RuntimeError("No valid triton configs. OutOfResources: out of resource"),
+    "a launch": torch.AcceleratorError("CUDA error: too many resources requested for launch"),
+    "shapes": RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"),
+    "a value": ValueError("out of memory"),
+    "ours": RequestError("forward_backward", "out of memory"),
+}
+
+
+@pytest.mark.parametrize("name", [*NAMES, *OTHERS])
+def test_out_of_memory_has_many_names(
+    name: str, client: TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is handled by lowering the limits; what is not out of memory is raised unchanged."""
+    data, engine = family_data(), engine_of(client)
+    want = gradient(client, data)
+    score_batch, raised = engine.scorer.score_batch, []
+
+    def fail_once(batch: Any) -> Any:
+        if not raised:
+            raised.append({**NAMES, **OTHERS}[name])
+            raise raised[0]
+        return score_batch(batch)
+
+    monkeypatch.setattr(engine.scorer, "score_batch", fail_once)
+    if name in NAMES:
+        assert_close(gradient(client, data), want, NORMS)
+        return
+    with pytest.raises(type(OTHERS[name])) as error:
+        gradient(client, data)
+    assert error.value is OTHERS[name]
+    assert adapter_of(client).grads is None
 
 
 class OutOfMemory:

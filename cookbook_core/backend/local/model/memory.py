@@ -10,9 +10,29 @@ from pathlib import Path
 import torch
 
 from cookbook_core.backend.local.model.loading import BaseModel
+from cookbook_core.errors import CookbookError
 
 SHARE = 0.5
 """The share of free memory for kept graphs; the rest is for the backward and other processes."""
+
+
+_OUT_OF_MEMORY = ("out of memory", "_status_alloc_failed", "can't allocate memory")
+"""What the messages of failed allocations say, in lower case: CUDA, Triton and MPS; cuBLAS and
+cuDNN; torch's CPU allocator."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the CPU, failed to allocate memory.
+
+    torch raises OutOfMemoryError from its own allocators alone: libraries that allocate by
+    themselves (cuBLAS, cuDNN, Triton, MPS, an asynchronous CUDA error) report a RuntimeError.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, CookbookError) or not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    return any(words in text for words in _OUT_OF_MEMORY)
 
 
 def one_pass_tokens(base: BaseModel) -> int:

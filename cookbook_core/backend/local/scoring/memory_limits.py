@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cookbook_core.backend.local.model.loading import BaseModel
-from cookbook_core.backend.local.model.memory import one_pass_tokens
+from cookbook_core.backend.local.model.memory import is_out_of_memory, one_pass_tokens
 from cookbook_core.backend.local.scoring.scorer import MicroBatch, Scorer
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.types import Datum
@@ -115,8 +115,10 @@ class MemoryLimits:
             try:
                 result = run(limits)
                 break
-            except torch.OutOfMemoryError:
-                pass  # the traceback, which references the graphs, ends with this block
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # the traceback, which references the graphs, ended with that block
             torch.cuda.empty_cache()  # does nothing where there is no CUDA
             lowered = self._lower(limits, lengths, keeps_graphs)
             if lowered is None:
