@@ -143,6 +143,43 @@ def test_large_logits_neither_overflow_nor_rise_above_zero() -> None:
     assert float(found.max()) <= 0
 
 
+def test_products_into_float32_where_the_device_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are not rounded to bfloat16 before the softmax; the gradient is that of the layer.
+
+    The CPU lacks the product, so its exact value stands in for it.
+    """
+    head = make_head(0.5, 3.0, bias=True, dtype=torch.bfloat16)
+    hidden, targets, cotangent = inputs(3, torch.bfloat16)
+    wide = make_head(0.5, 3.0, bias=True, dtype=torch.bfloat16)
+    wide.module.double()
+    expected = naive(wide, hidden.double(), targets)
+
+    def errors() -> list[float]:
+        every = torch.log_softmax(head.logits(hidden), -1).gather(1, targets)
+        both = [target_logprobs(head, hidden, targets), every]
+        return [float((found - expected).abs().max()) for found in both]
+
+    def gradients() -> list[torch.Tensor]:
+        every = torch.log_softmax(head.logits(hidden), -1).gather(1, targets)
+        both = [target_logprobs(head, hidden, targets), every]
+        return [torch.autograd.grad(f, hidden, cotangent.float())[0].float() for f in both]
+
+    rounded, rounded_gradients = errors(), gradients()
+    assert min(rounded) > 1e-3
+    module = scoring.target_logprobs
+    monkeypatch.setattr(module, "_multiplies_into_float32", lambda *_: True)
+    monkeypatch.setattr(module, "_mm_into_float32", lambda a, b: a.float() @ b.float())
+    assert max(errors()) < 1e-5
+    for found, near in zip(gradients(), rounded_gradients, strict=True):
+        torch.testing.assert_close(found, near, rtol=0.05, atol=0.05)
+
+
+def test_the_cpu_keeps_its_own_products() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        cpu = torch.device("cpu")
+        assert not scoring.target_logprobs._multiplies_into_float32(cpu, dtype)
+
+
 # ---- find_head ----------------------------------------------------------------------------------
 
 

@@ -132,9 +132,7 @@ class Scorer:
         """Rows `(R, H)` or `(R, V)` of `hidden_batch` -> log p of every token `(R, V)`, nats."""
         if self.head is None:
             return torch.log_softmax(at_least_float32(hidden), dim=-1)
-        return torch.log_softmax(
-            self.head.finish(at_least_float32(self.head.module(hidden))), dim=-1
-        )
+        return torch.log_softmax(self.head.logits(hidden), dim=-1)
 
     def _target_logprobs(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self.head is not None:

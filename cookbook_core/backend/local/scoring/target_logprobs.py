@@ -19,10 +19,13 @@ backward.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+from cookbook_core.backend.local.model.memory import is_out_of_memory
 
 CHUNK_ELEMENTS = 1 << 24
 """Largest number of logits alive at once where chunks are recomputed (64 MiB in float32)."""
@@ -47,6 +50,14 @@ class Head:
     def module(self) -> Any:
         """The model's output embedding as it is now, LoRA included."""
         return self.model.get_output_embeddings()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states `(N, H)` -> logits `(N, V)`, float32 or better, LoRA included."""
+        module = self.module
+        linear = _frozen_linear(module)
+        if linear is None:
+            return self.finish(at_least_float32(module(hidden)))
+        return self.finish(head_logits(hidden, linear.weight, linear.bias))
 
     def finish(self, z: torch.Tensor) -> torch.Tensor:
         """Raw logits `(..., V)` -> logits, elementwise."""
@@ -99,11 +110,72 @@ def target_logprobs(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> 
         `(N, K)` nats, float32 (float64 for float64 hidden states); gradient flows to `hidden` and
         to any trained parameter of the head.
     """
-    module = head.module
-    frozen = getattr(module, "base_layer", module)  # below LoRA layers, active or not
-    if type(frozen) is not torch.nn.Linear or any(p.requires_grad for p in module.parameters()):
+    linear = _frozen_linear(head.module)
+    if linear is None:
         return _checkpointed(head, hidden, targets)
-    return _FrozenHead.apply(hidden, frozen.weight, frozen.bias, targets, head)
+    return _FrozenHead.apply(hidden, linear.weight, linear.bias, targets, head)
+
+
+def _frozen_linear(module: Any) -> torch.nn.Linear | None:
+    """The layer that alone computes the raw logits; None if it is trained or of another kind."""
+    linear = getattr(module, "base_layer", module)  # below LoRA layers, active or not
+    if type(linear) is not torch.nn.Linear or any(p.requires_grad for p in module.parameters()):
+        return None
+    return linear
+
+
+def head_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Raw logits z = W h + b of a linear head, float32 (float64 for float64 hidden states).
+
+    Where the device can, a product of 16-bit tensors is not rounded to 16 bits on its way to the
+    softmax: rounding a logit of 11 to bfloat16 moves logprobs by up to 2.5e-2 nats.
+
+    Args:
+        hidden: `(N, H)`; gradient flows here.
+        weight: `(V, H)`, frozen, or some of its rows.
+        bias: `(V,)`, frozen, or None.
+    Returns:
+        `(N, V)`.
+    """
+    if not _multiplies_into_float32(hidden.device, hidden.dtype):
+        return at_least_float32(torch.nn.functional.linear(hidden, weight, bias))
+    logits = _Float32Product.apply(hidden, weight)
+    return logits if bias is None else logits + bias
+
+
+class _Float32Product(torch.autograd.Function):
+    """`(N, H)`, `(V, H)` of 16 bits -> h W^T `(N, V)` in float32; W is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return _mm_into_float32(hidden, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (weight,) = ctx.saved_tensors
+        return grads[0].to(weight.dtype) @ weight, None
+
+
+def _mm_into_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+@cache
+def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has this product for the device: CUDA has, the CPU has not."""
+    if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    square = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        _mm_into_float32(square, square)
+    except (RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _rows_per_chunk(vocab_size: int) -> int:
@@ -112,12 +184,11 @@ def _rows_per_chunk(vocab_size: int) -> int:
 
 def _checkpointed(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Chunks of plain autograd, recomputed in the backward: exact for any head."""
-    module = head.module
 
     def chunk(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.log_softmax(head.finish(at_least_float32(module(h))), dim=-1).gather(1, t)
+        return torch.log_softmax(head.logits(h), dim=-1).gather(1, t)
 
-    n = _rows_per_chunk(module.weight.shape[0])
+    n = _rows_per_chunk(head.module.weight.shape[0])
     return torch.cat(
         [
             checkpoint(chunk, h, t, use_reentrant=False)
@@ -185,10 +256,8 @@ def _tiles(
     expected = torch.zeros(hidden.shape if keep else (0,), dtype=dtype, device=hidden.device)
     for v in range(0, len(weight), width):
         tile = weight[v : v + width]
-        raw = torch.nn.functional.linear(
-            hidden, tile, None if bias is None else bias[v : v + width]
-        )
-        y = head.finish(at_least_float32(raw))
+        raw = head_logits(hidden, tile, None if bias is None else bias[v : v + width])
+        y = head.finish(raw)
         here = (targets >= v) & (targets < v + len(tile))
         top = torch.where(here, y.gather(1, (targets - v).clamp(0, len(tile) - 1)), top)
         risen = torch.maximum(peak, y.amax(1, keepdim=True))
