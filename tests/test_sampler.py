@@ -14,15 +14,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
+from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.draw import (
     SamplingTensors,
     draw_tokens,
     eos_ids,
     truncate,
 )
+from cookbook_core.backend.local.sampling.kv_cache import Decoder
 from cookbook_core.backend.local.sampling.sampler import sample_batch
 from cookbook_core.backend.sampling_requests import SampleRequest, check_request
-from cookbook_core.errors import ConfigError, DatumError, ModelError
+from cookbook_core.errors import ConfigError, DatumError, ModelError, RequestError
 from cookbook_core.types import ModelInput, SamplingParams
 from tests.oracles.logprobs import adapter_of, engine_of, randomize
 
@@ -187,10 +189,89 @@ def test_a_seed_fixes_the_tokens_whatever_else_is_in_the_batch(model_folder):
     alone = tokens_of(sample_batch(model, None, [seeded]))[0]
     assert tokens_of(sample_batch(model, None, [seeded, *others]))[0] == alone
     assert tokens_of(sample_batch(model, None, [*others, seeded]))[-1] == alone
-    assert tokens_of(sample_batch(model, None, [seeded, *others], token_budget=1))[0] == alone
+    assert (
+        tokens_of(sample_batch(model, None, [seeded, *others], budget=CacheBudget(1)))[0] == alone
+    )
     assert len({tuple(tokens) for tokens in alone}) == 4
     other_seed = request(ids(6), 4, max_tokens=10, seed=8)
     assert tokens_of(sample_batch(model, None, [other_seed]))[0] != alone
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, most: int, error: Exception) -> list[int]:
+    """Make decoding fail above `most` rows x columns; return the rows of each prefill."""
+    prefill, step, rows = Decoder.prefill, Decoder.step, []
+
+    def counted(self: Decoder, prompts: list[Any], limits: Any) -> Any:
+        rows.append(len(prompts))
+        return prefill(self, prompts, limits)
+
+    def limited(self: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+        if len(tokens) * self.width > most:
+            raise error
+        return step(self, tokens)
+
+    monkeypatch.setattr(Decoder, "prefill", counted)
+    monkeypatch.setattr(Decoder, "step", limited)
+    return rows
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Triton: out of memory")]
+)
+def test_running_out_of_memory_halves_the_cache_and_changes_no_sample(
+    model_folder, monkeypatch, caplog, error
+):
+    """The wave fails in the middle of its completions, prompts already scored."""
+    model, prompt = load(model_folder()), ids(6)
+    params = SamplingParams(max_tokens=10, seed=7, stop=[])
+    asked = [SampleRequest(prompt, 12, params, True, 2), request(ids(3), 2, max_tokens=5, seed=1)]
+    expected = sample_batch(model, None, asked)
+    rows = limit_memory(monkeypatch, 14 * 10 - 1, error)
+    budget = CacheBudget(1000)
+    found = sample_batch(model, None, asked, budget=budget)
+    assert tokens_of(found) == tokens_of(expected)
+    assert found[0].prompt_logprobs == pytest.approx(expected[0].prompt_logprobs, abs=1e-9)
+    assert found[0].topk_prompt_logprobs[1:] == [
+        [(token, pytest.approx(logprob, abs=1e-9)) for token, logprob in top]
+        for top in expected[0].topk_prompt_logprobs[1:]
+    ]
+    assert rows == [14, 7, 7]
+    assert (budget.tokens, budget.lowered) == (1000, 14 * 16 // 2)
+    assert "at most 112 tokens (rows x columns) instead of 1000" in caplog.text
+    rows.clear()
+    sample_batch(model, None, asked, budget=budget)  # the lower budget stays
+    assert rows == [7, 7]
+
+
+def test_a_sample_that_does_not_fit_by_itself_says_what_would(model_folder, monkeypatch):
+    limit_memory(monkeypatch, 8, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RequestError, match=r"about .* tokens or fewer.* 16 tokens"):
+        sample_batch(load(model_folder()), None, [request(ids(6), 5, max_tokens=10, seed=7)])
+
+
+def test_other_errors_of_a_wave_are_raised_unchanged(model_folder, monkeypatch):
+    limit_memory(monkeypatch, 8, RuntimeError("a kernel failed"))
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        sample_batch(load(model_folder()), None, [request(ids(6), 5, max_tokens=10)])
+
+
+def test_the_budget_follows_total_memory_and_the_model(service, model_folder, monkeypatch):
+    """2 layers x 2 heads x 8 x 4 bytes, keys and values: 256 bytes a token."""
+    client = service.create_lora_training_client(model_folder(), 4, 0).result()
+    engine = engine_of(client)
+    assert engine.machine(adapter_of(client))["sampling_tokens"] == 65_536
+    base, module = engine.base, "cookbook_core.backend.local.sampling.cache_budget"
+    model = sum(p.nbytes for name, p in base.model.named_parameters() if ".lora_" not in name)
+    plain = types.SimpleNamespace(**{**vars(base), "model": load(model_folder(), torch.float32)})
+    monkeypatch.setattr(f"{module}.total_bytes", lambda _: model + 10 * 2**20)
+    assert CacheBudget.of(plain).tokens == 6 * 2**20 // 256
+    monkeypatch.setattr(f"{module}.total_bytes", lambda _: model + 2**40)
+    assert CacheBudget.of(plain).tokens == 65_536
+    plain.device = torch.device("cuda")
+    assert CacheBudget.of(plain).tokens == int(0.6 * 2**40) // 256
 
 
 def test_without_a_seed_the_generator_decides(model_folder):
@@ -365,7 +446,7 @@ def test_a_base_below_float32_is_not_merged_and_an_error_inside_undoes_it(
     prompt = ModelInput.from_ints(ids(9))
     expected = sampler.sample(prompt, 1, params).result().sequences[0].tokens
 
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         assert base_bytes(client) != before, "nothing is merged here"
         raise RuntimeError("no")
 

@@ -40,6 +40,10 @@ class Prompt:
     logprobs: list[float] = field(default_factory=list)  # of tokens[1:]
     top: list[list[tuple[int, float]]] = field(default_factory=list)
 
+    def forget(self) -> None:
+        """Drop the logprobs of a prefill that was not completed."""
+        self.logprobs, self.top = [], []
+
 
 class RowLayer(CacheLayerMixin):
     """Keys and values of one layer, `(rows, heads, capacity, head_dim)`, allocated in advance.
@@ -263,6 +267,10 @@ class Decoder:
         for prompt in group:
             del prompt.logprobs[len(prompt.tokens) - 1 :], prompt.top[len(prompt.tokens) - 1 :]
         return cache
+
+    def release(self) -> None:
+        """Free the KV cache."""
+        self.cache = None
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token to each row, `(R,)`; return the next `(R, V)` logits."""

@@ -16,12 +16,14 @@ import contextlib
 import math
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from cookbook_core.backend.local.model.memory import is_out_of_memory
+from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.draw import (
     SamplingTensors,
     StopRule,
@@ -35,10 +37,6 @@ from cookbook_core.backend.sampling_requests import SampleRequest, check_request
 from cookbook_core.errors import ModelError
 from cookbook_core.types import SampledSequence, SampleResponse, SamplingParams, StopReason
 
-TOKEN_BUDGET = 65_536
-"""Most rows x columns of a KV cache: a constant, so that rows decoded together never depend on
-memory."""
-
 
 @dataclass
 class _Row:
@@ -48,11 +46,28 @@ class _Row:
     params: SamplingParams
     limit: int
     stop: StopRule
-    uniforms: Uniforms
-    watch: TextWatch | None
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    stop_reason: StopReason | None = None
+    seed: int
+    sample: int
+    tokenizer: Any = None
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was decoded: the next token is the first."""
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.stop_reason: StopReason | None = None
+        self.uniforms = Uniforms(self.seed, self.sample)
+        strings = self.stop.strings
+        self.watch = TextWatch(strings, self.tokenizer) if strings else None
+        self.prompt.forget()
+
+    @property
+    def columns(self) -> int:
+        """Columns of the KV cache to count on for the prompt and the completion."""
+        completion = min(self.limit, max(OPEN_ENDED, self.params.max_tokens or 0))
+        return len(self.prompt.tokens) + completion
 
     def push(self, token: int, logprob: float) -> bool:
         """Append a token; return whether the row ends with it."""
@@ -89,7 +104,7 @@ def sample_batch(
     *,
     generator: torch.Generator | None = None,
     max_context_length: int | None = None,
-    token_budget: int = TOKEN_BUDGET,
+    budget: CacheBudget | None = None,
 ) -> list[SampleResponse]:
     """Decode all requests together.
 
@@ -104,11 +119,14 @@ def sample_batch(
         generator: one number is drawn from it per request without a seed; None: torch's global.
         max_context_length: of prompt and completion together, in tokens; None: the model
             config's limit.
-        token_budget: most rows x columns of one KV cache; other rows wait for the next loop. An
-            open-ended request (max_tokens None) counts as 1024 tokens.
+        budget: most rows x columns of one KV cache; other rows wait for the next loop. An
+            open-ended request (max_tokens None) counts as 1024 tokens. None: the CPU's.
 
     Returns:
         One response per request, in order; logprobs in nats.
+    Raises:
+        RequestError: a sample does not fit into memory by itself.
+        ModelError: the model's output is not finite.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = core.config.get_text_config(decoder=True)
@@ -130,9 +148,9 @@ def sample_batch(
         prompt.scored |= request.include_prompt_logprobs or prompt.top_k > 0
         rows.append(_rows_of(request, prompt, tokenizer, eos, generator, max_context_length))
     with _inference(core):
-        decoder = Decoder(core)
-        for wave in _waves([row for group in rows for row in group], decoder, token_budget):
-            _decode(decoder, wave)
+        _decode_all(
+            Decoder(core), [row for group in rows for row in group], budget or CacheBudget()
+        )
     return [
         _response(request, prompts[tuple(request.prompt)], group)
         for request, group in zip(requests, rows, strict=True)
@@ -160,8 +178,9 @@ def _rows_of(
             params=params,
             limit=limit,
             stop=stop,
-            uniforms=Uniforms(seed, sample),
-            watch=TextWatch(stop.strings, tokenizer) if stop.strings else None,
+            seed=seed,
+            sample=sample,
+            tokenizer=tokenizer,
         )
         for sample in range(request.num_samples)
     ]
@@ -192,25 +211,45 @@ def _inference(core: Any) -> Iterator[None]:
 # ---- the loop -----------------------------------------------------------------------------------
 
 
-def _waves(rows: list[_Row], decoder: Decoder, token_budget: int) -> Iterator[list[_Row]]:
-    """Split rows into loops whose caches fit the budget; samples of one prompt stay together.
+def _decode_all(decoder: Decoder, rows: list[_Row], budget: CacheBudget) -> None:
+    """Decode rows in loops whose caches fit the budget, which is lowered where memory runs out.
 
     Prompts are sorted by length, so that rows of similar length share a loop.
     """
     rows = sorted(rows, key=lambda row: (len(row.prompt.tokens), row.prompt.tokens))
-    wave: list[_Row] = []
+    while rows:
+        wave = rows[: _count_fitting(rows, decoder, budget.now)]
+        if _fits(decoder, wave):
+            rows = rows[len(wave) :]
+            continue
+        torch.cuda.empty_cache()  # does nothing where there is no CUDA
+        budget.lower(len(wave), max(row.columns for row in wave))
+        for row in wave:
+            row.start()
+
+
+def _count_fitting(rows: list[_Row], decoder: Decoder, budget: int) -> int:
+    """How many of the sorted rows, from the first on, share a loop; samples stay together."""
     widest = 0
-    for row in rows:
-        completion = min(row.limit, max(OPEN_ENDED, row.params.max_tokens or 0))
-        needed = len(row.prompt.tokens) + completion
-        uneven = wave and len(wave[0].prompt.tokens) != len(row.prompt.tokens)
-        widest = max(widest, needed)
-        if wave and ((len(wave) + 1) * widest > token_budget or (uneven and not decoder.pads)):
-            yield wave
-            wave, widest = [], needed
-        wave.append(row)
-    if wave:
-        yield wave
+    for count, row in enumerate(rows):
+        uneven = len(rows[0].prompt.tokens) != len(row.prompt.tokens)
+        widest = max(widest, row.columns)
+        if count and ((count + 1) * widest > budget or (uneven and not decoder.pads)):
+            return count
+    return len(rows)
+
+
+def _fits(decoder: Decoder, wave: list[_Row]) -> bool:
+    """Decode the rows; return False where memory runs out."""
+    try:
+        _decode(decoder, wave)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        decoder.release()
+    return True
 
 
 def _decode(decoder: Decoder, rows: list[_Row]) -> None:
