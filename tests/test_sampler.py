@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.draw import (
     SamplingTensors,
+    draw_device,
     draw_tokens,
     eos_ids,
     truncate,
@@ -176,6 +178,59 @@ def test_truncation_moves_tokens_but_not_logprobs():
     token, logprob = draw_tokens(logits, torch.tensor([0.999], dtype=torch.float64), tensors)
     assert token.tolist() == [1]
     assert logprob.item() == pytest.approx(torch.log_softmax(logits, 1)[0, 1].item(), abs=1e-12)
+
+
+# ---- devices without float64 --------------------------------------------------------------------
+
+
+class Dtypes(TorchDispatchMode):
+    """Collects the dtypes of all tensors that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.seen.add(tensor.dtype)
+        return out
+
+
+def test_the_decoder_needs_no_float64(model_folder, monkeypatch):
+    """What runs on the model's device, prompt logprobs included; `draw_tokens` needs it."""
+    mode = Dtypes()
+
+    def watch(inner: Any) -> Any:
+        def watched(self: Decoder, *args: Any) -> Any:
+            with mode:
+                return inner(self, *args)
+
+        return watched
+
+    for name in ("prefill", "step", "keep"):
+        monkeypatch.setattr(Decoder, name, watch(getattr(Decoder, name)))
+    asked = [
+        SampleRequest(ids(6), 2, SamplingParams(max_tokens=4, seed=1, stop=[]), True, 2),
+        request(ids(4), 2, max_tokens=2, seed=2, top_k=5, top_p=0.9, temperature=0.5),
+    ]
+    sample_batch(load(model_folder(), torch.float32), None, asked)
+    assert torch.float32 in mode.seen
+    assert torch.int64 in mode.seen
+    assert torch.float64 not in mode.seen
+
+
+def test_tokens_are_drawn_on_the_cpu_where_the_device_has_no_float64(monkeypatch):
+    device, make = torch.device("mps"), draw_device.__wrapped__
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    assert make(device) == device
+
+    def zeros(*_: Any, **__: Any) -> Any:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    assert make(device).type == "cpu"
 
 
 # ---- seeds --------------------------------------------------------------------------------------

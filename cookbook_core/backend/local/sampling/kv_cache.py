@@ -270,7 +270,7 @@ class Decoder:
 
     def release(self) -> None:
         """Free the KV cache."""
-        self.cache = None
+        self.cache: Any = None
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token to each row, `(R,)`; return the next `(R, V)` logits."""
@@ -279,8 +279,8 @@ class Decoder:
         mask = None if self.mask is None else self.mask[:, : self.width]
         return self._forward(self.cache, tokens[:, None], position, mask, False)[:, -1]
 
-    def keep(self, order: list[int]) -> None:
-        """Keep these rows, in this order."""
+    def keep(self, order: list[int]) -> Tensor:
+        """Keep these rows, in this order; return it on the device."""
         index = torch.tensor(order, device=self.device)
         if self.pads:
             self.cache.keep(order)
@@ -289,6 +289,7 @@ class Decoder:
         self.pad = self.pad[index]
         if self.mask is not None:
             self.mask = self.mask[index]
+        return index
 
     def _forward(
         self, cache: Any, ids: Tensor, first: Tensor, mask: Tensor | None, whole: bool

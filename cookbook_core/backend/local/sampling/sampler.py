@@ -13,6 +13,7 @@ The model folder's generation_config is never read.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import uuid
 from collections.abc import Iterator, Sequence
@@ -25,12 +26,15 @@ import torch
 from cookbook_core.backend.local.model.memory import is_out_of_memory
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.draw import (
+    DRAWS,
     SamplingTensors,
     StopRule,
     TextWatch,
     Uniforms,
+    draw_device,
     draw_tokens,
     eos_ids,
+    take_uniforms,
 )
 from cookbook_core.backend.local.sampling.kv_cache import OPEN_ENDED, Decoder, Prompt
 from cookbook_core.backend.sampling_requests import SampleRequest, check_request
@@ -255,11 +259,13 @@ def _fits(decoder: Decoder, wave: list[_Row]) -> bool:
 def _decode(decoder: Decoder, rows: list[_Row]) -> None:
     """Read the prompts of `rows`, then sample until every row has stopped."""
     logits = decoder.prefill([row.prompt for row in rows], [row.limit for row in rows])
-    device = logits.device
+    device = draw_device(logits.device)
     tensors = SamplingTensors.of([row.params for row in rows], device)
-    while True:
-        uniforms = torch.tensor([row.uniforms.next() for row in rows], dtype=torch.float64)
-        tokens, logprobs = draw_tokens(logits, uniforms.to(device), tensors)
+    uniforms = torch.empty(0)
+    for step in itertools.count():
+        if step % DRAWS == 0:
+            uniforms = take_uniforms([row.uniforms for row in rows]).to(device)
+        tokens, logprobs = draw_tokens(logits.to(device), uniforms[step % DRAWS], tensors)
         # ids are exact in float64: one transfer for both
         drawn = torch.stack([tokens.double(), logprobs.double()]).tolist()
         ended = [
@@ -270,10 +276,10 @@ def _decode(decoder: Decoder, rows: list[_Row]) -> None:
             if not order:
                 return
             rows = [rows[i] for i in order]
-            decoder.keep(order)
-            tokens = tokens[order]
+            index = decoder.keep(order).to(device)
+            tokens, uniforms = tokens[index], uniforms[:, index]
             tensors = SamplingTensors.of([row.params for row in rows], device)
-        logits = decoder.step(tokens)
+        logits = decoder.step(tokens.to(decoder.device))
 
 
 def _close_gaps(ended: list[bool]) -> list[int]:
