@@ -383,6 +383,17 @@ def test_open_ended_requests_run_to_the_context_limit(model_folder):
     assert len({s.sequence_id for s in sequences}) == 3
 
 
+def test_the_cache_grows_when_an_open_ended_row_outgrows_it(model_folder, monkeypatch):
+    """Rows of 5 and 2 tokens are cached for 8 more; the longest row gets 90."""
+    model = load(model_folder())
+    asked = [request(ids(5), 2, max_tokens=None, seed=1), request(ids(2), max_tokens=40, seed=2)]
+    expected = sample_batch(model, None, asked, max_context_length=95)
+    monkeypatch.setattr("cookbook_core.backend.local.sampling.kv_cache.OPEN_ENDED", 8)
+    found = sample_batch(model, None, asked, max_context_length=95)
+    assert tokens_of(found) == tokens_of(expected)
+    assert len(found[0].sequences[0].tokens) == 90
+
+
 def test_several_end_ids_count_only_if_the_tokenizer_agrees():
     def ends(eos: int | None, listed: Any) -> frozenset[int]:
         pair = (types.SimpleNamespace(eos_token_id=x) for x in (eos, listed))

@@ -5,7 +5,7 @@ so the newest token of every row is in the same column, and a sliding window in 
 in positions. Each distinct prompt is prefilled once; its keys and values are copied to all of its
 samples. Rows that stop are removed from the batch.
 
-    prompts -> Decoder.prefill -> logits -> _decode: draw, append, step -> SampleResponse
+    prompts -> Decoder.prefill -> _decode: step, draw, append -> SampleResponse
 
 The model folder's generation_config is never read.
 """
@@ -258,14 +258,15 @@ def _fits(decoder: Decoder, wave: list[_Row]) -> bool:
 
 def _decode(decoder: Decoder, rows: list[_Row]) -> None:
     """Read the prompts of `rows`, then sample until every row has stopped."""
-    logits = decoder.prefill([row.prompt for row in rows], [row.limit for row in rows])
-    device = draw_device(logits.device)
+    tokens = decoder.prefill([row.prompt for row in rows], [row.limit for row in rows])
+    device = draw_device(decoder.device)
     tensors = SamplingTensors.of([row.params for row in rows], device)
     uniforms = torch.empty(0)
     for step in itertools.count():
         if step % DRAWS == 0:
             uniforms = take_uniforms([row.uniforms for row in rows]).to(device)
-        tokens, logprobs = draw_tokens(logits.to(device), uniforms[step % DRAWS], tensors)
+        logits = decoder.step(tokens.to(decoder.device)).to(device)
+        tokens, logprobs = draw_tokens(logits, uniforms[step % DRAWS], tensors)
         # ids are exact in float64: one transfer for both
         drawn = torch.stack([tokens.double(), logprobs.double()]).tolist()
         ended = [
@@ -279,7 +280,6 @@ def _decode(decoder: Decoder, rows: list[_Row]) -> None:
             index = decoder.keep(order).to(device)
             tokens, uniforms = tokens[index], uniforms[:, index]
             tensors = SamplingTensors.of([row.params for row in rows], device)
-        logits = decoder.step(tokens.to(decoder.device))
 
 
 def _close_gaps(ended: list[bool]) -> list[int]:
