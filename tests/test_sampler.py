@@ -21,10 +21,12 @@ from cookbook_core.backend.local.sampling.draw import (
     draw_device,
     draw_tokens,
     eos_ids,
+    score,
     truncate,
 )
 from cookbook_core.backend.local.sampling.kv_cache import Decoder
 from cookbook_core.backend.local.sampling.sampler import sample_batch
+from cookbook_core.backend.local.scoring.target_logprobs import find_head
 from cookbook_core.backend.sampling_requests import SampleRequest, check_request
 from cookbook_core.errors import ConfigError, DatumError, ModelError, RequestError
 from cookbook_core.types import ModelInput, SamplingParams
@@ -121,6 +123,32 @@ def test_greedy_takes_the_argmax_and_reports_temperature_one(model_folder):
     rows = full_forward(model, prompt + sequence.tokens)[len(prompt) - 1 : -1]
     assert rows.argmax(dim=1).tolist() == sequence.tokens
     assert np.abs(rows.amax(dim=1).numpy() - sequence.logprobs_np).max() < 1e-9
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "granite"])
+def test_logits_of_16_bits_are_not_rounded_before_the_softmax(model_folder, monkeypatch, arch):
+    """With a device's product of bfloat16 into float32, as CUDA has: prompts and tokens."""
+    module = "cookbook_core.backend.local.scoring.target_logprobs"
+    monkeypatch.setattr(f"{module}._multiplies_into_float32", lambda *_: True)
+    monkeypatch.setattr(f"{module}._mm_into_float32", lambda a, b: a.float() @ b.float())
+    model = load(model_folder(arch), torch.bfloat16).requires_grad_(False)
+    seen: list[torch.Tensor] = []
+    for place in ("kv_cache.score", "sampler.draw_tokens"):
+        name = f"cookbook_core.backend.local.sampling.{place}"
+        inner = score if place.endswith("score") else draw_tokens
+        monkeypatch.setattr(
+            name, lambda logits, *rest, inner=inner: (seen.append(logits), inner(logits, *rest))[1]
+        )
+    params = SamplingParams(max_tokens=2, temperature=0, stop=[])
+    asked = [SampleRequest(ids(7), 1, params, True)]
+    sample_batch(model, None, asked)
+    sample_batch(model, None, asked, head=find_head(model))
+    for rounded, exact in zip(seen[:3], seen[3:], strict=True):
+        assert rounded.dtype == torch.bfloat16
+        assert exact.dtype == torch.float32
+        assert exact.shape == rounded.shape
+        assert (exact != exact.bfloat16()).float().mean() > 0.9
+        assert (exact - rounded).abs().max() < 0.02 * rounded.abs().max()
 
 
 def test_prompt_logprobs(model_folder):

@@ -141,7 +141,9 @@ class Engine:
         longest = max(r.params.max_tokens or MERGE_FROM for r in requests)
         merged = self.merged(adapter) if longest >= MERGE_FROM else contextlib.nullcontext()
         with self.bank.active(adapter), torch.no_grad(), merged:
-            return sample_batch(self.base.model, tokenizer, requests, budget=self.budget)
+            return sample_batch(
+                self.base.model, tokenizer, requests, budget=self.budget, head=self.scorer.head
+            )
 
     def merged(self, adapter: Adapter | None) -> AbstractContextManager[None]:
         """Within the block, merge the adapter if the copy fits in MERGE_SHARE of memory.

@@ -42,8 +42,10 @@ class SamplingTensors:
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], device: torch.device) -> SamplingTensors:
-        """Collect the parameters of one row each, in one copy to the device."""
-        return cls.unpack(pack(params).to(device), in_use(params))
+        """Collect the parameters of one row each, in one copy to the device at most."""
+        packed = pack(params)
+        used = in_use(packed)
+        return cls.unpack(packed.to(device) if any(used) else packed, used)
 
     @classmethod
     def unpack(cls, packed: Tensor, used: tuple[bool, ...]) -> SamplingTensors:
@@ -72,10 +74,10 @@ def pack(params: Sequence[SamplingParams]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).t().contiguous()
 
 
-def in_use(params: Sequence[SamplingParams]) -> tuple[bool, ...]:
-    """Whether any row needs its scale, greedy, top_k, top_p."""
-    columns = pack(params).tolist()
-    return tuple(any(x != n for x in c) for c, n in zip(columns, _NEUTRAL, strict=True))
+def in_use(packed: Tensor) -> tuple[bool, ...]:
+    """Whether any row of `pack` `(4, R)` needs its scale, greedy, top_k, top_p."""
+    pairs = zip(packed.tolist(), _NEUTRAL, strict=True)
+    return tuple(any(x != neutral for x in values) for values, neutral in pairs)
 
 
 @functools.cache

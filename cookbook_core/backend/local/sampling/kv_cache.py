@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 )
 
 from cookbook_core.backend.local.sampling.draw import score
+from cookbook_core.backend.local.scoring.target_logprobs import Head
 from cookbook_core.errors import ModelError
 
 OPEN_ENDED = 1024  # tokens assumed for max_tokens=None when rows are batched
@@ -195,14 +196,19 @@ class RowCache(Cache):
 class Decoder:
     """A model with its KV cache and the layout of the rows in it.
 
-    pads: whether this model's layers allow prompts of different lengths in one cache.
+    Args:
+        core: the causal LM.
+        head: see `find_head`; computes the logits of a model in 16 bits, which would round them.
+    Attributes:
+        pads: whether this model's layers allow prompts of different lengths in one cache.
     """
 
-    def __init__(self, core: Any) -> None:
-        self.core = core
+    def __init__(self, core: Any, head: Head | None = None) -> None:
+        self._head = head if core.dtype.itemsize < 4 else None
+        self._model = getattr(core, core.base_model_prefix) if self._head else core
         self.config = core.config.get_text_config(decoder=True)
         self.device = core.get_input_embeddings().weight.device
-        known = inspect.signature(core.forward).parameters
+        known = inspect.signature(self._model.forward).parameters
         names = [name for name in ("cache", "past_key_values") if name in known]
         if not names:
             raise ModelError(
@@ -379,7 +385,11 @@ class Decoder:
             extra["position_ids"] = first[:, None] + torch.arange(ids.shape[1], device=self.device)
         if self._takes_logits_to_keep:
             extra["logits_to_keep"] = 0 if whole else 1
-        return self.core(input_ids=ids, attention_mask=mask, use_cache=True, **extra).logits
+        output = self._model(input_ids=ids, attention_mask=mask, use_cache=True, **extra)
+        if self._head is None:
+            return output.logits
+        hidden = output.last_hidden_state if whole else output.last_hidden_state[:, -1:]
+        return self._head.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
 
 def _keep_scores(group: list[Prompt], logits: Tensor, targets: Tensor) -> None:

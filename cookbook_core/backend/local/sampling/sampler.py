@@ -37,6 +37,7 @@ from cookbook_core.backend.local.sampling.draw import (
     take_uniforms,
 )
 from cookbook_core.backend.local.sampling.kv_cache import OPEN_ENDED, Decoder, Prompt
+from cookbook_core.backend.local.scoring.target_logprobs import Head
 from cookbook_core.backend.sampling_requests import SampleRequest, check_request
 from cookbook_core.errors import ModelError
 from cookbook_core.types import SampledSequence, SampleResponse, SamplingParams, StopReason
@@ -109,6 +110,7 @@ def sample_batch(
     generator: torch.Generator | None = None,
     max_context_length: int | None = None,
     budget: CacheBudget | None = None,
+    head: Head | None = None,
 ) -> list[SampleResponse]:
     """Decode all requests together.
 
@@ -125,6 +127,7 @@ def sample_batch(
             config's limit.
         budget: most rows x columns of one KV cache; other rows wait for the next loop. An
             open-ended request (max_tokens None) counts as 1024 tokens. None: the CPU's.
+        head: the model's (see `find_head`), for logits that are not rounded to 16 bits.
 
     Returns:
         One response per request, in order; logprobs in nats.
