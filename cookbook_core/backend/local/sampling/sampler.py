@@ -155,9 +155,8 @@ def sample_batch(
         prompt.scored |= request.include_prompt_logprobs or prompt.top_k > 0
         rows.append(_rows_of(request, prompt, tokenizer, eos, generator, max_context_length))
     with _inference(core):
-        _decode_all(
-            Decoder(core), [row for group in rows for row in group], budget or CacheBudget()
-        )
+        flat = [row for group in rows for row in group]
+        _decode_all(Decoder(core, head), flat, budget or CacheBudget())
     return [
         _response(request, prompts[tuple(request.prompt)], group)
         for request, group in zip(requests, rows, strict=True)
