@@ -59,6 +59,8 @@ class RowLayer(CacheLayerMixin):
     def __init__(self, capacity: int, length: int) -> None:
         super().__init__()
         self.capacity, self.length, self.rows = capacity, length, 0
+        self.column: Tensor | None = None
+        """Set by `RowCache.fix`: a 0-d tensor on the device, the column of the next update."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the rows of these states, filled with 0: masked padding must be finite.
@@ -82,6 +84,11 @@ class RowLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.column is not None:
+            filled = self.keys[: self.rows, :, : self.length]
+            filled.index_copy_(2, self.column.view(1), key_states)
+            values = self.values[: self.rows, :, : self.length]
+            return filled, values.index_copy_(2, self.column.view(1), value_states)
         start, self.length = self.length, self.length + key_states.shape[2]
         self.keys[: self.rows, :, start : self.length] = key_states
         self.values[: self.rows, :, start : self.length] = value_states
@@ -89,11 +96,11 @@ class RowLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Number of columns after the next update, and the index of the first."""
-        return self.length + query_length, 0
+        return self.length + (query_length if self.column is None else 0), 0
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> Any:
         """Number of filled columns."""
-        return self.length
+        return self.length if self.column is None else self.column
 
     def get_max_length(self) -> int:
         """-1: no limit, the allocation grows."""
@@ -181,6 +188,15 @@ class RowCache(Cache):
             prompt = prompts[width][:, :, :columns].index_select(0, source)
             store[rows, :, end - columns : end] = prompt
 
+    def fix(self, rows: int, columns: int, column: Tensor) -> None:
+        """Make updates overwrite one column of the first `rows` rows and `columns` columns.
+
+        `column`: 0-d tensor on the device. Shapes and addresses are then the same in every step.
+        """
+        for layer in self.layers:
+            layer.rows, layer.length, layer.column = rows, columns, column
+            layer.is_compileable = True  # transformers then reads nothing back to make its masks
+
     def keep(self, rows: int, moved: Tensor, source: Tensor) -> None:
         """Keep `rows` rows, after copying row source[i] to row moved[i]."""
         for layer in self.layers:
@@ -188,6 +204,14 @@ class RowCache(Cache):
         for store in self.stores.values() if len(moved) else ():
             filled = store[:, :, : self.length]
             filled[moved] = filled[source]
+
+
+def move_indices(order: list[int], device: torch.device) -> tuple[Tensor, ...]:
+    """`order`, and the rows that move in it with their sources, in one copy to the device."""
+    moved = [i for i, source in enumerate(order) if source != i]
+    indices = [*order, *moved, *(order[i] for i in moved)]
+    sizes = [len(order), len(moved), len(moved)]
+    return torch.tensor(indices, device=device).split(sizes)
 
 
 # ---- decoding ------------------------------------------------------------------------------------
@@ -204,6 +228,7 @@ class Decoder:
     """
 
     def __init__(self, core: Any, head: Head | None = None) -> None:
+        self.core = core
         self._head = head if core.dtype.itemsize < 4 else None
         self._model = getattr(core, core.base_model_prefix) if self._head else core
         self.config = core.config.get_text_config(decoder=True)
@@ -223,7 +248,9 @@ class Decoder:
         self._num_layers = len(layers)
         self.pads = all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers)
 
-    def prefill(self, prompts: list[Prompt], limits: Sequence[int]) -> Tensor:
+    def prefill(
+        self, prompts: list[Prompt], limits: Sequence[int], shape: tuple[int, int] | None = None
+    ) -> Tensor:
         """Read all but the last token of each distinct prompt; return the last ones, `(R,)`.
 
         They are the first tokens to `step` with: from there on all rows are at the same column.
@@ -231,6 +258,7 @@ class Decoder:
         Args:
             prompts: one per row, the same object for rows that share it.
             limits: the largest number of tokens each row may get.
+            shape: rows x columns of the cache, at least those needed; None: those needed.
         """
         distinct = list({id(prompt): prompt for prompt in prompts}.values())
         self.width = max(len(prompt.tokens) for prompt in prompts) - 1
@@ -242,20 +270,24 @@ class Decoder:
         if any(self._pads):
             columns = torch.arange(self.width + longest, device=self.device)
             self.mask = columns >= self.pad[:, None]
+        size, capacity = shape or (len(prompts), self.width + min(longest, OPEN_ENDED))
         if self.pads:
-            self.cache = RowCache(
-                self._num_layers, self.width + min(longest, OPEN_ENDED), self.width
-            )
+            self.cache = RowCache(self._num_layers, capacity, self.width)
         for group in self._groups(distinct):
             cache, place = self._read(group), {id(prompt): i for i, prompt in enumerate(group)}
             if self.pads:
+                if not self.cache.stores:
+                    self.cache.allocate(cache, size)
                 self._copy(cache, place, prompts)
             else:
                 order = [place[id(prompt)] for prompt in prompts]
                 cache.reorder_cache(torch.tensor(order, device=self.device))
                 self.cache = cache
         if self.pads and not self.cache.stores:  # no prompt has a second token
-            self.cache.allocate(self._read([Prompt([0, 0])]), len(prompts))
+            self.cache.allocate(self._read([Prompt([0, 0])]), size)
+        if self.pads:
+            for layer in self.cache.layers:
+                layer.rows = len(prompts)
         self._choose_mask()
         return tokens
 
@@ -264,8 +296,6 @@ class Decoder:
 
         `place` is their row in it by id; one copy per length.
         """
-        if not self.cache.stores:
-            self.cache.allocate(cache, len(prompts))
         rows = [(len(p.tokens), place[id(p)], i) for i, p in enumerate(prompts) if id(p) in place]
         rows.sort()
         lengths, *pairs = zip(*rows, strict=True)
@@ -331,7 +361,7 @@ class Decoder:
         first = torch.zeros(len(group), dtype=torch.int64, device=self.device)
         for start in range(0, width, piece):
             end = min(start + piece, width)
-            logits = self._forward(cache, ids[:, start:end], first + start, None, scored)
+            logits = self.forward(cache, ids[:, start:end], first + start, None, scored)
             if scored:
                 _keep_scores(group, logits, ids[:, start + 1 : end + 1])
         for prompt in group:
@@ -349,14 +379,11 @@ class Decoder:
         if self.pads and self.width > self.cache.capacity:
             self.cache.reserve(2 * self.cache.capacity)
         mask = None if self.mask is None else self.mask[:, : self.width]
-        return self._forward(self.cache, tokens[:, None], position, mask, False)[:, -1]
+        return self.forward(self.cache, tokens[:, None], position, mask, False)[:, -1]
 
     def keep(self, order: list[int]) -> Tensor:
         """Row i becomes the former row order[i] >= i; return `order` on the device."""
-        moved = [i for i, source in enumerate(order) if source != i]
-        indices = [*order, *moved, *(order[i] for i in moved)]
-        sizes = [len(order), len(moved), len(moved)]
-        index, into, source = torch.tensor(indices, device=self.device).split(sizes)
+        index, into, source = move_indices(order, self.device)
         if self.pads:
             self.cache.keep(len(order), into, source)
         else:
@@ -368,7 +395,7 @@ class Decoder:
         self._choose_mask()
         return index
 
-    def _forward(
+    def forward(
         self, cache: Any, ids: Tensor, first: Tensor, mask: Tensor | None, whole: bool
     ) -> Tensor:
         """One forward of the model.

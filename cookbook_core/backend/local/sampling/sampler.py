@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
-import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from cookbook_core.backend.local.model.memory import is_out_of_memory
@@ -29,77 +27,20 @@ from cookbook_core.backend.local.sampling.draw import (
     DRAWS,
     SamplingTensors,
     StopRule,
-    TextWatch,
-    Uniforms,
     draw_device,
     draw_tokens,
     eos_ids,
     take_uniforms,
 )
-from cookbook_core.backend.local.sampling.kv_cache import OPEN_ENDED, Decoder, Prompt
+from cookbook_core.backend.local.sampling.graph import GraphError, allocation, can_capture, refuse
+from cookbook_core.backend.local.sampling.graph import decode as decode_in_graphs
+from cookbook_core.backend.local.sampling.kv_cache import Decoder, Prompt
+from cookbook_core.backend.local.sampling.rows import Row, close_gaps, columns_of
 from cookbook_core.backend.local.scoring.target_logprobs import Head
 from cookbook_core.backend.sampling_requests import SampleRequest, check_request
-from cookbook_core.errors import ModelError
-from cookbook_core.types import SampledSequence, SampleResponse, SamplingParams, StopReason
+from cookbook_core.types import SampleResponse
 
-
-@dataclass
-class _Row:
-    """One sample being decoded."""
-
-    prompt: Prompt
-    params: SamplingParams
-    limit: int
-    stop: StopRule
-    seed: int
-    sample: int
-    tokenizer: Any = None
-
-    def __post_init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        """Forget what was decoded: the next token is the first."""
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.stop_reason: StopReason | None = None
-        self.uniforms = Uniforms(self.seed, self.sample)
-        strings = self.stop.strings
-        self.watch = TextWatch(strings, self.tokenizer) if strings else None
-        self.prompt.forget()
-
-    @property
-    def columns(self) -> int:
-        """Columns of the KV cache to count on for the prompt and the completion."""
-        completion = min(self.limit, max(OPEN_ENDED, self.params.max_tokens or 0))
-        return len(self.prompt.tokens) + completion
-
-    def push(self, token: int, logprob: float) -> bool:
-        """Append a token; return whether the row ends with it."""
-        if not math.isfinite(logprob):
-            raise ModelError(
-                "sample",
-                "the model's output is not finite",
-                expected="finite logits",
-                got=f"logprob {logprob} at completion token {len(self.tokens)}",
-                fix="Lower learning_rate if training diverged; use float32 if bfloat16 does.",
-            )
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        if token in self.stop.ids or (self.watch is not None and self.watch.matches(self.tokens)):
-            self.stop_reason = "stop"
-        elif len(self.tokens) == self.limit:
-            self.stop_reason = "length"
-        return bool(self.stop_reason)
-
-    def result(self) -> SampledSequence:
-        assert self.stop_reason is not None, "a row has a result once it has ended"
-        return SampledSequence(
-            stop_reason=self.stop_reason,
-            sequence_id=uuid.uuid4().hex,
-            tokens_np=np.array(self.tokens, dtype=np.int64),
-            logprobs_np=np.array(self.logprobs),
-        )
+log = logging.getLogger(__name__)
 
 
 def sample_batch(
@@ -148,7 +89,7 @@ def sample_batch(
         )
     eos = eos_ids(tokenizer, core.config)
     prompts: dict[tuple[int, ...], Prompt] = {}
-    rows: list[list[_Row]] = []
+    rows: list[list[Row]] = []
     for request in requests:
         prompt = prompts.setdefault(tuple(request.prompt), Prompt(list(request.prompt)))
         prompt.top_k = max(prompt.top_k, request.topk_prompt_logprobs)
@@ -170,7 +111,7 @@ def _rows_of(
     eos: frozenset[int],
     generator: torch.Generator | None,
     max_context_length: int | None,
-) -> list[_Row]:
+) -> list[Row]:
     """The samples of one request, ready to decode."""
     params, seed = request.params, request.params.seed
     if seed is None:
@@ -179,7 +120,7 @@ def _rows_of(
     stop = StopRule.of(params.stop, eos)
     limit = params.max_tokens or (max_context_length or 0) - len(request.prompt)
     return [
-        _Row(
+        Row(
             prompt=prompt,
             params=params,
             limit=limit,
@@ -192,7 +133,7 @@ def _rows_of(
     ]
 
 
-def _response(request: SampleRequest, prompt: Prompt, rows: list[_Row]) -> SampleResponse:
+def _response(request: SampleRequest, prompt: Prompt, rows: list[Row]) -> SampleResponse:
     k = request.topk_prompt_logprobs
     return SampleResponse(
         sequences=[row.result() for row in rows],
@@ -217,7 +158,7 @@ def _inference(core: Any) -> Iterator[None]:
 # ---- the loop -----------------------------------------------------------------------------------
 
 
-def _decode_all(decoder: Decoder, rows: list[_Row], budget: CacheBudget) -> None:
+def _decode_all(decoder: Decoder, rows: list[Row], budget: CacheBudget) -> None:
     """Decode rows in loops whose caches fit the budget, which is lowered where memory runs out.
 
     Prompts are sorted by length, so that rows of similar length share a loop.
@@ -229,23 +170,25 @@ def _decode_all(decoder: Decoder, rows: list[_Row], budget: CacheBudget) -> None
             rows = rows[len(wave) :]
             continue
         torch.cuda.empty_cache()  # does nothing where there is no CUDA
-        budget.lower(len(wave), max(row.columns for row in wave))
+        budget.lower(len(wave), columns_of(wave))
         for row in wave:
             row.start()
 
 
-def _count_fitting(rows: list[_Row], decoder: Decoder, budget: int) -> int:
+def _count_fitting(rows: list[Row], decoder: Decoder, budget: int) -> int:
     """How many of the sorted rows, from the first on, share a loop; samples stay together."""
-    widest = 0
+    longest, captured = 0, can_capture(decoder, rows)
     for count, row in enumerate(rows):
         uneven = len(rows[0].prompt.tokens) != len(row.prompt.tokens)
-        widest = max(widest, row.columns)
-        if count and ((count + 1) * widest > budget or (uneven and not decoder.pads)):
+        longest = max(longest, row.completion)
+        shape = count + 1, len(row.prompt.tokens) + longest  # prompts are sorted by length
+        shape = allocation(*shape) if captured else shape
+        if count and (math.prod(shape) > budget or (uneven and not decoder.pads)):
             return count
     return len(rows)
 
 
-def _fits(decoder: Decoder, wave: list[_Row]) -> bool:
+def _fits(decoder: Decoder, wave: list[Row]) -> bool:
     """Decode the rows; return False where memory runs out."""
     try:
         _decode(decoder, wave)
@@ -258,8 +201,26 @@ def _fits(decoder: Decoder, wave: list[_Row]) -> bool:
     return True
 
 
-def _decode(decoder: Decoder, rows: list[_Row]) -> None:
+def _decode(decoder: Decoder, rows: list[Row]) -> None:
     """Read the prompts of `rows`, then sample until every row has stopped."""
+    if can_capture(decoder, rows):
+        try:
+            decode_in_graphs(decoder, rows)
+            return
+        except GraphError as error:
+            refuse(decoder)
+            log.warning(
+                "sampling without CUDA graphs, several times slower, because %s. Samples are the "
+                "same; their logprobs may differ in their last bits.",
+                error,
+            )
+        for row in rows:
+            row.start()
+    _decode_by_steps(decoder, rows)
+
+
+def _decode_by_steps(decoder: Decoder, rows: list[Row]) -> None:
+    """One launch of every operation, and one transfer to the host, per token."""
     tokens = decoder.prefill([row.prompt for row in rows], [row.limit for row in rows])
     device = draw_device(decoder.device)
     tensors = SamplingTensors.of([row.params for row in rows], device)
@@ -275,17 +236,10 @@ def _decode(decoder: Decoder, rows: list[_Row]) -> None:
             row.push(int(token), logprob) for row, token, logprob in zip(rows, *drawn, strict=True)
         ]
         if any(ended):
-            order = _close_gaps(ended)
+            order = close_gaps(ended)
             if not order:
                 return
             rows = [rows[i] for i in order]
             index = decoder.keep(order).to(device)
             tokens, uniforms = tokens[index], uniforms[:, index]
             tensors = SamplingTensors.of([row.params for row in rows], device)
-
-
-def _close_gaps(ended: list[bool]) -> list[int]:
-    """The former index of each remaining row: rows keep their place, the last fill the gaps."""
-    alive = [i for i, end in enumerate(ended) if not end]
-    late = [i for i in alive if i >= len(alive)]
-    return [late.pop() if ended[i] else i for i in range(len(alive))]
