@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
+from cookbook_core.backend.local.sampling.decoder import Decoder
 from cookbook_core.backend.local.sampling.draw import (
     SamplingTensors,
     draw_device,
@@ -24,7 +25,6 @@ from cookbook_core.backend.local.sampling.draw import (
     score,
     truncate,
 )
-from cookbook_core.backend.local.sampling.kv_cache import Decoder
 from cookbook_core.backend.local.sampling.sampler import sample_batch
 from cookbook_core.backend.local.scoring.target_logprobs import find_head
 from cookbook_core.backend.sampling_requests import SampleRequest, check_request
@@ -133,7 +133,7 @@ def test_logits_of_16_bits_are_not_rounded_before_the_softmax(model_folder, monk
     monkeypatch.setattr(f"{module}._mm_into_float32", lambda a, b: a.float() @ b.float())
     model = load(model_folder(arch), torch.bfloat16).requires_grad_(False)
     seen: list[torch.Tensor] = []
-    for place in ("kv_cache.score", "sampler.draw_tokens"):
+    for place in ("decoder.score", "sampler.draw_tokens"):
         name = f"cookbook_core.backend.local.sampling.{place}"
         inner = score if place.endswith("score") else draw_tokens
         monkeypatch.setattr(
@@ -416,7 +416,7 @@ def test_the_cache_grows_when_an_open_ended_row_outgrows_it(model_folder, monkey
     model = load(model_folder())
     asked = [request(ids(5), 2, max_tokens=None, seed=1), request(ids(2), max_tokens=40, seed=2)]
     expected = sample_batch(model, None, asked, max_context_length=95)
-    monkeypatch.setattr("cookbook_core.backend.local.sampling.kv_cache.OPEN_ENDED", 8)
+    monkeypatch.setattr("cookbook_core.backend.local.sampling.decoder.OPEN_ENDED", 8)
     found = sample_batch(model, None, asked, max_context_length=95)
     assert tokens_of(found) == tokens_of(expected)
     assert len(found[0].sequences[0].tokens) == 90

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cookbook_core.backend.local.sampling import graph, sampler
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
-from cookbook_core.backend.local.sampling.kv_cache import Decoder, RowCache
+from cookbook_core.backend.local.sampling.decoder import Decoder
+from cookbook_core.backend.local.sampling.kv_cache import RowCache
 from cookbook_core.backend.local.sampling.sampler import sample_batch
 from cookbook_core.backend.sampling_requests import SampleRequest
 from cookbook_core.errors import ModelError
@@ -193,7 +194,7 @@ def test_the_cache_grows_and_is_captured_anew(model_folder, monkeypatch, request
     asked = [SampleRequest(ids(2), 3, SamplingParams(max_tokens=None, seed=2, stop=[9]))]
     expected = sample_batch(model, None, asked, max_context_length=92)
     request.getfixturevalue("captured")
-    for module in ("kv_cache", "rows"):
+    for module in ("decoder", "rows"):
         monkeypatch.setattr(f"cookbook_core.backend.local.sampling.{module}.OPEN_ENDED", 8)
     grown, reserve = [], RowCache.reserve
     monkeypatch.setattr(RowCache, "reserve", lambda self, n: (grown.append(n), reserve(self, n))[1])

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cookbook_core.backend.local.model.memory import is_out_of_memory
+from cookbook_core.backend.local.sampling.decoder import Decoder
 from cookbook_core.backend.local.sampling.draw import (
     DRAWS,
     SamplingTensors,
@@ -30,7 +31,7 @@ from cookbook_core.backend.local.sampling.draw import (
     pack,
     take_uniforms,
 )
-from cookbook_core.backend.local.sampling.kv_cache import Decoder, move_indices
+from cookbook_core.backend.local.sampling.kv_cache import move_indices
 from cookbook_core.backend.local.sampling.rows import Row, close_gaps, columns_of
 
 CHUNK = 8

@@ -23,6 +23,7 @@ import torch
 
 from cookbook_core.backend.local.model.memory import is_out_of_memory
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
+from cookbook_core.backend.local.sampling.decoder import Decoder, Prompt
 from cookbook_core.backend.local.sampling.draw import (
     DRAWS,
     SamplingTensors,
@@ -34,7 +35,6 @@ from cookbook_core.backend.local.sampling.draw import (
 )
 from cookbook_core.backend.local.sampling.graph import GraphError, allocation, can_capture, refuse
 from cookbook_core.backend.local.sampling.graph import decode as decode_in_graphs
-from cookbook_core.backend.local.sampling.kv_cache import Decoder, Prompt
 from cookbook_core.backend.local.sampling.rows import Row, close_gaps, columns_of
 from cookbook_core.backend.local.scoring.target_logprobs import Head
 from cookbook_core.backend.sampling_requests import SampleRequest, check_request
