@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cookbook_core.backend.local.scoring import memory_limits
 from cookbook_core.backend.local.scoring.memory_limits import Limits
-from cookbook_core.backend.local.scoring.scorer import MicroBatch
+from cookbook_core.backend.local.scoring.micro_batches import MicroBatch
 from cookbook_core.errors import ConfigError, DatumError, RequestError
 from cookbook_core.tinker import ServiceClient, TrainingClient
 from tests.oracles.logprobs import adapter_of, assert_close, engine_of, randomize, take_gradient

@@ -9,8 +9,8 @@ from typing import Protocol, TypeAlias
 import torch
 
 from cookbook_core.backend.local.scoring.memory_limits import Graph, Limits, MemoryLimits
+from cookbook_core.backend.local.scoring.micro_batches import MicroBatch
 from cookbook_core.backend.local.scoring.scorer import (
-    MicroBatch,
     Scorer,
     in_order,
     logprob_cotangents,
@@ -27,6 +27,7 @@ class BatchScores(Protocol):
     """A scored batch whose gradient can be pulled back; see `ScoredBatch` for the attributes."""
 
     logprobs: list[torch.Tensor]
+    limits: Limits
     view: View | None
     loss_params: list[torch.Tensor]
     passes: int
@@ -54,6 +55,7 @@ class ScoredBatch:
         logprobs: D detached tensors. For "logprobs" those of the target tokens, `(N,)` or `(N, K)`,
             nats, on the CPU. For "vocab_logprobs" hidden states `(N, H)` on the device; `view`
             makes logprobs `(N, V)` of them.
+        limits: those that the batch was scored with.
         view: see `logprobs`; None for "logprobs".
         loss_params: parameters that the loss depends on through `view`: a trained unembedding.
         passes: 1, or 2 where a micro-batch was scored twice.
@@ -79,7 +81,6 @@ class ScoredBatch:
         self.view: View | None = self._view if self._whole_vocabulary else None
         self.loss_params = list(params) if self._whole_vocabulary else []
         self.limits = memory.limits(max(datum.model_input.length for datum in data), params)
-        """Those that the batch was scored with."""
         self.logprobs = self._fit(self._score_all)
 
     def pull_back(self, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -156,7 +157,9 @@ class ScoredBatch:
         return VocabLogprobs(hidden, self._vocab_logprobs, vocab_size)
 
     def _vocab_logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._scorer.vocab_logprobs(hidden).cpu()
+        rows = self._scorer.vocab_logprobs(hidden)
+        # a Mac's CPU shares the memory, and mps lacks the float64 of other operands
+        return rows.cpu() if rows.device.type == "mps" else rows
 
 
 def _add(totals: list[torch.Tensor | None], parts: Sequence[torch.Tensor | None]) -> None:

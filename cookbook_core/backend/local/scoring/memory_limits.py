@@ -17,7 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -34,7 +34,8 @@ from cookbook_core.backend.local.model.memory import (
     release_cached,
     tokens_that_fit,
 )
-from cookbook_core.backend.local.scoring.scorer import MicroBatch, Scorer
+from cookbook_core.backend.local.scoring.micro_batches import MicroBatch
+from cookbook_core.backend.local.scoring.scorer import Scorer
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.types import Datum
 
@@ -216,23 +217,23 @@ class MemoryLimits:
                 raise self._too_long(datum_indices[at] if datum_indices else at, longest)
             limits = lowered
         if limits != before:
-            self.keep_lowered(longest, before, limits)
+            self._keep_lowered(longest, before, limits)
         elif params is not None:
             self._grow(longest)
         return result
 
     def _lower(self, limits: Limits, lengths: list[int], keeps_graphs: bool) -> Limits | None:
         """The next lower limits, after a warning; None where there are none."""
-        longest, share = max(lengths), limits.checkpointed
+        longest = max(lengths)
         if keeps_graphs and limits.graph_tokens > 0:
-            fewer = self.fewer_graphs(limits, lengths)
+            fewer = self._fewer_graphs(limits, lengths)
             log.warning(
                 "out of memory: keeping the graphs of at most %d tokens instead of %d; the rest "
                 "is computed twice. Results are the same to the bit.",
                 fewer,
                 min(limits.graph_tokens, sum(lengths)),
             )
-            return Limits(fewer, limits.micro_batch_tokens, share)
+            return replace(limits, graph_tokens=fewer)
         smaller = limits.micro_batch_tokens // 2
         if smaller < longest:
             return None
@@ -242,9 +243,9 @@ class MemoryLimits:
             smaller,
             limits.micro_batch_tokens,
         )
-        return Limits(limits.graph_tokens, smaller, share)
+        return replace(limits, micro_batch_tokens=smaller)
 
-    def fewer_graphs(self, limits: Limits, lengths: list[int]) -> int:
+    def _fewer_graphs(self, limits: Limits, lengths: list[int]) -> int:
         """The next lower limit of graph_tokens: half; all graphs checkpointed; none."""
         longest, total = max(lengths), sum(lengths)
         least = math.ceil(total * limits.checkpointed) if self._graphs(True) != ("whole",) else 0
@@ -253,7 +254,13 @@ class MemoryLimits:
             return tokens // 2
         return least if least < tokens else 0
 
-    def keep_lowered(self, longest: int, before: Limits, after: Limits) -> None:
+    def keep_fewer(self, data: Sequence[Datum], limits: Limits) -> None:
+        """Keep fewer graphs of later batches like this one: its loss ran out of memory."""
+        lengths = [datum.model_input.length for datum in data]
+        fewer = replace(limits, graph_tokens=self._fewer_graphs(limits, lengths))
+        self._keep_lowered(max(lengths), limits, fewer)
+
+    def _keep_lowered(self, longest: int, before: Limits, after: Limits) -> None:
         """Apply lowered limits to later batches whose longest datum is of this length or longer."""
         entry = self._lowered.setdefault(longest, _Lowered())
         if after.micro_batch_tokens < before.micro_batch_tokens:

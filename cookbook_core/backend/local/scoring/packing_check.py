@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from cookbook_core.backend.local.model.memory import is_out_of_memory
+from cookbook_core.backend.local.scoring.micro_batches import MicroBatch
 from cookbook_core.backend.local.scoring.packing import MIN_SHARED
-
-if TYPE_CHECKING:
-    from cookbook_core.backend.local.scoring.scorer import MicroBatch, Scorer
 
 BOUNDS = {torch.bfloat16: (0.05, 0.15), torch.float16: (0.05, 0.15)}
 """Of hidden states and of gradients, the largest root mean square of the difference, as a share of
@@ -38,8 +36,8 @@ def probe_sequences(model: Any, device: torch.device) -> list[list[int]]:
     return [stem + own[0], stem + own[1], own[2]]
 
 
-def packing_problem(scorer: Scorer, packed: MicroBatch, padded: MicroBatch) -> str:
-    """What speaks against packing the same datums; "" if nothing does.
+def packing_problem(scorer: Any, packed: MicroBatch, padded: MicroBatch) -> str:
+    """What speaks against packing the same datums, scored by a `Scorer`; "" if nothing does.
 
     Compares hidden states, and the gradient of their projection on random directions with respect
     to the embedded tokens: of a shared token, the sum over its sequences.
@@ -66,7 +64,7 @@ def rms_ratio(found: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def _states_and_gradient(
-    scorer: Scorer, batch: MicroBatch, packed: MicroBatch
+    scorer: Any, batch: MicroBatch, packed: MicroBatch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """States of all datums, concatenated, and the gradient for each token of the packed row.
 

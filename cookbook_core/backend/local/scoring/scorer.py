@@ -13,8 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,12 @@ import torch
 
 from cookbook_core.backend.local.model.memory import micro_batch_tokens
 from cookbook_core.backend.local.scoring import attention, packing
-from cookbook_core.backend.local.scoring.entries import Entries, position_entries, target_entries
+from cookbook_core.backend.local.scoring.micro_batches import (
+    MicroBatch,
+    by_length,
+    packed,
+    padded,
+)
 from cookbook_core.backend.local.scoring.packing_check import packing_problem, probe_sequences
 from cookbook_core.backend.local.scoring.target_logprobs import (
     Head,
@@ -35,38 +38,6 @@ from cookbook_core.backend.local.scoring.target_logprobs import (
 from cookbook_core.types import Datum, ModelInput
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Datums that go through the model together; all of it is on the host.
-
-    indices: of the datums in the batch they were taken from.
-    ids: `(B, L)` token ids, padding included.
-    rows: of each datum `(N,)`: the index of its positions among the states, rows concatenated.
-    layout: of a packed row; None if rows are padded.
-    """
-
-    indices: list[int]
-    data: list[Datum]
-    ids: torch.Tensor
-    rows: list[torch.Tensor]
-    layout: packing.Layout | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens that go through the model, padding included."""
-        return self.ids.numel()
-
-    @cached_property
-    def targets(self) -> Entries:
-        """What `Scorer.score_batch` computes."""
-        return target_entries(self.data, self.rows)
-
-    @cached_property
-    def positions(self) -> Entries:
-        """What `Scorer.hidden_batch` computes."""
-        return position_entries(self.rows)
 
 
 class Scorer:
@@ -105,9 +76,9 @@ class Scorer:
         lists = [datum.model_input.to_ints() for datum in data]
         if self.packs:
             groups = packing.micro_batches(lists, budget)
-            return [_packed(data, lists, group) for group in groups]
-        groups = _by_length(lists, budget)
-        return [_padded(data, lists, group) for group in groups]
+            return [packed(data, lists, group) for group in groups]
+        groups = by_length(lists, budget)
+        return [padded(data, lists, group) for group in groups]
 
     def score_batch(self, batch: MicroBatch) -> torch.Tensor:
         """Compute the logprobs of one micro-batch's targets.
@@ -209,7 +180,7 @@ class Scorer:
         lists = probe_sequences(self.model, self.device)
         data = [Datum(ModelInput.from_ints(ids)) for ids in lists]
         every = list(range(len(lists)))
-        problem = packing_problem(self, _packed(data, lists, every), _padded(data, lists, every))
+        problem = packing_problem(self, packed(data, lists, every), padded(data, lists, every))
         if problem:
             log.warning(
                 "%s: sequences are scored in padded batches and shared prefixes recomputed, as "
@@ -250,31 +221,6 @@ def in_order(
         for i, t in zip(b.indices, own, strict=True)
     }
     return [by_index[i] for i in range(len(by_index))]
-
-
-def _packed(data: Sequence[Datum], lists: Sequence[list[int]], indices: list[int]) -> MicroBatch:
-    layout = packing.lay_out([lists[i] for i in indices])
-    return MicroBatch(indices, [data[i] for i in indices], layout.tokens[None], layout.rows, layout)
-
-
-def _padded(data: Sequence[Datum], lists: Sequence[list[int]], indices: list[int]) -> MicroBatch:
-    longest = max(len(lists[i]) for i in indices)
-    # any id is right; a row's own last token avoids transformers' warning of a missing mask
-    ids = [lists[i] + lists[i][-1:] * (longest - len(lists[i])) for i in indices]
-    rows = [torch.arange(len(lists[i])) + n * longest for n, i in enumerate(indices)]
-    return MicroBatch(indices, [data[i] for i in indices], torch.tensor(ids), rows)
-
-
-def _by_length(lists: Sequence[list[int]], budget: int) -> Iterator[list[int]]:
-    """Groups of indices, longest first, each within the budget of padded tokens."""
-    batch: list[int] = []
-    for i in sorted(range(len(lists)), key=lambda i: (-len(lists[i]), i)):
-        if batch and (len(batch) + 1) * len(lists[batch[0]]) > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def _switchable(model: Any) -> list[tuple[Any, str]]:
