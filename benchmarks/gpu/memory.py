@@ -1,0 +1,160 @@
+"""Section 2: memory of graphs against the estimate, and what happens when memory runs out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.gpu.card import Card
+from benchmarks.gpu.correct import error
+from benchmarks.gpu.decode import sample
+from benchmarks.gpu.models import (
+    SECONDS,
+    Side,
+    connect,
+    datum,
+    named,
+    own_cross_entropy,
+    sequences,
+)
+from benchmarks.gpu.report import NotHere, Report
+from cookbook_core.backend.local.model import memory as estimates
+from cookbook_core.backend.local.scoring import attention, packing
+
+GIB = 2**30
+
+
+def memory(report: Report, card: Card) -> None:
+    for name in ("0.6B", "1.7B"):
+        with connect(card, named(card, name)) as side:
+            with report.attempt(f"{name}: bytes a token"):
+                graph_bytes(report, card, side, name)
+            if name == "0.6B":
+                with report.attempt("out of memory in training"):
+                    training_runs_out(report, card, side)
+                with report.attempt("out of memory in sampling"):
+                    sampling_runs_out(report, card, side)
+    with report.attempt("block mask"):
+        block_mask(report, card)
+
+
+def graph_bytes(report: Report, card: Card, side: Side, name: str) -> None:
+    """Bytes a token of graph, by what is allocated while a batch of 2,048 tokens is kept."""
+    tokens = card.pick(2048, 32)
+    data = [datum(ids) for ids in sequences(2, tokens // 2, side.config.vocab_size)]
+    side.client.forward_backward(data, "cross_entropy").result(SECONDS)
+    before = card.allocated()
+    with side.engine.score_with_graph(side.adapter, data) as scored:
+        kept = card.allocated() - before
+        report.check(f"{name}: the graph is kept", scored.passes == 1, scored.passes, 1)
+        del scored
+    side.adapter.grads = None
+    measured = report.number(f"{name}: graph, measured", kept / tokens, "bytes a token")
+    if not hasattr(estimates, "graph_bytes_per_token"):
+        raise NotHere("no estimate of graph bytes")
+    estimate = estimates.graph_bytes_per_token(side.engine.base)
+    report.number(f"{name}: graph, estimated", estimate, "bytes a token")
+    report.number(f"{name}: estimate / measured", estimate / measured if measured else 0.0, "")
+
+
+@contextlib.contextmanager
+def running_out(card: Card, side: Side, share: float, peak: int) -> Iterator[list[int]]:
+    """Inside, only `share` of the memory that the work took beyond the model is left.
+
+    Yields:
+        The sizes, in tokens, at which a stand-in failed where the device has no limit.
+    """
+    failed: list[int] = []
+    if card.cuda:
+        held = card.allocated()
+        with card.within(held + int(share * (peak - held)), known=False):
+            yield failed
+        return
+    scorer = side.engine.scorer
+    score, most = scorer.score_batch, 40
+
+    def score_batch(batch: Any) -> Any:
+        if batch.tokens > most:
+            failed.append(batch.tokens)
+            raise torch.OutOfMemoryError("a stand-in on a device without a limit")
+        return score(batch)
+
+    with mock.patch.object(scorer, "score_batch", score_batch):
+        yield failed
+
+
+def training_runs_out(report: Report, card: Card, side: Side) -> None:
+    """With a third of the memory it takes, a batch goes through in pieces, to the same gradient."""
+    length = card.pick(512, 16)
+    data = [datum(ids) for ids in sequences(16, length, side.config.vocab_size)]
+
+    def step() -> torch.Tensor:
+        side.client.forward_backward_custom(data, own_cross_entropy).result(SECONDS)
+        return side.gradient()
+
+    want = step()
+    peak = card.peak(step)
+    report.number(f"training step of {16 * length} tokens, peak", peak / GIB, "GiB")
+    with running_out(card, side, 0.33, peak):
+        off = error(step(), want)
+        limits = side.engine.limits.limits(length)
+        report.number("a third of it: tokens of a micro-batch", limits.micro_batch_tokens, "tokens")
+        report.number("a third of it: tokens of kept graphs", limits.graph_tokens, "tokens")
+    report.at_most("a third of it: gradient, relative error", off, 0.01)
+
+
+def sampling_runs_out(report: Report, card: Card, side: Side) -> None:
+    """With a third of the memory it takes, the same completions come in more than one wave."""
+    if not card.cuda:
+        report.skip("out of memory in sampling", "no limit of memory on this device")
+        return
+    prompts, sampler = sequences(256, 256, side.config.vocab_size), side.sampler()
+    want = sample(sampler, prompts, 32)
+    peak = card.peak(lambda: sample(sampler, prompts, 32))
+    report.number("sampling 256 rows of 288 tokens, peak", peak / GIB, "GiB")
+    with running_out(card, side, 0.33, peak):
+        found = sample(sampler, prompts, 32)
+    same = sum(a.tokens == b.tokens for a, b in zip(want, found, strict=True))
+    report.number("a third of it: rows with the same tokens", same / len(prompts), "share")
+    report.check("a third of it: every row has its tokens", all(len(s.tokens) == 32 for s in found))
+
+
+def block_mask(report: Report, card: Card) -> None:
+    """Memory that making the block mask of a row of 16k tokens takes."""
+    if not hasattr(attention, "_block_mask"):
+        raise NotHere("attention has no _block_mask")
+    ids = sequences(16, card.pick(1024, 16), 1000)
+    for window in (None, card.pick(4096, 8)):
+        layout = packing.lay_out(ids)
+        before = card.allocated()
+        peak = card.peak(lambda lay=layout, w=window: attention._block_mask(lay, w, card.device))
+        name = f"block mask, {len(layout.tokens)} tokens, window {window}: peak"
+        report.number(name, max(peak - before, 0) / 2**20, "MiB")
+
+
+def eight_on_24(report: Report, card: Card) -> None:
+    """8B with a bfloat16 base trains on 2,048 tokens in what a 24 GB card has for it."""
+    limit = 23 * GIB  # 24,564 MiB less a context of CUDA and what the driver keeps
+    config = named(card, "8B")
+    with card.within(limit, known=True), connect(card, config) as side:
+        data = [datum(ids) for ids in sequences(2, card.pick(1024, 16), config.vocab_size)]
+
+        def step() -> Any:
+            side.client.forward_backward(data, "cross_entropy").result(SECONDS)
+            return side.client.optim_step(adam(1e-5)).result(SECONDS)
+
+        peak = card.peak(step)
+        taken = card.seconds(step, repeats=5, warm=1)
+        report.number("8B within 23 GiB, 2,048 tokens: a step", sorted(taken)[len(taken) // 2], "s")
+        goal = ("<=", 23.0)
+        report.number("8B within 23 GiB, 2,048 tokens: peak", peak / GIB, "GiB", goal)
+
+
+def adam(rate: float) -> Any:
+    from cookbook_core import tinker
+
+    return tinker.AdamParams(rate)
