@@ -53,14 +53,28 @@ class Card:
         """Total memory in bytes; 0 where it is not CUDA's."""
         return torch.cuda.get_device_properties(self.device).total_memory if self.cuda else 0
 
+    @property
+    def own(self) -> Any:
+        """torch.cuda, or torch.sim for the simulated device; None on the CPU."""
+        return None if self.device.type == "cpu" else getattr(torch, self.device.type)
+
+    @property
+    def simulated(self) -> Any:
+        """The module of the simulated device of the tests; None on other devices."""
+        if self.device.type != "sim":
+            return None
+        from tests.simulated import device
+
+        return device
+
     def pick(self, full: T, toy: T) -> T:
         return toy if self.smoke else full
 
     # ---- time ------------------------------------------------------------------------------------
 
     def sync(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
+        if self.own:
+            self.own.synchronize()
 
     def seconds(self, run: Callable[[], Any], repeats: int = 5, warm: int = 2) -> list[float]:
         """Seconds of each of `repeats` calls after `warm` others, by CUDA events.
@@ -100,16 +114,18 @@ class Card:
 
     def allocated(self) -> int:
         self.sync()
-        return torch.cuda.memory_allocated() if self.cuda else 0
+        return self.own.memory_allocated() if self.own else 0
 
     def peak(self, run: Callable[[], Any]) -> int:
         """Most bytes that torch's allocator had in use during the call."""
+        self.free()
         if self.cuda:
-            self.free()
             torch.cuda.reset_peak_memory_stats()
+        elif self.simulated:
+            self.simulated.forget_peak()
         run()
         self.sync()
-        return torch.cuda.max_memory_allocated() if self.cuda else 0
+        return self.own.max_memory_allocated() if self.own else 0
 
     def free(self) -> None:
         gc.collect()
@@ -124,7 +140,10 @@ class Card:
             believes in more memory than there is, and has to recover from running out.
         """
         if not self.cuda:
-            yield
+            more = limit - self.allocated()
+            sim = self.simulated
+            with sim.limited_memory(more) if sim else contextlib.nullcontext():
+                yield
             return
         self.free()
 
@@ -144,6 +163,9 @@ class Card:
 
     def profile(self, run: Callable[[], Any]) -> Profile:
         """Profile one call; the work is done in other threads than this one."""
+        if self.simulated:
+            counts = self.simulated.count(run)
+            return Profile(0.0, counts.launches, counts.launches, 0, counts.waits)
         from torch._C._profiler import _ExperimentalConfig
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
@@ -175,6 +197,8 @@ class Card:
     def syncs(self, run: Callable[[], Any]) -> int:
         """Number of operations in a call that wait for the device (torch's sync debug mode)."""
         if not self.cuda:
+            if self.simulated:
+                return int(self.simulated.count(run).waits)
             run()
             return 0
         with warnings.catch_warnings(record=True) as caught:

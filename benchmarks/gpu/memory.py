@@ -69,7 +69,7 @@ def running_out(card: Card, side: Side, share: float, peak: int) -> Iterator[lis
         The sizes, in tokens, at which a stand-in failed where the device has no limit.
     """
     failed: list[int] = []
-    if card.cuda:
+    if card.own:
         held = card.allocated()
         with card.within(held + int(share * (peak - held)), known=False):
             yield failed
@@ -109,18 +109,21 @@ def training_runs_out(report: Report, card: Card, side: Side) -> None:
 
 def sampling_runs_out(report: Report, card: Card, side: Side) -> None:
     """With a third of the memory it takes, the same completions come in more than one wave."""
-    if not card.cuda:
+    if not card.own:
         report.skip("out of memory in sampling", "no limit of memory on this device")
         return
-    prompts, sampler = sequences(256, 256, side.config.vocab_size), side.sampler()
-    want = sample(sampler, prompts, 32)
-    peak = card.peak(lambda: sample(sampler, prompts, 32))
-    report.number("sampling 256 rows of 288 tokens, peak", peak / GIB, "GiB")
+    rows, length, new = card.pick((256, 256, 32), (8, 16, 4))
+    prompts, sampler = sequences(rows, length, side.config.vocab_size), side.sampler()
+    want = sample(sampler, prompts, new)
+    peak = card.peak(lambda: sample(sampler, prompts, new))
+    report.number(f"sampling {rows} rows of {length + new} tokens, peak", peak / GIB, "GiB")
     with running_out(card, side, 0.33, peak):
-        found = sample(sampler, prompts, 32)
+        found = sample(sampler, prompts, new)
     same = sum(a.tokens == b.tokens for a, b in zip(want, found, strict=True))
     report.number("a third of it: rows with the same tokens", same / len(prompts), "share")
-    report.check("a third of it: every row has its tokens", all(len(s.tokens) == 32 for s in found))
+    report.check(
+        "a third of it: every row has its tokens", all(len(s.tokens) == new for s in found)
+    )
 
 
 def block_mask(report: Report, card: Card) -> None:
