@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -9,82 +10,131 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.card import Card, changed
-from benchmarks.gpu.models import SECONDS, Side, connect, named, sequences
+from benchmarks.gpu.decode import sample
+from benchmarks.gpu.models import Side, connect, named, sequences
 from benchmarks.gpu.report import NotHere, Report
 from benchmarks.gpu.train import data_of, plain_step
-from cookbook_core.backend.local.scoring import attention, packing, target_logprobs
+from cookbook_core.backend.local.scoring import packing, target_logprobs
 
 
 def choices(report: Report, card: Card) -> None:
-    config = named(card, "0.6B")
-    with connect(card, config) as side:
-        for compare in (micro_batches, heads):
-            with report.attempt(compare.__name__, must=False):
-                compare(report, card, side)
     with report.attempt("attention kernels", must=False):
         attention_kernels(report, card)
+    with connect(card, named(card, "0.6B")) as side:
+        for compare in (micro_batches, lora_dtype, decode_graph, head_tiles, liger):
+            if report.has_time(compare.__name__, card.pick(8, 0)):
+                with report.attempt(compare.__name__, must=False):
+                    compare(report, card, side)
 
 
 def milliseconds(report: Report, card: Card, name: str, run: Callable[[], Any]) -> None:
     taken = [t * 1e3 for t in card.seconds(run)]
-    report.number(name, statistics.median(taken), "ms", None, taken)
+    report.number(name, statistics.median(taken), "ms", spread=taken)
+
+
+def batch(card: Card, side: Side) -> Any:
+    return data_of(sequences(*card.pick((16, 1024), (4, 16)), side.config.vocab_size))
 
 
 def micro_batches(report: Report, card: Card, side: Side) -> None:
-    data = data_of(sequences(*card.pick((16, 1024), (4, 16)), side.config.vocab_size))
+    data = batch(card, side)
     for tokens in card.pick((2048, 4096, 8192, 16_384), (16, 64)):
         with changed(side.engine.scorer, "micro_batch_tokens", tokens):
-            name = f"step of {16 * 1024} tokens, micro-batches of {tokens}"
+            name = f"training step, micro-batches of {tokens} tokens"
             milliseconds(report, card, name, lambda: plain_step(side, data))
-            side.client.forward_backward(data, "cross_entropy").result(SECONDS)
             peak = card.peak(lambda: plain_step(side, data))
             report.number(f"{name}: peak", peak / 2**30, "GiB")
 
 
-def heads(report: Report, card: Card, side: Side) -> None:
+def lora_dtype(report: Report, card: Card, side: Side) -> None:
+    """Products of the LoRA in the base's dtype, and in float32 as peft computes them."""
+    layers = [m for m in side.engine.base.model.modules() if getattr(m, "lora_variant", None)]
+    variants = [v for layer in layers for v in layer.lora_variant.values()]
+    if not all(len(getattr(v, "factors", ())) == 2 for v in variants):
+        raise NotHere("LoRA products in one dtype only, or a float32 base")
+    data = batch(card, side)
+    milliseconds(report, card, "training step, LoRA in bfloat16", lambda: plain_step(side, data))
+    with contextlib.ExitStack() as stack:
+        for v in variants:
+            stack.enter_context(changed(v, "factors", v.factors[:1]))
+        for layer in layers:
+            stack.enter_context(changed(layer, "cast_input_dtype_enabled", True))
+        milliseconds(report, card, "training step, LoRA in float32", lambda: plain_step(side, data))
+
+
+def decode_graph(report: Report, card: Card, side: Side) -> None:
+    """Decoding steps as one captured graph, and launched kernel by kernel."""
+    from cookbook_core.backend.local.sampling import kv_cache
+
+    if not hasattr(kv_cache, "GRAPHS"):
+        raise NotHere("decoding has no captured graph")
+    prompts = sequences(card.pick(32, 2), card.pick(128, 8), side.config.vocab_size)
+    sampler, new = side.sampler(), card.pick(64, 8)
+    for on in (True, False):
+        with changed(kv_cache, "GRAPHS", on):
+            name = f"decode {len(prompts)} x {new}, {'graph' if on else 'plain loop'}"
+            milliseconds(report, card, name, lambda: sample(sampler, prompts, new))
+
+
+def head_tiles(report: Report, card: Card, side: Side) -> None:
     """Target logprobs of 4,096 rows and their gradient, by the size of a tile."""
-    rows, width = card.pick(4096, 32), side.config.hidden_size
-    weight = side.engine.scorer.head.module.weight
-    hidden = torch.randn(rows, width, device=card.device).to(weight.dtype).requires_grad_()
+    head, rows = side.engine.scorer.head, card.pick(4096, 32)
+    weight = head.module.weight
+    hidden = torch.randn(rows, weight.shape[1], device=card.device).to(weight.dtype)
+    hidden.requires_grad_()
     targets = torch.randint(len(weight), (rows, 1), device=card.device)
 
     def run() -> None:
-        scored = target_logprobs.target_logprobs(side.engine.scorer.head, hidden, targets)
+        scored = target_logprobs.target_logprobs(head, hidden, targets)
         torch.autograd.grad(scored.sum(), hidden)
 
-    own = dict(target_logprobs.TILE)
     for tile in ((2048, 8192), (4096, 8192), (4096, 16_384), (4096, 32_768)):
-        with changed(target_logprobs, "TILE", {**own, "cuda": tile, "cpu": tile}):
+        sizes = dict.fromkeys(("cpu", "cuda"), tile)
+        with changed(target_logprobs, "TILE", sizes):
             milliseconds(report, card, f"head, {rows} rows, tiles of {tile[0]} x {tile[1]}", run)
 
 
-def attention_kernels(report: Report, card: Card) -> None:
-    """Forward and backward of a row of 16k tokens in 1 and in 64 segments."""
-    total, dtype = card.pick(16_384, 64), torch.bfloat16
-    q, k, v = (
-        torch.randn(
-            1, n, total, card.pick(128, 16), device=card.device, dtype=dtype
-        ).requires_grad_()
-        for n in (card.pick(16, 4), card.pick(8, 2), card.pick(8, 2))
+def liger(report: Report, card: Card, side: Side) -> None:
+    """Liger's kernels for norms, rotary embedding and SwiGLU in place of the model's own.
+
+    The last comparison on this model: it cannot be undone.
+    """
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as error:
+        raise NotHere("liger-kernel is not installed") from error
+    data = batch(card, side)
+    milliseconds(report, card, "training step, without Liger", lambda: plain_step(side, data))
+    _apply_liger_kernel_to_instance(
+        side.engine.base.model, cross_entropy=False, fused_linear_cross_entropy=False
     )
+    milliseconds(report, card, "training step, with Liger", lambda: plain_step(side, data))
+
+
+def attention_kernels(report: Report, card: Card) -> None:
+    """Forward and backward of one layer's attention over 16k tokens, by kernel."""
+    try:
+        from cookbook_core.backend.local.scoring import kernels
+    except ImportError as error:
+        raise NotHere("attention has no choice of kernels") from error
+    total, heads, keys, width = card.pick((16_384, 16, 8, 128), (64, 4, 2, 16))
+    q, k, v = (
+        torch.randn(n, total, width, device=card.device, dtype=torch.bfloat16).requires_grad_()
+        for n in (heads, keys, keys)
+    )
+    kind = kernels.Kind(card.device, q.dtype, heads, keys, width, width)
     for segments in (1, card.pick(64, 4)):
         layout = packing.lay_out(sequences(segments, total // segments, 1000))
-        for name, kernel in kernels_of_version().items():
+        for name in kernels.candidates(kind):
+            what = f"attention, {segments} segments, {name}"
+            if obstacle := kernels.unmade_for(name, kind):
+                report.skip(what, obstacle)
+                continue
+            with report.attempt(what, must=False):
+                attend = kernels.KERNELS[name].attend
 
-            def run(kernel: Any = kernel, layout: Any = layout) -> None:
-                if kernel is None:
-                    raise NotHere
-                out = kernel(q, k, v, layout)
-                torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+                def run(attend: Any = attend, layout: Any = layout) -> None:
+                    out = attend(q, k, v, width**-0.5, layout, None, None)
+                    torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
-            with report.attempt(f"attention, {name}", must=False):
-                milliseconds(report, card, f"attention, {segments} segments, {name}", run)
-
-
-def kernels_of_version() -> dict[str, Any]:
-    """The kernels that this version has, as functions of q, k, v and the layout."""
-
-    def chosen(q: Any, k: Any, v: Any, layout: Any) -> Any:
-        return attention.packed_attention(None, q, k, v, None, layout=layout)[0]
-
-    return {"as chosen": chosen}
+                milliseconds(report, card, what, run)

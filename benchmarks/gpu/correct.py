@@ -52,6 +52,8 @@ def correct(report: Report, card: Card) -> None:
             with report.attempt(f"sampling in {dtype}"):
                 sampling(report, card, dtype)
     report.check("no complaint of torch.compile", not complaints, "; ".join(complaints)[:300])
+    for name, how in chosen_kernels():
+        report.note(f"{name}: {how}")
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     report.number("graphs compiled by dynamo", graphs, "")
 
@@ -236,6 +238,16 @@ def kernels(report: Report, card: Card) -> None:
         with report.attempt(name):
             found = compare_kernel(card, heads, keys, width, tokens, window, cap)
             report.at_most(f"{name}: output and gradients", max(found), 0.03)
+
+
+def chosen_kernels() -> list[tuple[str, str]]:
+    """Which attention kernel was chosen for what, and why no better one."""
+    try:
+        from cookbook_core.backend.local.scoring.kernels import choices
+    except ImportError:
+        return []
+    made = choices().items()
+    return [(str(kind), f"{c.name}; {'; '.join(c.refused)}") for kind, c in made]
 
 
 def compare_kernel(

@@ -177,7 +177,7 @@ class Report:
                 for c in section["checks"]
             ]
             lines += _table("check,result,got,bound", rows)
-            lines += [f"- {note}" for note in section["notes"]]
+            lines += [f"- {note.splitlines()[0]}" for note in section["notes"] if note]
             if "error" in section:
                 lines += ["", "```", section["error"].rstrip(), "```"]
             lines.append("")
