@@ -166,9 +166,8 @@ class Card:
         if self.simulated:
             counts = self.simulated.count(run)
             return Profile(0.0, counts.launches, counts.launches, 0, counts.waits)
-        from torch._C._profiler import _ExperimentalConfig
         from torch.autograd import DeviceType
-        from torch.profiler import ProfilerActivity, profile
+        from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
         kind = DeviceType.CUDA if self.cuda else DeviceType.CPU
         which = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])]

@@ -47,6 +47,7 @@ def graph_bytes(report: Report, card: Card, side: Side, name: str) -> None:
     tokens = card.pick(2048, 32)
     data = [datum(ids) for ids in sequences(2, tokens // 2, side.config.vocab_size)]
     side.client.forward_backward(data, "cross_entropy").result(SECONDS)
+    card.free()
     before = card.allocated()
     with side.engine.score_with_graph(side.adapter, data) as scored:
         kept = card.allocated() - before
