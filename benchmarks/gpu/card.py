@@ -136,7 +136,7 @@ class Card:
     def within(self, limit: int, *, known: bool) -> Iterator[None]:
         """Inside, allocations beyond `limit` bytes in all fail.
 
-        known: free memory is reported accordingly, as on a smaller card; otherwise the package
+        known: torch reports free and total memory as on a smaller card; otherwise the package
             believes in more memory than there is, and has to recover from running out.
         """
         if not self.cuda:
@@ -150,10 +150,16 @@ class Card:
         def free_of_total(*_: Any) -> tuple[int, int]:
             return max(limit - torch.cuda.memory_reserved(), 0), limit
 
-        said = mock.patch.object(torch.cuda, "mem_get_info", free_of_total)
+        smaller = _Smaller(torch.cuda.get_device_properties(self.device), limit)
         torch.cuda.set_per_process_memory_fraction(min(limit / self.memory, 1.0))
         try:
-            with said if known else contextlib.nullcontext():
+            with contextlib.ExitStack() as said:
+                if known:
+                    for name, answer in (
+                        ("mem_get_info", free_of_total),
+                        ("get_device_properties", lambda *_: smaller),
+                    ):
+                        said.enter_context(mock.patch.object(torch.cuda, name, answer))
                 yield
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
@@ -208,6 +214,16 @@ class Card:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         return sum("synchronizing" in str(w.message) for w in caught)
+
+
+class _Smaller:
+    """A device's properties, but for its memory."""
+
+    def __init__(self, real: Any, total_memory: int) -> None:
+        self.real, self.total_memory = real, total_memory
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
 
 
 @dataclass

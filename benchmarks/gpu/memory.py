@@ -55,9 +55,12 @@ def graph_bytes(report: Report, card: Card, side: Side, name: str) -> None:
         del scored
     side.adapter.grads = None
     measured = report.number(f"{name}: graph, measured", kept / tokens, "bytes a token")
-    if not hasattr(estimates, "graph_bytes_per_token"):
-        raise NotHere("no estimate of graph bytes")
-    estimate = estimates.graph_bytes_per_token(side.engine.base)
+    if hasattr(estimates, "estimate_graph_bytes"):
+        estimate = estimates.estimate_graph_bytes(side.engine.base.model).whole
+        own = side.engine.limits.graph_bytes(list(side.adapter.slot.params.values())).whole
+        report.number(f"{name}: graph, as the package counted it", own, "bytes a token")
+    else:
+        estimate = estimates.graph_bytes_per_token(side.engine.base)
     report.number(f"{name}: graph, estimated", estimate, "bytes a token")
     report.number(f"{name}: estimate / measured", estimate / measured if measured else 0.0, "")
 
