@@ -43,8 +43,8 @@ def memory(report: Report, card: Card) -> None:
 
 
 def graph_bytes(report: Report, card: Card, side: Side, name: str) -> None:
-    """Bytes a token of graph, by what is allocated while a batch of 2,048 tokens is kept."""
-    tokens = card.pick(2048, 32)
+    """Bytes a token of graph, by what is allocated while a batch of 1,024 tokens is kept."""
+    tokens = card.pick(1024, 32)
     data = [datum(ids) for ids in sequences(2, tokens // 2, side.config.vocab_size)]
     side.client.forward_backward(data, "cross_entropy").result(SECONDS)
     card.free()
