@@ -39,7 +39,7 @@ from benchmarks.gpu.train import larger, train
 SECTIONS: tuple[tuple[str, Callable[[Report, Card], None], int, int], ...] = (
     # name, function, seconds it needs to be begun, seconds after which it is stopped
     ("machine", machine, 10, 40),
-    ("correct", correct, 30, 120),
+    ("correct", correct, 30, 150),
     ("memory", memory, 20, 60),
     ("train", train, 30, 100),
     ("decode", decode, 30, 110),

@@ -130,7 +130,7 @@ def plain_peft(card: Card, config: Any, lora: Any, tensors: dict[str, Any]) -> A
 
 def step_parts(report: Report, card: Card, sampler: Any, prompts: Any, layers: int) -> None:
     """Kernels and calls of the host in one decoding step, from completions of two lengths."""
-    many, few = card.pick((40, 8), (6, 2))
+    many, few = card.pick((24, 8), (6, 2))
     long, short = (card.profile(lambda n=n: sample(sampler, prompts, n)) for n in (many, few))
     steps = many - few
     report.number("kernels a step", (long.kernels - short.kernels) / steps, "")
