@@ -19,7 +19,6 @@ from benchmarks.gpu.models import (
     connect,
     datum,
     families,
-    mistral,
     qwen3,
     sequences,
     squared,
@@ -37,7 +36,7 @@ def correct(report: Report, card: Card) -> None:
     models = {
         "qwen3": qwen3(card.pick(small, TOY), **ROUGH),
         "tiny": "tiny",
-        "mistral": mistral(card.pick(windowed, TOY), card.pick(64, 8), **ROUGH),
+        "mistral": qwen3(card.pick(windowed, TOY), card.pick(64, 8), **ROUGH),
     }
     with dynamo_complaints() as complaints:
         for name, config in models.items():

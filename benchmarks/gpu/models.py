@@ -29,48 +29,21 @@ TOY = (64, 96, 2, 4, 2, 16, 320, True)
 RANK = 32
 
 
-def qwen3(shape: tuple[Any, ...], **more: Any) -> Any:
-    hidden, inner, layers, heads, keys, width, vocab, tied = shape
-    return transformers.Qwen3Config(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        head_dim=width,
-        vocab_size=vocab,
-        tie_word_embeddings=tied,
-        **{**_COMMON, **more},
-    )
-
-
-_COMMON = {
-    "max_position_embeddings": 32_768,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+def qwen3(shape: tuple[Any, ...], window: int | None = None, **more: Any) -> Any:
+    """A configuration of that shape: Qwen3's or, with a window, Mistral's."""
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    names += " num_key_value_heads head_dim vocab_size tie_word_embeddings"
+    given = dict(zip(names.split(), shape, strict=True))
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    given |= {"max_position_embeddings": 32_768, **special, **more}
+    if window is None:
+        return transformers.Qwen3Config(**given)
+    return transformers.MistralConfig(sliding_window=window, **given)
 
 
 def named(card: Card, name: str) -> Any:
     """The configuration of a Qwen3 of that size; a toy of its form in a smoke run."""
     return qwen3(card.pick(SHAPES[name], TOY))
-
-
-def mistral(shape: tuple[Any, ...], window: int, **more: Any) -> Any:
-    hidden, inner, layers, heads, keys, width, vocab, _ = shape
-    return transformers.MistralConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        head_dim=width,
-        vocab_size=vocab,
-        sliding_window=window,
-        tie_word_embeddings=False,
-        **{**_COMMON, **more},
-    )
 
 
 def build(
