@@ -86,6 +86,32 @@ def test_every_section_runs_without_optional_packages(tmp_path: Path) -> None:
     assert any("micro-batches of" in note for note in whole["sections"]["memory"]["notes"])
 
 
+def test_the_simulated_device_counts(tmp_path: Path) -> None:
+    """What the CPU cannot show: bytes, launches and waits, and memory that ends."""
+    device = pytest.importorskip("tests.simulated.device")
+    try:
+        device.build()
+    except device.Unavailable as problem:
+        pytest.skip(f"no simulated device: {problem}")
+    process = start(tmp_path, "--smoke", "--device", "sim", "--only", "memory,train,decode")
+    printed, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, printed[-3000:]
+    whole, _ = read(tmp_path)
+    assert {s["status"] for s in whole["sections"].values()} == {"done"}, printed
+    rows = {r["name"]: r["value"] for s in whole["sections"].values() for r in s["numbers"]}
+    for name in (
+        "0.6B: graph, measured",
+        "0.6B 16 x 16: peak",
+        "kernels a layer, forward and backward, head included",
+        "launches a step and layer",
+        "waits for the device a step",
+    ):
+        assert rows[name] > 0
+    checks = [check["name"] for check in whole["sections"]["memory"]["checks"]]
+    assert "a third of it: gradient, relative error" in checks
+    assert "a third of it: every row has its tokens" in checks
+
+
 # ---- the frame, with sections of the tests' own --------------------------------------------------
 
 
