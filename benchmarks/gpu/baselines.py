@@ -14,7 +14,7 @@ from benchmarks.gpu.card import Card
 from benchmarks.gpu.memory import GIB
 from benchmarks.gpu.models import RANK, build, connect, named, sequences
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.train import data_of, plain_step
+from benchmarks.gpu.train import data_of, train_step
 
 
 def baselines(report: Report, card: Card) -> None:
@@ -23,9 +23,9 @@ def baselines(report: Report, card: Card) -> None:
     tokens = sum(map(len, lists))
     with connect(card, config) as side:
         data = data_of(lists)
-        taken = card.seconds(lambda: plain_step(side, data))
+        taken = card.seconds(lambda: train_step(side, data))
         ours = report.number("ours", tokens / statistics.median(taken), "tokens/s")
-        peak = report.number("ours: peak", card.peak(lambda: plain_step(side, data)) / GIB, "GiB")
+        peak = report.number("ours: peak", card.peak(lambda: train_step(side, data)) / GIB, "GiB")
     best = 0.0
     for checkpointing in (False, True):
         name = f"plain peft loop, checkpointing {'on' if checkpointing else 'off'}"
@@ -84,7 +84,7 @@ def plain_loop(
         optimizer.zero_grad()
         card.free()
     rates = [ids.numel() / t for t in card.seconds(step)]
-    rate = report.number(name, statistics.median(rates), "tokens/s", None, rates)
+    rate = report.median(name, rates, "tokens/s")
     report.note(f"{name}: {rows} of {len(ids)} rows at a time")
     return rate, report.number(f"{name}: peak", card.peak(step) / GIB, "GiB")
 

@@ -100,6 +100,9 @@ class Card:
             taken.append(first.elapsed_time(last) / 1e3)
         return taken
 
+    def milliseconds(self, run: Callable[[], Any]) -> list[float]:
+        return [t * 1e3 for t in self.seconds(run)]
+
     def rate(self, dtype: torch.dtype = torch.bfloat16, size: tuple[int, ...] = ()) -> float:
         """Operations per second of a product of random matrices (m, k) and (k, n), median."""
         m, k, n = size or (self.pick(8192, 64),) * 3

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from benchmarks.gpu.card import Card, changed
 from benchmarks.gpu.decode import sample
 from benchmarks.gpu.models import Side, connect, named, sequences
 from benchmarks.gpu.report import NotHere, Report
-from benchmarks.gpu.train import data_of, plain_step
+from benchmarks.gpu.train import data_of, train_step
 from cookbook_core.backend.local.scoring import packing, target_logprobs
 
 
@@ -27,11 +25,6 @@ def choices(report: Report, card: Card) -> None:
                     compare(report, card, side)
 
 
-def milliseconds(report: Report, card: Card, name: str, run: Callable[[], Any]) -> None:
-    taken = [t * 1e3 for t in card.seconds(run)]
-    report.number(name, statistics.median(taken), "ms", spread=taken)
-
-
 def batch(card: Card, side: Side) -> Any:
     return data_of(sequences(*card.pick((16, 1024), (4, 16)), side.config.vocab_size))
 
@@ -41,8 +34,8 @@ def micro_batches(report: Report, card: Card, side: Side) -> None:
     for tokens in card.pick((2048, 4096, 8192, 16_384), (16, 64)):
         with changed(side.engine.scorer, "micro_batch_tokens", tokens):
             name = f"training step, micro-batches of {tokens} tokens"
-            milliseconds(report, card, name, lambda: plain_step(side, data))
-            peak = card.peak(lambda: plain_step(side, data))
+            report.median(name, card.milliseconds(lambda: train_step(side, data)), "ms")
+            peak = card.peak(lambda: train_step(side, data))
             report.number(f"{name}: peak", peak / 2**30, "GiB")
 
 
@@ -53,13 +46,19 @@ def lora_dtype(report: Report, card: Card, side: Side) -> None:
     if not all(len(getattr(v, "factors", ())) == 2 for v in variants):
         raise NotHere("LoRA products in one dtype only, or a float32 base")
     data = batch(card, side)
-    milliseconds(report, card, "training step, LoRA in bfloat16", lambda: plain_step(side, data))
+    report.median(
+        "training step, LoRA in bfloat16", card.milliseconds(lambda: train_step(side, data)), "ms"
+    )
     with contextlib.ExitStack() as stack:
         for v in variants:
             stack.enter_context(changed(v, "factors", v.factors[:1]))
         for layer in layers:
             stack.enter_context(changed(layer, "cast_input_dtype_enabled", True))
-        milliseconds(report, card, "training step, LoRA in float32", lambda: plain_step(side, data))
+        report.median(
+            "training step, LoRA in float32",
+            card.milliseconds(lambda: train_step(side, data)),
+            "ms",
+        )
 
 
 def decode_graph(report: Report, card: Card, side: Side) -> None:
@@ -73,7 +72,7 @@ def decode_graph(report: Report, card: Card, side: Side) -> None:
     for on in (True, False):
         with changed(kv_cache, "GRAPHS", on):
             name = f"decode {len(prompts)} x {new}, {'graph' if on else 'plain loop'}"
-            milliseconds(report, card, name, lambda: sample(sampler, prompts, new))
+            report.median(name, card.milliseconds(lambda: sample(sampler, prompts, new)), "ms")
 
 
 def head_tiles(report: Report, card: Card, side: Side) -> None:
@@ -91,7 +90,9 @@ def head_tiles(report: Report, card: Card, side: Side) -> None:
     for tile in ((2048, 8192), (4096, 8192), (4096, 16_384), (4096, 32_768)):
         sizes = dict.fromkeys(("cpu", "cuda"), tile)
         with changed(target_logprobs, "TILE", sizes):
-            milliseconds(report, card, f"head, {rows} rows, tiles of {tile[0]} x {tile[1]}", run)
+            report.median(
+                f"head, {rows} rows, tiles of {tile[0]} x {tile[1]}", card.milliseconds(run), "ms"
+            )
 
 
 def liger(report: Report, card: Card, side: Side) -> None:
@@ -104,11 +105,15 @@ def liger(report: Report, card: Card, side: Side) -> None:
     except ImportError as error:
         raise NotHere("liger-kernel is not installed") from error
     data = batch(card, side)
-    milliseconds(report, card, "training step, without Liger", lambda: plain_step(side, data))
+    report.median(
+        "training step, without Liger", card.milliseconds(lambda: train_step(side, data)), "ms"
+    )
     _apply_liger_kernel_to_instance(
         side.engine.base.model, cross_entropy=False, fused_linear_cross_entropy=False
     )
-    milliseconds(report, card, "training step, with Liger", lambda: plain_step(side, data))
+    report.median(
+        "training step, with Liger", card.milliseconds(lambda: train_step(side, data)), "ms"
+    )
 
 
 def attention_kernels(report: Report, card: Card) -> None:
@@ -137,4 +142,4 @@ def attention_kernels(report: Report, card: Card) -> None:
                     out = attend(q, k, v, width**-0.5, layout, None, None)
                     torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
-                milliseconds(report, card, what, run)
+                report.median(what, card.milliseconds(run), "ms")

@@ -97,7 +97,7 @@ def our_rate(
     taken = card.seconds(lambda: sample(sampler, prompts, new))
     rates = [len(prompts) * new / t for t in taken]
     report.number(f"{name}: a step, prefill included", _step(taken, new), "ms")
-    return report.number(f"{name}: ours", statistics.median(rates), "tokens/s", None, rates)
+    return report.median(f"{name}: ours", rates, "tokens/s")
 
 
 def their_rate(report: Report, card: Card, model: Any, ids: Any, new: int, name: str) -> float:
@@ -117,7 +117,7 @@ def their_rate(report: Report, card: Card, model: Any, ids: Any, new: int, name:
         )
 
     rates = [len(ids) * new / t for t in card.seconds(run)]
-    return report.number(name, statistics.median(rates), "tokens/s", None, rates)
+    return report.median(name, rates, "tokens/s")
 
 
 def plain_peft(card: Card, config: Any, lora: Any, tensors: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ Rates and bandwidths are assumed, and so is the quarter.
 
 from __future__ import annotations
 
-from benchmarks.gpu.models import SHAPES, pairs, qwen3, training_flops
+from benchmarks.gpu.models import SHAPES, qwen3, training_flops
 
 CARDS = {  # bytes/s; operations/s in products of the widths of 0.6B, 1.7B, 8B
     "H100": (2.5e12, dict(zip(SHAPES, (400e12, 500e12, 620e12), strict=True))),
@@ -38,7 +38,7 @@ def microseconds(size: str, card: str, version: str) -> tuple[float, float]:
     lora = by_in * (5 * h + q + inner) + by_out * (q + 2 * k + 2 * h + 2 * inner)
     elementwise = left * (314 * h + 143 * (q + k))
     moved = layers * (lora + elementwise) + 38 * config.vocab_size
-    flops = training_flops(config, 1024, 1024, pairs(1024)) / 1024
+    flops = training_flops(config, [list(range(1024))]) / 1024
     seconds = flops / rates[size] + moved / bandwidth
     return seconds * 1e6, flops / seconds
 

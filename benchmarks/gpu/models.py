@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu.card import Card
 from cookbook_core import tinker
+from cookbook_core.backend.local.scoring import packing
 from cookbook_core.tinker import Datum, ModelInput
 
 SECONDS = 600
@@ -194,26 +195,20 @@ def squared(data: Any, logprobs: Any) -> Any:
 # ---- arithmetic ----------------------------------------------------------------------------------
 
 
-def pairs(length: int) -> int:
-    """Pairs of a query and a key in causal attention over one sequence."""
-    return length * (length + 1) // 2
-
-
-def training_flops(config: Any, tokens: int, scored: int, attended: int) -> float:
-    """Operations of a training step on a LoRA, recomputation and the LoRA itself not counted.
+def training_flops(config: Any, lists: Sequence[list[int]]) -> float:
+    """Operations of a training step on a LoRA; recomputation and the LoRA itself are not counted.
 
     Two operations a weight and token forward, two for the gradient of activations; 14 d a pair of
-    attention (two products forward, five backward, d = heads x head_dim); 4 V H a scored row.
-
-    Args:
-        config: of the model.
-        tokens: that go through the layers; a shared prefix counts once.
-        scored: rows of the unembedding.
-        attended: pairs of attention.
+    attention (two products forward, five backward, d = heads x head_dim); 4 V H a scored row, which
+    is every token of every sequence. A shared prefix goes through the layers once.
     """
-    c = config
+    c, layout = config, packing.lay_out(lists)
+    attended = 0
+    for s in layout.segments:
+        own, above = s.stop - s.start, sum(stop - start for start, stop in s.above)
+        attended += own * (own + 1) // 2 + own * above
     wide, narrow = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     layer = c.hidden_size * (2 * wide + 2 * narrow + 3 * c.intermediate_size)
-    linear = 4 * c.num_hidden_layers * layer * tokens
-    head = 4 * c.vocab_size * c.hidden_size * scored
+    linear = 4 * c.num_hidden_layers * layer * len(layout.tokens)
+    head = 4 * c.vocab_size * c.hidden_size * sum(map(len, lists))
     return linear + head + 14 * wide * c.num_hidden_layers * attended

@@ -9,10 +9,11 @@ import contextlib
 import json
 import math
 import os
+import statistics
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Report:
         value: float,
         unit: str,
         goal: tuple[str, float] | None = None,
-        spread: list[float] | None = None,
+        spread: Sequence[float] = (),
     ) -> float:
         """Keep a measured number; a missed goal, (">=" or "<=", bound), fails nothing."""
         row: dict[str, Any] = {"name": name, "value": _finite(value), "unit": unit}
@@ -70,6 +71,12 @@ class Report:
             row["smallest"], row["largest"] = min(spread), max(spread)
             row["repeats"] = len(spread)
         return self._keep("numbers", row, value)
+
+    def median(
+        self, name: str, values: Sequence[float], unit: str, goal: tuple[str, float] | None = None
+    ) -> float:
+        """Keep the median of repeated measurements, with the smallest and the largest."""
+        return self.number(name, statistics.median(values), unit, goal, values)
 
     def check(self, name: str, ok: Any, got: Any = "", bound: Any = "") -> bool:
         """Keep a check; one that failed makes the exit status 1."""

@@ -17,7 +17,6 @@ from benchmarks.gpu.models import (
     families,
     named,
     own_cross_entropy,
-    pairs,
     sequences,
     training_flops,
 )
@@ -34,62 +33,42 @@ def data_of(lists: Sequence[Sequence[int]]) -> list[Datum]:
     return [datum(ids, 1.0 / total) for ids in lists]
 
 
-def plain_step(side: Side, data: list[Datum]) -> float:
-    """Cross entropy and an optimizer step; returns the number of passes."""
-    backward = side.client.forward_backward(data, "cross_entropy")
-    side.client.optim_step(tinker.AdamParams(1e-5)).result(SECONDS)
-    return backward.result(SECONDS).metrics["passes"]
-
-
-def custom_step(side: Side, data: list[Datum]) -> float:
-    backward = side.client.forward_backward_custom(data, own_cross_entropy)
+def train_step(side: Side, data: list[Datum], loss: Any = "cross_entropy") -> float:
+    """A built-in loss, or one's own, and an optimizer step; returns the number of passes."""
+    if callable(loss):
+        backward = side.client.forward_backward_custom(data, loss)
+    else:
+        backward = side.client.forward_backward(data, loss)
     side.client.optim_step(tinker.AdamParams(1e-5)).result(SECONDS)
     return backward.result(SECONDS).metrics["passes"]
 
 
 def rate(
-    report: Report,
-    card: Card,
-    side: Side,
-    name: str,
-    lists: list[list[int]],
-    flops: float,
-    goal: Any,
-) -> float:
+    report: Report, card: Card, side: Side, name: str, lists: list[list[int]], goal: Any = None
+) -> None:
     """Tokens a second of a training step, its share of the product rate, its peak of memory."""
-    data = data_of(lists)
-    tokens = sum(len(ids) for ids in lists)
+    data, tokens = data_of(lists), sum(map(len, lists))
     passes: list[float] = []
-    taken = card.seconds(lambda: passes.append(plain_step(side, data)))
-    rates = [tokens / t for t in taken]
-    middle = report.number(f"{name}: ours", statistics.median(rates), "tokens/s", None, rates)
-    share = flops / statistics.median(taken) / card.rate()
+    taken = card.seconds(lambda: passes.append(train_step(side, data)))
+    report.median(f"{name}: ours", [tokens / t for t in taken], "tokens/s")
+    share = training_flops(side.config, lists) / statistics.median(taken) / card.rate()
     report.number(f"{name}: share of the bfloat16 rate", share, "", goal)
     report.number(f"{name}: passes", passes[-1], "")
     report.number(f"{name}: micro-batches", len(side.engine.scorer.batches(data)), "")
-    peak = card.peak(lambda: plain_step(side, data))
-    report.number(f"{name}: peak", peak / GIB, "GiB")
-    return middle
+    report.number(f"{name}: peak", card.peak(lambda: train_step(side, data)) / GIB, "GiB")
 
 
 def train(report: Report, card: Card) -> None:
     config = named(card, "0.6B")
-    long, short = card.pick(1024, 16), card.pick(512, 8)
-    vocab = config.vocab_size
+    long, short, vocab = card.pick(1024, 16), card.pick(512, 8), config.vocab_size
     with connect(card, config) as side:
         for count, length in ((16, long), (card.pick(64, 4), long), (8, short)):
-            tokens = count * length
-            flops = training_flops(config, tokens, tokens, count * pairs(length))
             goal = (">=", GOALS["0.6B"]) if count == 16 else None
             lists = sequences(count, length, vocab)
-            rate(report, card, side, f"0.6B {count} x {length}", lists, flops, goal)
+            rate(report, card, side, f"0.6B {count} x {length}", lists, goal)
         prompts, group, shared, own = card.pick((16, 8, 256, 256), (2, 2, 20, 4))
-        tokens = prompts * (shared + group * own)
-        attended = prompts * (pairs(shared) + group * (pairs(own) + own * shared))
-        flops = training_flops(config, tokens, prompts * group * (shared + own), attended)
         name = f"0.6B {prompts} x {group} x ({shared} shared + {own})"
-        lists = families(prompts, group, shared, own, vocab)
-        rate(report, card, side, name, lists, flops, None)
+        rate(report, card, side, name, families(prompts, group, shared, own, vocab))
         parts(report, card, side, sequences(16, long, vocab), sequences(8, short, vocab))
 
 
@@ -98,8 +77,8 @@ def parts(
 ) -> None:
     """What a step consists of: the loss, the optimizer, the reference, kernels and waits."""
     data, small = data_of(lists), data_of(few)
-    plain = card.seconds(lambda: plain_step(side, data), repeats=7)
-    custom = card.seconds(lambda: custom_step(side, data), repeats=7)
+    plain = card.seconds(lambda: train_step(side, data), repeats=7)
+    custom = card.seconds(lambda: train_step(side, data, own_cross_entropy), repeats=7)
     ratio = statistics.median(custom) / statistics.median(plain)
     report.number("custom loss / built-in loss, a step", ratio, "", ("<=", 1.03))
 
@@ -110,28 +89,26 @@ def parts(
     side.client.forward_backward(small, "cross_entropy").result(SECONDS)
     grads = [g.clone() for g in side.adapter.grads]
     side.adapter.grads = None
-    taken = statistics.median(card.seconds(optimize))
-    report.number("accumulate and optim_step alone", taken * 1e3, "ms")
-    taken = statistics.median(
-        card.seconds(lambda: side.client.forward(data, "cross_entropy").result(SECONDS))
-    )
-    report.number("reference alone (forward, no graph)", taken * 1e3, "ms")
+    report.median("accumulate and optim_step alone", card.milliseconds(optimize), "ms")
+    taken = card.milliseconds(lambda: side.score(data))
+    report.median("reference alone (forward, no graph)", taken, "ms")
     for what, chosen in (("large", data), ("small", small)):
-        seen = card.profile(
-            lambda d=chosen: side.client.forward_backward(d, "cross_entropy").result()
-        )
+
+        def backward(data: list[Datum] = chosen) -> None:
+            side.client.forward_backward(data, "cross_entropy").result(SECONDS)
+
+        seen = card.profile(backward)
         report.number(f"{what} batch: device busy", seen.busy, "share")
         report.number(f"{what} batch: calls that wait for the device", seen.waits, "")
         if what == "small":  # one micro-batch: 4,096 tokens
-            layers = side.config.num_hidden_layers
-            goal = ("<=", 150.0)
             name = "kernels a layer, forward and backward, head included"
-            report.number(name, seen.kernels / layers, "", goal)
+            layers = side.config.num_hidden_layers
+            report.number(name, seen.kernels / layers, "", ("<=", 150.0))
         total = sum(seen.milliseconds.values())
         for kernel, spent in seen.milliseconds.most_common(12 if what == "large" else 4):
             report.number(f"{what} batch: {kernel}", spent, f"ms of {total:.1f}")
     side.adapter.grads = None
-    waits = card.syncs(lambda: plain_step(side, small))
+    waits = card.syncs(lambda: train_step(side, small))
     report.number("small batch: synchronizing calls a step, by torch", waits, "")
 
 
@@ -158,17 +135,8 @@ def one_size(report: Report, card: Card, name: str) -> None:
     config, (count, length) = named(card, name), card.pick((16, 1024), (2, 16))
     with connect(card, config) as side:
         lists = sequences(count, length, config.vocab_size)
-        flops = training_flops(config, count * length, count * length, count * pairs(length))
-        goal = (">=", GOALS[name])
-        rate(report, card, side, f"{name} {count} x {length}", lists, flops, goal)
-        prompts, new = (
-            sequences(card.pick(32, 2), card.pick(128, 8), config.vocab_size),
-            card.pick(32, 4),
-        )
-        sampler = side.sampler()
-        rates = [
-            len(prompts) * new / t for t in card.seconds(lambda: sample(sampler, prompts, new))
-        ]
-        report.number(
-            f"{name} decode, {len(prompts)} rows", statistics.median(rates), "tokens/s", None, rates
-        )
+        rate(report, card, side, f"{name} {count} x {length}", lists, (">=", GOALS[name]))
+        rows, length, new = card.pick((32, 128, 32), (2, 8, 4))
+        prompts, sampler = sequences(rows, length, config.vocab_size), side.sampler()
+        taken = card.seconds(lambda: sample(sampler, prompts, new))
+        report.median(f"{name} decode, {rows} rows", [rows * new / t for t in taken], "tokens/s")
