@@ -10,6 +10,7 @@ raised leaves its traceback in the report. 2: no CUDA device and no --smoke.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shutil
@@ -107,6 +108,14 @@ def device_of(name: str, smoke: bool) -> torch.device | None:
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
+def prepare(device: torch.device) -> None:
+    """What the package sets up before it loads a model, so that all sections run under it."""
+    with contextlib.suppress(ImportError):
+        from cookbook_core.backend.local.model import cuda
+
+        cuda.prepare(device)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of gpu.json and gpu.md")
@@ -128,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device is None:
         print("No CUDA device here. --smoke runs every section at toy size.", file=sys.stderr)
         return 2
+    prepare(device)
     card = Card(device, options.smoke, Path(tempfile.mkdtemp(prefix="gpu_battery_")))
     try:
         report.card, report.machine = card.name, describe(card)

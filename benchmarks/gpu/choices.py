@@ -18,7 +18,7 @@ from cookbook_core.backend.local.scoring import packing, target_logprobs
 def choices(report: Report, card: Card) -> None:
     with report.attempt("attention kernels", must=False):
         attention_kernels(report, card)
-    with connect(card, named(card, "0.6B")) as side:
+    with connect(card, named(card, "0.6B"), "bfloat16") as side:
         for compare in (micro_batches, lora_dtype, decode_graph, head_tiles, liger):
             if report.has_time(compare.__name__, card.pick(8, 0)):
                 with report.attempt(compare.__name__, must=False):
@@ -76,23 +76,12 @@ def decode_graph(report: Report, card: Card, side: Side) -> None:
 
 
 def head_tiles(report: Report, card: Card, side: Side) -> None:
-    """Target logprobs of 4,096 rows and their gradient, by the size of a tile."""
-    head, rows = side.engine.scorer.head, card.pick(4096, 32)
-    weight = head.module.weight
-    hidden = torch.randn(rows, weight.shape[1], device=card.device).to(weight.dtype)
-    hidden.requires_grad_()
-    targets = torch.randint(len(weight), (rows, 1), device=card.device)
-
-    def run() -> None:
-        scored = target_logprobs.target_logprobs(head, hidden, targets)
-        torch.autograd.grad(scored.sum(), hidden)
-
+    """Scoring without a graph, by the size of a tile of logits."""
+    data = batch(card, side)
     for tile in ((2048, 8192), (4096, 8192), (4096, 16_384), (4096, 32_768)):
-        sizes = dict.fromkeys(("cpu", "cuda"), tile)
-        with changed(target_logprobs, "TILE", sizes):
-            report.median(
-                f"head, {rows} rows, tiles of {tile[0]} x {tile[1]}", card.milliseconds(run), "ms"
-            )
+        with changed(target_logprobs, "TILE", dict.fromkeys(("cpu", "cuda"), tile)):
+            name = f"scoring, tiles of {tile[0]} rows x {tile[1]} tokens"
+            report.median(name, card.milliseconds(lambda: side.score(data)), "ms")
 
 
 def liger(report: Report, card: Card, side: Side) -> None:

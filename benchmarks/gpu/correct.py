@@ -181,18 +181,18 @@ def deep(report: Report, card: Card, layers: int) -> None:
     config = qwen3(card.pick((1024, 3072, layers, 16, 8, 128, 4096, True), TOY))
     lists = families(2, 2, card.pick(256, 20), card.pick(100, 6), 300)
     data = [datum(ids) for ids in lists]
-    with connect(card, config, "bfloat16") as side, torch.no_grad():
-        scorer, states = side.engine.scorer, {}
-        report.check(f"{layers} layers: rows are packed", scorer.packs)
+    states = {}
+    with connect(card, config, "bfloat16") as side:
+        engine = side.engine
+        report.check(f"{layers} layers: rows are packed", engine.scorer.packs)
         for packs in (True, False):
-            with changed(scorer, "packs", packs):
-                batches = scorer.batches(data)
-                hidden = {
-                    i: h
-                    for batch in batches
-                    for i, h in zip(batch.indices, scorer.hidden_batch(batch), strict=True)
-                }
-            states[packs] = torch.cat([hidden[i] for i in range(len(data))]).double().cpu()
+            packing_is = changed(engine.scorer, "packs", packs)
+            with (
+                packing_is,
+                engine.score_with_graph(side.adapter, data, "vocab_logprobs") as scored,
+            ):
+                states[packs] = torch.cat([hidden.double().cpu() for hidden in scored.logprobs])
+                del scored
     packed, alone = states[True], states[False]
     worst = float((packed - alone).abs().max() / alone.abs().max())
     report.number(f"{layers} layers, packed or not: largest difference / largest", worst, "")
