@@ -19,7 +19,7 @@ def choices(report: Report, card: Card) -> None:
     with report.attempt("attention kernels", must=False):
         attention_kernels(report, card)
     with connect(card, named(card, "0.6B"), "bfloat16") as side:
-        for compare in (micro_batches, lora_dtype, decode_graph, head_tiles, liger):
+        for compare in (micro_batches, lora_dtype, decode_graph, head_tiles, fused_layers):
             if report.has_time(compare.__name__, card.pick(8, 0)):
                 with report.attempt(compare.__name__, must=False):
                     compare(report, card, side)
@@ -62,17 +62,17 @@ def lora_dtype(report: Report, card: Card, side: Side) -> None:
 
 
 def decode_graph(report: Report, card: Card, side: Side) -> None:
-    """Decoding steps as one captured graph, and launched kernel by kernel."""
-    from cookbook_core.backend.local.sampling import kv_cache
+    """Decoding steps as captured graphs, and launched kernel by kernel."""
+    from cookbook_core.backend.local.sampling import sampler as decoding
 
-    if not hasattr(kv_cache, "GRAPHS"):
-        raise NotHere("decoding has no captured graph")
     prompts = sequences(card.pick(32, 2), card.pick(128, 8), side.config.vocab_size)
-    sampler, new = side.sampler(), card.pick(64, 8)
-    for on in (True, False):
-        with changed(kv_cache, "GRAPHS", on):
-            name = f"decode {len(prompts)} x {new}, {'graph' if on else 'plain loop'}"
-            report.median(name, card.milliseconds(lambda: sample(sampler, prompts, new)), "ms")
+    sampler, new = side.sampler(), card.pick(64, 20)
+    name = f"decode {len(prompts)} x {new}"
+    with changed(decoding, "can_capture", lambda *_: False):
+        taken = card.milliseconds(lambda: sample(sampler, prompts, new))
+        report.median(f"{name}, kernel by kernel", taken, "ms")
+    taken = card.milliseconds(lambda: sample(sampler, prompts, new))
+    report.median(f"{name}, as chosen (in graphs on CUDA)", taken, "ms")
 
 
 def head_tiles(report: Report, card: Card, side: Side) -> None:
@@ -84,25 +84,23 @@ def head_tiles(report: Report, card: Card, side: Side) -> None:
             report.median(name, card.milliseconds(lambda: side.score(data)), "ms")
 
 
-def liger(report: Report, card: Card, side: Side) -> None:
-    """Liger's kernels for norms, rotary embedding and SwiGLU in place of the model's own.
+def fused_layers(report: Report, card: Card, side: Side) -> None:
+    """Norms and SwiGLU by the kernels chosen at loading, and as transformers computes them.
 
-    The last comparison on this model: it cannot be undone.
+    The last comparison on this model: it takes the chosen kernels away.
     """
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    except ImportError as error:
-        raise NotHere("liger-kernel is not installed") from error
+    fused = [m for m in side.engine.base.model.modules() if "forward" in vars(m)]
+    if not fused:
+        raise NotHere("no layer has a kernel of its own")
     data = batch(card, side)
-    report.median(
-        "training step, without Liger", card.milliseconds(lambda: train_step(side, data)), "ms"
-    )
-    _apply_liger_kernel_to_instance(
-        side.engine.base.model, cross_entropy=False, fused_linear_cross_entropy=False
-    )
-    report.median(
-        "training step, with Liger", card.milliseconds(lambda: train_step(side, data)), "ms"
-    )
+    for how in sorted({f"{type(m).__name__}: {getattr(m.forward, 'func', '')}" for m in fused}):
+        report.note(how)
+    taken = card.milliseconds(lambda: train_step(side, data))
+    report.median("training step, norms and SwiGLU as chosen", taken, "ms")
+    for module in fused:
+        del module.forward
+    taken = card.milliseconds(lambda: train_step(side, data))
+    report.median("training step, norms and SwiGLU as in transformers", taken, "ms")
 
 
 def attention_kernels(report: Report, card: Card) -> None:

@@ -129,8 +129,11 @@ def plain_peft(card: Card, config: Any, lora: Any, tensors: dict[str, Any]) -> A
 
 
 def step_parts(report: Report, card: Card, sampler: Any, prompts: Any, layers: int) -> None:
-    """Kernels and calls of the host in one decoding step, from completions of two lengths."""
-    many, few = card.pick((24, 8), (6, 2))
+    """Kernels and calls of the host in one decoding step, from completions of two lengths.
+
+    Both are long enough for decoding in graphs, and both capture the same ones.
+    """
+    many, few = card.pick((40, 24), (6, 2))
     long, short = (card.profile(lambda n=n: sample(sampler, prompts, n)) for n in (many, few))
     steps = many - few
     report.number("kernels a step", (long.kernels - short.kernels) / steps, "")
