@@ -8,10 +8,11 @@ kept. Bytes, with `in` and `out` the widths of a linear layer, h the hidden size
 queries and keys, V the vocabulary:
 
     LoRA          30 in + 56 out a layer in float32, 12 in + 8 out in bfloat16
-    norms, rotary embedding, SwiGLU, residuals    314 h + 143 (q + k) a layer; fused: a quarter
+    norms, rotary embedding, SwiGLU, residuals    314 h + 143 (q + k) a layer as in transformers
     unembedding   38 V (ten passes over float32 logits)
 
-Rates and bandwidths are assumed, and so is the quarter.
+Rates and bandwidths are assumed, and so are the shares of the third line that are left where torch
+fuses the norms (0.75), Liger the norms and SwiGLU (0.45), or something all of it (0.25).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ CARDS = {  # bytes/s; operations/s in products of the widths of 0.6B, 1.7B, 8B
 VERSIONS = {  # LoRA's bytes by in and out; share left of elementwise bytes
     "LoRA in float32 (before)": (30, 56, 1.0),
     "LoRA in bfloat16": (12, 8, 1.0),
-    "and norms, rotary embedding and SwiGLU fused": (12, 8, 0.25),
+    "and norms fused by torch": (12, 8, 0.75),
+    "and norms and SwiGLU fused by Liger": (12, 8, 0.45),
+    "and rotary embedding fused too": (12, 8, 0.25),
 }
 
 
