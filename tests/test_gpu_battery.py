@@ -73,7 +73,7 @@ def test_every_section_runs_without_optional_packages(tmp_path: Path) -> None:
         "2 rows: ours (unmerged) / generate, merged",
         "4 rows: ours (unmerged) / generate, merged",
         "bfloat16: sampled and scored, mean gap",
-        "8B within 23 GiB, 2,048 tokens: peak",
+        "8B within 23 GiB, 2,048 tokens: trains",
         "kernels a layer, forward and backward, head included",
         "launches a step and layer",
     ):
