@@ -115,13 +115,12 @@ class Engine:
         Returns:
             D tensors `(N,)` or `(N, K)`, nats, float32 or better, on the CPU.
         """
-        with self.bank.active(adapter), torch.no_grad():
-            scored = self.limits.fit(
+        with self.bank.active(adapter):
+            return self.limits.fit(
                 data,
                 lambda limits: self.scorer.score(data, limits.micro_batch_tokens),
                 datum_indices,
             )
-            return [lp.cpu() for lp in scored]
 
     def compute_logprobs(
         self, adapter: Adapter | None, data: Sequence[Datum]
