@@ -8,11 +8,14 @@ import pytest
 import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
 
+from cookbook_core import clients, tinker
 from cookbook_core.backend.local.model import adapters
 from cookbook_core.backend.local.model.adapters import AdapterBank
 from cookbook_core.backend.local.model.loading import load_base_model
 from cookbook_core.types import LoraConfig
 from tests.conftest import VOCAB, make_random_data
+from tests.oracles.counts import Count
+from tests.oracles.logprobs import adapter_of, engine_of, randomize
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +94,117 @@ def test_what_is_merged_depends_on_the_model_alone(
     after = {name: p.data for name, p in base.model.named_parameters() if name in weights}
     assert all(after[n].data_ptr() == weights[n].data_ptr() for n in weights)
     assert bank.merged_bytes(None) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_copied_adapters_lie_at_the_addresses_of_the_first(
+    model_folder, make_service, dtype: str
+) -> None:
+    """What a captured CUDA graph needs: same values and gradient, one place for all adapters."""
+    service = make_service(dtype=dtype)
+    seeds = (0, 1)
+    made = [service.create_lora_training_client(model_folder(), 4, seed=s) for s in seeds]
+    both = [client.result(60) for client in made]
+    bank, scorer = engine_of(both[0]).bank, engine_of(both[0]).scorer
+    data, seen = make_random_data(3), []
+    for client, seed in zip(both, seeds, strict=True):
+        randomize(client, seed)
+        adapter = adapter_of(client)
+        results = []
+        for context in (bank.active, bank.copied):
+            with context(adapter) as params:
+                loss = sum(lp.sum() for lp in scorer.score(data))
+                grads = torch.autograd.grad(loss, params)
+                results.append([loss.detach(), *grads])
+                places = [p.data_ptr() for p in params]
+                if adapter.slot.rounded is not None:
+                    rounded = adapter.slot.views(adapter.slot.rounded)
+                    places += [view.data_ptr() for view in rounded]
+                    assert torch.equal(adapter.slot.rounded, adapter.flat.bfloat16())
+        assert all(map(torch.equal, *results))
+        seen.append((results[0][0], places))
+    (one, places), (other, other_places) = seen
+    assert one != other
+    assert places == other_places
+    own = {p.data_ptr() for client in both for p in adapter_of(client).params}
+    assert not own & set(places)
+    assert (adapter.slot.rounded is None) == (dtype == "float32")
+
+
+def test_an_adapter_is_one_tensor_whatever_is_done_to_it(service, model_folder) -> None:
+    """Steps, snapshots and switching leave the parameters views of the flat tensor, aligned."""
+    client = service.create_lora_training_client(model_folder(), rank=3, seed=0).result(60)
+    adapter, bank = adapter_of(client), engine_of(client).bank
+    randomize(client)
+    client.forward_backward(make_random_data(3), "cross_entropy").result(60)
+    client.optim_step(tinker.AdamParams(learning_rate=0.1)).result(60)
+    with bank.active(adapter), bank.merged(adapter):
+        pass
+    start = adapter.flat.data_ptr()
+    for each in (adapter, adapter.copy()):
+        offsets = [p.data_ptr() - each.flat.data_ptr() for p in each.params]
+        assert all(offset % 256 == 0 for offset in offsets)
+        assert sorted(offsets) == offsets
+        values = [p.flatten() for p in each.params]
+        assert torch.equal(torch.cat(values).norm(), each.flat[each.flat != 0].norm())
+    assert adapter.flat.data_ptr() == start
+
+
+def test_a_step_needs_as_many_kernels_for_any_number_of_tensors(service, model_folder) -> None:
+    counts = []
+    for train_mlp in (False, True):
+        client = service.create_lora_training_client(
+            model_folder(), rank=4, seed=0, train_mlp=train_mlp
+        ).result(60)
+        adapter = adapter_of(client)
+        grads = [torch.randn_like(p) for p in adapter.params]
+        adapter.accumulate(grads)
+        adapter.optim_step(tinker.AdamParams())
+        with Count() as count:
+            adapter.accumulate(grads)
+            adapter.accumulate(grads)
+            adapter.optim_step(tinker.AdamParams())
+            adapter.copy()
+        counts.append((len(adapter.params), count.seen))
+    (few, one), (many, other) = counts
+    assert few < many
+    assert one == other
+    assert sum(one.values()) < 50
+    assert one["aten::_local_scalar_dense"] <= 2  # one per accumulate; `tolist` is the step's
+
+
+def test_the_rounded_adapter_is_never_stale(model_folder, make_service) -> None:
+    """Made once per use: equal to a new client with the same values after every kind of change."""
+    service, data = make_service(dtype="bfloat16"), make_random_data(3)
+    client, other = (
+        service.create_lora_training_client(model_folder(), rank=4, seed=s).result(60)
+        for s in (0, 1)
+    )
+    randomize(client)
+    seen = [scores_of(client, data)]
+    for _ in range(2):
+        client.forward_backward(data, "cross_entropy").result(60)
+        client.optim_step(tinker.AdamParams(learning_rate=0.1)).result(60)
+        scores_of(other, data)  # another adapter in the same slot
+        seen.append(scores_of(client, data))
+    path = client.save_state("saved").result(60).path
+    fresh = make_service(dtype="bfloat16").create_training_client_from_state(path).result(60)
+    assert torch.equal(scores_of(fresh, data), seen[-1])
+    assert len({scores.sum().item() for scores in seen}) == 3
+    other.load_state(path).result(60)
+    assert torch.equal(scores_of(other, data), seen[-1])
+
+
+def test_a_graph_does_not_outlive_the_use_of_its_adapter(model_folder, make_service) -> None:
+    """The next use overwrites the rounded values: an error then, not a wrong gradient."""
+    service, data = make_service(dtype="bfloat16"), make_random_data(1)
+    client = service.create_lora_training_client(model_folder(), rank=4, seed=0).result(60)
+    bank, scorer = engine_of(client).bank, engine_of(client).scorer
+    with bank.active(adapter_of(client)) as params:
+        loss = scorer.score(data)[0].sum()
+    with bank.active(adapter_of(client)), pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(loss, params)
+
+
+def scores_of(client: tinker.TrainingClient, data: list[tinker.Datum]) -> torch.Tensor:
+    return torch.cat(clients.score(client, data))

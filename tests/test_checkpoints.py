@@ -26,9 +26,8 @@ def client(service, model_folder):
 
 def moments_of(client) -> list[bytes]:
     adapter = client._backend._adapter
-    state = adapter.optimizer.state
-    keys = ("exp_avg", "exp_avg_sq", "step")
-    return [state[p][key].numpy().tobytes() for p in adapter.params for key in keys]
+    state = adapter.optimizer.state[adapter.flat]
+    return [state[key].numpy().tobytes() for key in ("exp_avg", "exp_avg_sq", "step")]
 
 
 def files_of(folder: str | Path) -> dict[str, str]:

@@ -12,17 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
+from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.draw import (
     SamplingTensors,
+    draw_device,
     draw_tokens,
     eos_ids,
+    score,
     truncate,
 )
+from cookbook_core.backend.local.sampling.kv_cache import Decoder
 from cookbook_core.backend.local.sampling.sampler import sample_batch
+from cookbook_core.backend.local.scoring.target_logprobs import find_head
 from cookbook_core.backend.sampling_requests import SampleRequest, check_request
-from cookbook_core.errors import ConfigError, DatumError, ModelError
+from cookbook_core.errors import ConfigError, DatumError, ModelError, RequestError
 from cookbook_core.types import ModelInput, SamplingParams
 from tests.oracles.logprobs import adapter_of, engine_of, randomize
 
@@ -119,6 +125,32 @@ def test_greedy_takes_the_argmax_and_reports_temperature_one(model_folder):
     assert np.abs(rows.amax(dim=1).numpy() - sequence.logprobs_np).max() < 1e-9
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "granite"])
+def test_logits_of_16_bits_are_not_rounded_before_the_softmax(model_folder, monkeypatch, arch):
+    """With a device's product of bfloat16 into float32, as CUDA has: prompts and tokens."""
+    module = "cookbook_core.backend.local.scoring.target_logprobs"
+    monkeypatch.setattr(f"{module}._multiplies_into_float32", lambda *_: True)
+    monkeypatch.setattr(f"{module}._mm_into_float32", lambda a, b: a.float() @ b.float())
+    model = load(model_folder(arch), torch.bfloat16).requires_grad_(False)
+    seen: list[torch.Tensor] = []
+    for place in ("kv_cache.score", "sampler.draw_tokens"):
+        name = f"cookbook_core.backend.local.sampling.{place}"
+        inner = score if place.endswith("score") else draw_tokens
+        monkeypatch.setattr(
+            name, lambda logits, *rest, inner=inner: (seen.append(logits), inner(logits, *rest))[1]
+        )
+    params = SamplingParams(max_tokens=2, temperature=0, stop=[])
+    asked = [SampleRequest(ids(7), 1, params, True)]
+    sample_batch(model, None, asked)
+    sample_batch(model, None, asked, head=find_head(model))
+    for rounded, exact in zip(seen[:3], seen[3:], strict=True):
+        assert rounded.dtype == torch.bfloat16
+        assert exact.dtype == torch.float32
+        assert exact.shape == rounded.shape
+        assert (exact != exact.bfloat16()).float().mean() > 0.9
+        assert (exact - rounded).abs().max() < 0.02 * rounded.abs().max()
+
+
 def test_prompt_logprobs(model_folder):
     model, prompt = load(model_folder()), ids(7)
     asked = SampleRequest(prompt, 1, SamplingParams(max_tokens=1, stop=[]), True, 3)
@@ -176,6 +208,59 @@ def test_truncation_moves_tokens_but_not_logprobs():
     assert logprob.item() == pytest.approx(torch.log_softmax(logits, 1)[0, 1].item(), abs=1e-12)
 
 
+# ---- devices without float64 --------------------------------------------------------------------
+
+
+class Dtypes(TorchDispatchMode):
+    """Collects the dtypes of all tensors that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.seen.add(tensor.dtype)
+        return out
+
+
+def test_the_decoder_needs_no_float64(model_folder, monkeypatch):
+    """What runs on the model's device, prompt logprobs included; `draw_tokens` needs it."""
+    mode = Dtypes()
+
+    def watch(inner: Any) -> Any:
+        def watched(self: Decoder, *args: Any) -> Any:
+            with mode:
+                return inner(self, *args)
+
+        return watched
+
+    for name in ("prefill", "step", "keep"):
+        monkeypatch.setattr(Decoder, name, watch(getattr(Decoder, name)))
+    asked = [
+        SampleRequest(ids(6), 2, SamplingParams(max_tokens=4, seed=1, stop=[]), True, 2),
+        request(ids(4), 2, max_tokens=2, seed=2, top_k=5, top_p=0.9, temperature=0.5),
+    ]
+    sample_batch(load(model_folder(), torch.float32), None, asked)
+    assert torch.float32 in mode.seen
+    assert torch.int64 in mode.seen
+    assert torch.float64 not in mode.seen
+
+
+def test_tokens_are_drawn_on_the_cpu_where_the_device_has_no_float64(monkeypatch):
+    device, make = torch.device("mps"), draw_device.__wrapped__
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    assert make(device) == device
+
+    def zeros(*_: Any, **__: Any) -> Any:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    assert make(device).type == "cpu"
+
+
 # ---- seeds --------------------------------------------------------------------------------------
 
 
@@ -187,10 +272,89 @@ def test_a_seed_fixes_the_tokens_whatever_else_is_in_the_batch(model_folder):
     alone = tokens_of(sample_batch(model, None, [seeded]))[0]
     assert tokens_of(sample_batch(model, None, [seeded, *others]))[0] == alone
     assert tokens_of(sample_batch(model, None, [*others, seeded]))[-1] == alone
-    assert tokens_of(sample_batch(model, None, [seeded, *others], token_budget=1))[0] == alone
+    assert (
+        tokens_of(sample_batch(model, None, [seeded, *others], budget=CacheBudget(1)))[0] == alone
+    )
     assert len({tuple(tokens) for tokens in alone}) == 4
     other_seed = request(ids(6), 4, max_tokens=10, seed=8)
     assert tokens_of(sample_batch(model, None, [other_seed]))[0] != alone
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, most: int, error: Exception) -> list[int]:
+    """Make decoding fail above `most` rows x columns; return the rows of each prefill."""
+    prefill, step, rows = Decoder.prefill, Decoder.step, []
+
+    def counted(self: Decoder, prompts: list[Any], limits: Any) -> Any:
+        rows.append(len(prompts))
+        return prefill(self, prompts, limits)
+
+    def limited(self: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+        if len(tokens) * self.width > most:
+            raise error
+        return step(self, tokens)
+
+    monkeypatch.setattr(Decoder, "prefill", counted)
+    monkeypatch.setattr(Decoder, "step", limited)
+    return rows
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Triton: out of memory")]
+)
+def test_running_out_of_memory_halves_the_cache_and_changes_no_sample(
+    model_folder, monkeypatch, caplog, error
+):
+    """The wave fails in the middle of its completions, prompts already scored."""
+    model, prompt = load(model_folder()), ids(6)
+    params = SamplingParams(max_tokens=10, seed=7, stop=[])
+    asked = [SampleRequest(prompt, 12, params, True, 2), request(ids(3), 2, max_tokens=5, seed=1)]
+    expected = sample_batch(model, None, asked)
+    rows = limit_memory(monkeypatch, 14 * 10 - 1, error)
+    budget = CacheBudget(1000)
+    found = sample_batch(model, None, asked, budget=budget)
+    assert tokens_of(found) == tokens_of(expected)
+    assert found[0].prompt_logprobs == pytest.approx(expected[0].prompt_logprobs, abs=1e-9)
+    assert found[0].topk_prompt_logprobs[1:] == [
+        [(token, pytest.approx(logprob, abs=1e-9)) for token, logprob in top]
+        for top in expected[0].topk_prompt_logprobs[1:]
+    ]
+    assert rows == [14, 7, 7]
+    assert (budget.tokens, budget.lowered) == (1000, 14 * 16 // 2)
+    assert "at most 112 tokens (rows x columns) instead of 1000" in caplog.text
+    rows.clear()
+    sample_batch(model, None, asked, budget=budget)  # the lower budget stays
+    assert rows == [7, 7]
+
+
+def test_a_sample_that_does_not_fit_by_itself_says_what_would(model_folder, monkeypatch):
+    limit_memory(monkeypatch, 8, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RequestError, match=r"about .* tokens or fewer.* 16 tokens"):
+        sample_batch(load(model_folder()), None, [request(ids(6), 5, max_tokens=10, seed=7)])
+
+
+def test_other_errors_of_a_wave_are_raised_unchanged(model_folder, monkeypatch):
+    limit_memory(monkeypatch, 8, RuntimeError("a kernel failed"))
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        sample_batch(load(model_folder()), None, [request(ids(6), 5, max_tokens=10)])
+
+
+def test_the_budget_follows_total_memory_and_the_model(service, model_folder, monkeypatch):
+    """2 layers x 2 heads x 8 x 4 bytes, keys and values: 256 bytes a token."""
+    client = service.create_lora_training_client(model_folder(), 4, 0).result()
+    engine = engine_of(client)
+    assert engine.machine(adapter_of(client))["sampling_tokens"] == 65_536
+    base, module = engine.base, "cookbook_core.backend.local.sampling.cache_budget"
+    model = sum(p.nbytes for name, p in base.model.named_parameters() if ".lora_" not in name)
+    plain = types.SimpleNamespace(**{**vars(base), "model": load(model_folder(), torch.float32)})
+    monkeypatch.setattr(f"{module}.total_bytes", lambda _: model + 10 * 2**20)
+    assert CacheBudget.of(plain).tokens == 6 * 2**20 // 256
+    monkeypatch.setattr(f"{module}.total_bytes", lambda _: model + 2**40)
+    assert CacheBudget.of(plain).tokens == 65_536
+    plain.device = torch.device("cuda")
+    assert CacheBudget.of(plain).tokens == int(0.6 * 2**40) // 256
 
 
 def test_without_a_seed_the_generator_decides(model_folder):
@@ -245,6 +409,17 @@ def test_open_ended_requests_run_to_the_context_limit(model_folder):
     ].sequences
     assert [len(s.tokens) for s in sequences] == [6, 6, 6]
     assert len({s.sequence_id for s in sequences}) == 3
+
+
+def test_the_cache_grows_when_an_open_ended_row_outgrows_it(model_folder, monkeypatch):
+    """Rows of 5 and 2 tokens are cached for 8 more; the longest row gets 90."""
+    model = load(model_folder())
+    asked = [request(ids(5), 2, max_tokens=None, seed=1), request(ids(2), max_tokens=40, seed=2)]
+    expected = sample_batch(model, None, asked, max_context_length=95)
+    monkeypatch.setattr("cookbook_core.backend.local.sampling.kv_cache.OPEN_ENDED", 8)
+    found = sample_batch(model, None, asked, max_context_length=95)
+    assert tokens_of(found) == tokens_of(expected)
+    assert len(found[0].sequences[0].tokens) == 90
 
 
 def test_several_end_ids_count_only_if_the_tokenizer_agrees():
@@ -365,7 +540,7 @@ def test_a_base_below_float32_is_not_merged_and_an_error_inside_undoes_it(
     prompt = ModelInput.from_ints(ids(9))
     expected = sampler.sample(prompt, 1, params).result().sequences[0].tokens
 
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         assert base_bytes(client) != before, "nothing is merged here"
         raise RuntimeError("no")
 

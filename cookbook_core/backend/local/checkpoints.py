@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from cookbook_core.backend.local.model.adapters import Adapter, AdapterBank, plain_config
+from cookbook_core.backend.local.model.adapters import AdapterBank, plain_config
+from cookbook_core.backend.local.model.flat_adapter import Adapter
 from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.errors import CheckpointError
 from cookbook_core.storage import manifest
@@ -127,7 +128,7 @@ def write(
         ) from error
     try:
         with beside(folder) as temporary:
-            tensors = {k: t.cpu().contiguous() for k, t in adapter.named().items()}
+            tensors = _named(adapter, adapter.flat.detach())
             save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
             if with_optimizer:
                 save_file(_moments(adapter), temporary / "optimizer.safetensors")
@@ -356,8 +357,7 @@ def restore(adapter: Adapter, checkpoint: Checkpoint) -> None:
         shapes = {f"{kind}.{key}": shape for key, shape in shapes.items() for kind in kinds}
         fix = "Load the weights alone: load_state() or create_training_client_from_state()."
         _check_shapes(file, "the weights beside it", checkpoint.moments, shapes, fix)
-    for key, p in zip(adapter.slot.params, adapter.params, strict=True):
-        p.data.copy_(checkpoint.tensors[key])
+    adapter.flat.data.copy_(_flat(adapter, checkpoint.tensors))
     adapter.grads, adapter.optimizer, adapter.step = None, None, checkpoint.step
     if checkpoint.moments:
         _restore_moments(adapter, checkpoint.moments)
@@ -380,25 +380,38 @@ def _check_shapes(
         raise CheckpointError(f"{path}: {key}", what, expected=expected, got=got, fix=fix)
 
 
+def _named(adapter: Adapter, flat: torch.Tensor, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Tensors on the CPU by prefix and peft's key, from a flat one in the adapter's layout."""
+    views = adapter.slot.views(flat.cpu())
+    return {f"{prefix}{key}": view for key, view in zip(adapter.slot.params, views, strict=True)}
+
+
+def _flat(adapter: Adapter, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
+    """The reverse of `_named`, in the adapter's dtype on its device; other keys are ignored."""
+    flat = torch.zeros_like(adapter.flat, device="cpu")
+    for key, view in _named(adapter, flat, prefix).items():
+        view.copy_(tensors[key])
+    return flat.to(adapter.flat.device)
+
+
 def _moments(adapter: Adapter) -> dict[str, torch.Tensor]:
-    if adapter.optimizer is None:
+    state = adapter.optimizer.state.get(adapter.flat) if adapter.optimizer else None
+    if not state:
         return {}
-    state = adapter.optimizer.state
     return {
-        f"{name}.{key}": state[p][name].cpu().contiguous()
-        for key, p in zip(adapter.slot.params, adapter.params, strict=True)
+        key: tensor
         for name in ("exp_avg", "exp_avg_sq")
-        if p in state
+        for key, tensor in _named(adapter, state[name], f"{name}.").items()
     }
 
 
 def _restore_moments(adapter: Adapter, moments: Mapping[str, torch.Tensor]) -> None:
     optimizer = adapter.ready_optimizer()
-    for key, p in zip(adapter.slot.params, adapter.params, strict=True):
-        optimizer.state[p] = {
-            "step": torch.tensor(float(adapter.step), device=p.device),
-            **{name: moments[f"{name}.{key}"].to(p) for name in ("exp_avg", "exp_avg_sq")},
-        }
+    fused = optimizer.defaults["fused"]  # reads its step on the device; the others on the CPU
+    optimizer.state[adapter.flat] = {
+        "step": torch.tensor(float(adapter.step), device=adapter.flat.device if fused else "cpu"),
+        **{name: _flat(adapter, moments, f"{name}.") for name in ("exp_avg", "exp_avg_sq")},
+    }
 
 
 def _read_optimizer(folder: Path) -> tuple[dict[str, torch.Tensor], int]:

@@ -19,7 +19,8 @@ import torch
 from cookbook_core.backend.local.model.adapters import Adapter, AdapterBank
 from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.backend.local.model.memory import total_bytes
-from cookbook_core.backend.local.sampling.sampler import TOKEN_BUDGET, sample_batch
+from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
+from cookbook_core.backend.local.sampling.sampler import sample_batch
 from cookbook_core.backend.local.scoring.backward import BatchScores, ScoredBatch
 from cookbook_core.backend.local.scoring.memory_limits import MemoryLimits
 from cookbook_core.backend.local.scoring.scorer import Scorer
@@ -48,6 +49,7 @@ class Engine:
         self.scorer = Scorer(base.model, base.device)
         self.bank = AdapterBank(base)
         self.limits = MemoryLimits(base, self.scorer, gradient_checkpointing)
+        self.budget = CacheBudget.of(base)
 
     def forward_backward(
         self,
@@ -138,7 +140,9 @@ class Engine:
         longest = max(r.params.max_tokens or MERGE_FROM for r in requests)
         merged = self.merged(adapter) if longest >= MERGE_FROM else contextlib.nullcontext()
         with self.bank.active(adapter), torch.no_grad(), merged:
-            return sample_batch(self.base.model, tokenizer, requests)
+            return sample_batch(
+                self.base.model, tokenizer, requests, budget=self.budget, head=self.scorer.head
+            )
 
     def merged(self, adapter: Adapter | None) -> AbstractContextManager[None]:
         """Within the block, merge the adapter if the copy fits in MERGE_SHARE of memory.
@@ -160,7 +164,7 @@ class Engine:
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
             "micro_batch_tokens": self.scorer.micro_batch_tokens,
             "packed_rows": self.scorer.packs,
-            "sampling_tokens": TOKEN_BUDGET,
+            "sampling_tokens": self.budget.tokens,
             "merged_for_sampling": self._merges(adapter),
         }
 

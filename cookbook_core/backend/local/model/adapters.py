@@ -1,152 +1,33 @@
 """LoRA through peft: one slot in the model per LoRA configuration, any number of adapters on it.
 
 peft adds its LoRA layers to the model once per configuration (a *slot*). An adapter is only its
-tensors; activating it points the slot's parameters at them. So switching copies nothing, clients
-cannot change each other's adapters, and a snapshot is a copy of an adapter.
+tensors; activating it points the slot's parameters at them. So switching copies nothing (over a
+base below float32: rounds them once), clients cannot change each other's adapters, and a snapshot
+is a copy of an adapter.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from cookbook_core.backend.local.model.flat_adapter import Adapter, Slot
 from cookbook_core.backend.local.model.fused_lora import fuse
 from cookbook_core.backend.local.model.loading import BaseModel
-from cookbook_core.errors import ConfigError, ModelError, RequestError
-from cookbook_core.types import AdamParams, LoraConfig
+from cookbook_core.errors import ConfigError, ModelError
+from cookbook_core.types import LoraConfig
 
 ALPHA = 32
 """LoRA alpha at every rank, as on the `tinker` service: the scale is 32 / rank."""
 
 _NOT_LAYOUT = ("base_model_name_or_path", "inference_mode", "revision", "task_type")
-
-
-@dataclass
-class Slot:
-    """The LoRA layers of one configuration, into which one adapter at a time is put.
-
-    Attributes:
-        name: peft's name of it in the model.
-        config: a peft.LoraConfig.
-        params: the layers' parameters by the key under which peft saves them.
-    """
-
-    name: str
-    config: Any
-    params: dict[str, torch.nn.Parameter]
-
-
-@dataclass
-class Adapter:
-    """The tensors of one LoRA adapter, its accumulated gradients and its optimizer."""
-
-    slot: Slot
-    params: list[torch.nn.Parameter]
-    grads: list[torch.Tensor] | None = None
-    step: int = 0
-    optimizer: torch.optim.AdamW | None = field(default=None, repr=False)
-    number: int = field(default_factory=itertools.count().__next__)
-    """Identifies the adapter among the processes of a run."""
-
-    def named(self) -> dict[str, torch.Tensor]:
-        """Return the detached parameters by peft's key: A `(r, in)`, B `(out, r)`."""
-        return {k: p.detach() for k, p in zip(self.slot.params, self.params, strict=True)}
-
-    def copy(self) -> Adapter:
-        """A new adapter with the same weights, no gradient, no optimizer and step 0."""
-        return Adapter(self.slot, [_parameter(p.detach().clone()) for p in self.params])
-
-    def accumulate(self, grads: Sequence[torch.Tensor]) -> None:
-        """Add a gradient to the accumulated one.
-
-        Args:
-            grads: one tensor per parameter, A `(r, in)`, B `(out, r)`.
-
-        Raises:
-            RequestError: the sum is not finite; the accumulated gradient is unchanged.
-        """
-        before = self.grads or [torch.zeros_like(p) for p in self.params]
-        totals = [total + g for total, g in zip(before, grads, strict=True)]
-        norm = torch.stack([g.norm() for g in totals]).norm()
-        if not torch.isfinite(norm):
-            raise RequestError(
-                "forward_backward",
-                "the gradient of the parameters is not finite",
-                expected="a finite gradient",
-                got=f"norm {float(norm)}",
-                fix="Nothing was accumulated. Scale the loss down, or load the model in float32.",
-            )
-        self.grads = totals
-
-    def optim_step(self, adam: AdamParams) -> dict[str, float]:
-        """Take one AdamW step on the accumulated gradient, then clear the gradient.
-
-        Returns:
-            grad_norm: L2, before clipping. update_norm: L2 of the change of the weights. lr.
-        Raises:
-            RequestError: no gradient was accumulated, or the step is not finite in their dtype;
-                weights, moments and gradient are unchanged.
-        """
-        if self.grads is None:
-            raise RequestError(
-                "optim_step",
-                "no gradient has been accumulated since the last step",
-                fix="Call forward_backward() or forward_backward_custom() first.",
-            )
-        optimizer = self.ready_optimizer()
-        moments = {p: {k: x.clone() for k, x in s.items()} for p, s in optimizer.state.items()}
-        for group in optimizer.param_groups:
-            group.update(
-                lr=adam.learning_rate,
-                betas=(adam.beta1, adam.beta2),
-                eps=adam.eps,
-                weight_decay=adam.weight_decay,
-            )
-        before = [p.detach().clone() for p in self.params]
-        grad_norm = torch.stack([g.norm() for g in self.grads]).norm()
-        shrink = torch.clamp((adam.grad_clip_norm or math.inf) / (grad_norm + 1e-6), max=1.0)
-        for p, g in zip(self.params, self.grads, strict=True):
-            p.grad = g * shrink
-        optimizer.step()
-        for p in self.params:
-            p.grad = None
-        moved = [p.detach() - b for p, b in zip(self.params, before, strict=True)]
-        update_norm = torch.stack([change.norm() for change in moved]).norm()
-        if not torch.isfinite(update_norm):
-            for p, b in zip(self.params, before, strict=True):
-                p.data.copy_(b)
-            optimizer.state.clear()
-            optimizer.state.update(moments)
-            raise RequestError(
-                "optim_step",
-                "the step leaves the range of the weights",
-                expected="a finite update",
-                got=f"norm {float(update_norm)} with {adam}",
-                fix="Nothing was changed. Lower learning_rate, raise eps, or clip the gradient.",
-            )
-        self.grads = None
-        self.step += 1
-        return {
-            "grad_norm": float(grad_norm),
-            "update_norm": float(update_norm),
-            "lr": adam.learning_rate,
-        }
-
-    def ready_optimizer(self) -> torch.optim.AdamW:
-        """The optimizer, made on first use: snapshots and references never need one."""
-        if self.optimizer is None:
-            fused = self.params[0].device.type in ("cpu", "cuda")
-            self.optimizer = torch.optim.AdamW(self.params, fused=fused)
-        return self.optimizer
 
 
 class AdapterBank:
@@ -182,16 +63,41 @@ class AdapterBank:
             ModelError: peft cannot add such LoRA layers to this model.
         """
         slot = self._slot(peft_config)
-        return Adapter(slot, [_parameter(torch.zeros_like(p)) for p in slot.params.values()])
+        return Adapter(slot, slot.new_flat())
 
     @contextmanager
     def active(self, adapter: Adapter | None) -> Iterator[list[torch.nn.Parameter]]:
         """Within the block, compute with `adapter` (None: with the bare base model).
 
+        Do not change its values, nor use another adapter, in the block.
+
         Yields:
             The slot's parameters: the leaves of a graph built in the block. They share storage
             with `adapter.params`.
         """
+        yield self._put(adapter, None if adapter is None else adapter.flat.data)
+
+    @contextmanager
+    def copied(self, adapter: Adapter | None) -> Iterator[list[torch.nn.Parameter]]:
+        """As `active`, at addresses that are the same for every adapter of a slot.
+
+        The values are copied into storage that the slot keeps. Use it around the capture of a CUDA
+        graph and around every replay: a replay reads the addresses of the capture, whatever adapter
+        they hold by then. Not for weights made by `merged`, which are new each time.
+
+        Yields:
+            As `active`; the parameters share storage with the slot, not with the adapter.
+        """
+        if adapter is None:
+            yield self._put(None, None)
+            return
+        slot = adapter.slot
+        if slot.storage is None:
+            slot.storage = slot.new_flat()
+        yield self._put(adapter, slot.storage.copy_(adapter.flat.data))
+
+    def _put(self, adapter: Adapter | None, flat: torch.Tensor | None) -> list[torch.nn.Parameter]:
+        """Switch the model to the adapter's slot and point its parameters at `flat`."""
         slot = None if adapter is None else adapter.slot
         if slot is not self._active:
             if slot is None:
@@ -200,13 +106,14 @@ class AdapterBank:
                 self._peft.base_model.enable_adapter_layers()
                 self._peft.set_adapter(slot.name)
             self._active = slot
-        if adapter is None or slot is None:
-            yield []
-            return
+        if slot is None or flat is None:
+            return []
         params = list(slot.params.values())
-        for p, tensor in zip(params, adapter.params, strict=True):
-            p.data = tensor.data
-        yield params
+        for p, view in zip(params, slot.views(flat), strict=True):
+            p.data = view
+        if slot.rounded is not None:
+            slot.rounded.copy_(flat)
+        return params
 
     @contextmanager
     def merged(self, adapter: Adapter | None) -> Iterator[None]:
@@ -367,9 +274,14 @@ class AdapterBank:
         dtype = self.base.adapter_dtype
         for p in params.values():
             p.data = p.data.to(dtype)
-        fuse(model, name)
-        self._active = self._slots[key] = Slot(name, config, params)
-        return self._slots[key]
+        slot = Slot(name, config, params)
+        rounded = {}
+        if model.dtype.itemsize < dtype.itemsize:
+            slot.rounded = slot.new_flat(model.dtype)
+            rounded = dict(zip(params.values(), slot.views(slot.rounded), strict=True))
+        fuse(model, name, rounded)
+        self._active = self._slots[key] = slot
+        return slot
 
 
 def plain_config(config: Any) -> dict[str, Any]:
@@ -386,7 +298,3 @@ def plain_config(config: Any) -> dict[str, Any]:
 def _whole(value: Any, low: float, high: float) -> bool:
     number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     return bool(number and low <= value <= high)
-
-
-def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
-    return torch.nn.Parameter(tensor, requires_grad=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cookbook_core.backend.local.model import fused_norm
+from cookbook_core.backend.local.model import cuda, fused_norm
 from cookbook_core.errors import ConfigError, ModelError, check_choice
 from cookbook_core.storage.hub import asking_hub
 from cookbook_core.storage.paths import asset_path, usable_path
@@ -19,6 +20,8 @@ from cookbook_core.types import ModelData
 
 TINY_MODEL = "tiny"
 """Name of the bundled model."""
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -167,9 +170,18 @@ def choose_device(device: str) -> torch.device:
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Choose the dtype: "auto" is bfloat16 on cuda and float32 elsewhere.
 
+    A GPU older than Ampere takes float32 too, with a warning: there bfloat16 is emulated.
+
     Raises:
         ConfigError: not "auto" or a key of DTYPES.
     """
+    if dtype == "auto" and device.type == "cuda" and not cuda.has_bfloat16(device):
+        log.warning(
+            "%s has no bfloat16 of its own: the model is loaded in float32, which takes twice the "
+            'memory. dtype="bfloat16" has torch emulate it, which is slower still.',
+            torch.cuda.get_device_name(device),
+        )
+        return torch.float32
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     check_choice(ConfigError, "dtype", "unknown dtype", dtype, ("auto", *DTYPES))
@@ -178,6 +190,9 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> BaseModel:
     """Load a causal LM from a folder, the Hub, or the package ("tiny"), frozen, in eval mode.
+
+    On CUDA each tensor goes to the device as it is read, so host memory never holds the model; see
+    `cuda.prepare` for what is set there.
 
     Raises:
         ModelError: no such model, or not a causal LM.
@@ -189,9 +204,11 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     path = resolve_model(name)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
+    cuda.prepare(chosen_device)
+    straight = {"device_map": {"": chosen_device}} if chosen_device.type == "cuda" else {}
     try:
         with _quiet_loading(), _hub_access(path, "folder"):
-            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype, **straight)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,8 @@ import numpy as np
 import torch
 
 from cookbook_core.backend.local.engine import Engine
-from cookbook_core.backend.local.model.adapters import Adapter, plain_config
+from cookbook_core.backend.local.model.adapters import plain_config
+from cookbook_core.backend.local.model.flat_adapter import Adapter
 from cookbook_core.backend.local.model.loading import BaseModel, load_base_model, resolve_model
 from cookbook_core.backend.local.model.memory import keep_freed_memory
 from cookbook_core.backend.local.multiprocess.group import Group, Packet, Request, Stopped
@@ -171,19 +171,21 @@ class SharedEngine(Engine):
     ) -> Iterator[Request]:
         """A request in which the other ranks have `adapter` as it is now."""
         header: dict[str, Any] = {"op": op, "engine": self._number, "adapter": None}
-        flat, changed = None, False
+        sent = None
         if adapter is not None:
-            flat, sent = _flat(adapter.params), self._sent.get(adapter.number)
-            changed = sent is None or not torch.equal(sent, flat)
+            sent = self._sent.get(adapter.number)
+            changed = sent is None or not torch.equal(sent, adapter.flat)
+            if changed:
+                sent = adapter.flat.detach().clone()
             config = plain_config(adapter.slot.config)
             header["adapter"] = {"number": adapter.number, "config": config, "changed": changed}
         packets = [Packet({**header, **each.header}, each.tensors) for each in work]
         try:
             with self._group.request(packets) as request:
-                if adapter is not None and flat is not None:
-                    if changed:
-                        self._group.broadcast(flat)
-                    _keep(self._sent, adapter.number, flat)
+                if adapter is not None and sent is not None:
+                    if header["adapter"]["changed"]:
+                        self._group.broadcast(sent)
+                    _keep(self._sent, adapter.number, sent)
                 yield request
         except BaseException:
             self._sent.clear()  # what the other ranks have is unknown now: send it again
@@ -265,7 +267,7 @@ class Follower:
         options = header["options"]
         wanted = options["device"]
         if wanted.startswith("cuda") or (wanted == "auto" and torch.cuda.is_available()):
-            options["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            options["device"] = f"cuda:{torch.cuda.current_device()}"  # which Group has set
         base = load_base_model(**options)
         engine = Engine(base, header["gradient_checkpointing"])
         self._group.exchange({"fingerprint": base.identity()["fingerprint"]})
@@ -307,9 +309,8 @@ class Follower:
         if adapter is None:
             adapter = bank.empty(peft.LoraConfig(**config))
         if header["adapter"]["changed"]:
-            flat = self._group.broadcast(_flat(adapter.params))
-            for p, values in zip(adapter.params, _like(flat, adapter.params), strict=True):
-                p.data.copy_(values)
+            flat = adapter.flat.data
+            flat.copy_(self._group.broadcast(flat))
         _keep(copies, number, adapter)
         return adapter
 

@@ -6,6 +6,7 @@ vocabulary, before top_k and top_p, in float32 (float64 when the logits are floa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cookbook_core.backend.local.model.memory import is_out_of_memory
 from cookbook_core.backend.local.scoring.target_logprobs import at_least_float32
 from cookbook_core.types import SamplingParams
 
 _BLOCK = 128  # vocabulary entries that `draw_tokens` sums together
-_DRAWS = 64  # uniforms drawn at a time per row
+DRAWS = 64
+"""Steps whose uniforms are made, and copied to the device, at a time."""
 
 
 # ---- one step: logits to tokens -----------------------------------------------------------------
@@ -39,21 +42,54 @@ class SamplingTensors:
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], device: torch.device) -> SamplingTensors:
-        """Collect the parameters of one row each."""
+        """Collect the parameters of one row each, in one copy to the device at most."""
+        packed = pack(params)
+        used = in_use(packed)
+        return cls.unpack(packed.to(device) if any(used) else packed, used)
 
-        def column(values: list[Any], neutral: Any) -> Tensor | None:
-            if all(value == neutral for value in values):
-                return None
-            dtype = torch.float64 if isinstance(neutral, float) else None
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        scale = column([1.0 / p.temperature if p.temperature else 1.0 for p in params], 1.0)
+    @classmethod
+    def unpack(cls, packed: Tensor, used: tuple[bool, ...]) -> SamplingTensors:
+        """From `(4, R)` of `pack`, and which of the four rows need (see `in_use`)."""
+        scale, greedy, top_k, top_p = used
         return cls(
-            scale=None if scale is None else scale[:, None],
-            greedy=column([p.temperature == 0 for p in params], False),
-            top_k=column([max(p.top_k, 0) for p in params], 0),
-            top_p=column([float(p.top_p) for p in params], 1.0),
+            scale=packed[0, :, None] if scale else None,
+            greedy=packed[1] > 0 if greedy else None,
+            top_k=packed[2].long() if top_k else None,
+            top_p=packed[3] if top_p else None,
         )
+
+
+_NEUTRAL = (1.0, 0.0, 0.0, 1.0)
+
+
+def pack(params: Sequence[SamplingParams]) -> Tensor:
+    """scale, greedy, top_k and top_p of R rows: `(4, R)` float64 on the CPU, 1, 0, 0, 1 if unused.
+
+    top_k is exact in float64.
+    """
+    rows = [
+        (1.0 / (p.temperature or 1.0), float(p.temperature == 0), max(p.top_k, 0), p.top_p)
+        for p in params
+    ]
+    return torch.tensor(rows, dtype=torch.float64).t().contiguous()
+
+
+def in_use(packed: Tensor) -> tuple[bool, ...]:
+    """Whether any row of `pack` `(4, R)` needs its scale, greedy, top_k, top_p."""
+    pairs = zip(packed.tolist(), _NEUTRAL, strict=True)
+    return tuple(any(x != neutral for x in values) for values, neutral in pairs)
+
+
+@functools.cache
+def draw_device(device: torch.device) -> torch.device:
+    """Where `draw_tokens` runs: on the logits' device; on the CPU if that has no float64 (MPS)."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return torch.device("cpu")
+    return device
 
 
 def draw_tokens(
@@ -152,13 +188,15 @@ class Uniforms:
 
     def __init__(self, seed: int, sample: int) -> None:
         self._generator = np.random.default_rng([seed % 2**64, sample])
-        self._ready: list[float] = []
 
-    def next(self) -> float:
-        """A float64 in [0, 1)."""
-        if not self._ready:
-            self._ready = self._generator.random(_DRAWS)[::-1].tolist()
-        return self._ready.pop()
+    def take(self) -> np.ndarray:
+        """The next DRAWS numbers, float64 in [0, 1)."""
+        return self._generator.random(DRAWS)
+
+
+def take_uniforms(uniforms: Sequence[Uniforms]) -> Tensor:
+    """The next DRAWS numbers of R rows, `(DRAWS, R)` float64 on the CPU."""
+    return torch.from_numpy(np.stack([row.take() for row in uniforms], axis=1))
 
 
 # ---- stopping -----------------------------------------------------------------------------------

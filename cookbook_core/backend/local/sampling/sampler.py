@@ -5,7 +5,7 @@ so the newest token of every row is in the same column, and a sliding window in 
 in positions. Each distinct prompt is prefilled once; its keys and values are copied to all of its
 samples. Rows that stop are removed from the batch.
 
-    prompts -> Decoder.prefill -> logits -> _decode: draw, append, step -> SampleResponse
+    prompts -> Decoder.prefill -> _decode: step, draw, append -> SampleResponse
 
 The model folder's generation_config is never read.
 """
@@ -13,73 +13,34 @@ The model folder's generation_config is never read.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import math
-import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
+from cookbook_core.backend.local.model.memory import is_out_of_memory
+from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.draw import (
+    DRAWS,
     SamplingTensors,
     StopRule,
-    TextWatch,
-    Uniforms,
+    draw_device,
     draw_tokens,
     eos_ids,
+    take_uniforms,
 )
-from cookbook_core.backend.local.sampling.kv_cache import OPEN_ENDED, Decoder, Prompt
+from cookbook_core.backend.local.sampling.graph import GraphError, allocation, can_capture, refuse
+from cookbook_core.backend.local.sampling.graph import decode as decode_in_graphs
+from cookbook_core.backend.local.sampling.kv_cache import Decoder, Prompt
+from cookbook_core.backend.local.sampling.rows import Row, close_gaps, columns_of
+from cookbook_core.backend.local.scoring.target_logprobs import Head
 from cookbook_core.backend.sampling_requests import SampleRequest, check_request
-from cookbook_core.errors import ModelError
-from cookbook_core.types import SampledSequence, SampleResponse, SamplingParams, StopReason
+from cookbook_core.types import SampleResponse
 
-TOKEN_BUDGET = 65_536
-"""Most rows x columns of a KV cache: a constant, so that rows decoded together never depend on
-memory."""
-
-
-@dataclass
-class _Row:
-    """One sample being decoded."""
-
-    prompt: Prompt
-    params: SamplingParams
-    limit: int
-    stop: StopRule
-    uniforms: Uniforms
-    watch: TextWatch | None
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    stop_reason: StopReason | None = None
-
-    def push(self, token: int, logprob: float) -> bool:
-        """Append a token; return whether the row ends with it."""
-        if not math.isfinite(logprob):
-            raise ModelError(
-                "sample",
-                "the model's output is not finite",
-                expected="finite logits",
-                got=f"logprob {logprob} at completion token {len(self.tokens)}",
-                fix="Lower learning_rate if training diverged; use float32 if bfloat16 does.",
-            )
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        if token in self.stop.ids or (self.watch is not None and self.watch.matches(self.tokens)):
-            self.stop_reason = "stop"
-        elif len(self.tokens) == self.limit:
-            self.stop_reason = "length"
-        return bool(self.stop_reason)
-
-    def result(self) -> SampledSequence:
-        assert self.stop_reason is not None, "a row has a result once it has ended"
-        return SampledSequence(
-            stop_reason=self.stop_reason,
-            sequence_id=uuid.uuid4().hex,
-            tokens_np=np.array(self.tokens, dtype=np.int64),
-            logprobs_np=np.array(self.logprobs),
-        )
+log = logging.getLogger(__name__)
 
 
 def sample_batch(
@@ -89,7 +50,8 @@ def sample_batch(
     *,
     generator: torch.Generator | None = None,
     max_context_length: int | None = None,
-    token_budget: int = TOKEN_BUDGET,
+    budget: CacheBudget | None = None,
+    head: Head | None = None,
 ) -> list[SampleResponse]:
     """Decode all requests together.
 
@@ -104,11 +66,15 @@ def sample_batch(
         generator: one number is drawn from it per request without a seed; None: torch's global.
         max_context_length: of prompt and completion together, in tokens; None: the model
             config's limit.
-        token_budget: most rows x columns of one KV cache; other rows wait for the next loop. An
-            open-ended request (max_tokens None) counts as 1024 tokens.
+        budget: most rows x columns of one KV cache; other rows wait for the next loop. An
+            open-ended request (max_tokens None) counts as 1024 tokens. None: the CPU's.
+        head: the model's (see `find_head`), for logits that are not rounded to 16 bits.
 
     Returns:
         One response per request, in order; logprobs in nats.
+    Raises:
+        RequestError: a sample does not fit into memory by itself.
+        ModelError: the model's output is not finite.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = core.config.get_text_config(decoder=True)
@@ -123,16 +89,15 @@ def sample_batch(
         )
     eos = eos_ids(tokenizer, core.config)
     prompts: dict[tuple[int, ...], Prompt] = {}
-    rows: list[list[_Row]] = []
+    rows: list[list[Row]] = []
     for request in requests:
         prompt = prompts.setdefault(tuple(request.prompt), Prompt(list(request.prompt)))
         prompt.top_k = max(prompt.top_k, request.topk_prompt_logprobs)
         prompt.scored |= request.include_prompt_logprobs or prompt.top_k > 0
         rows.append(_rows_of(request, prompt, tokenizer, eos, generator, max_context_length))
     with _inference(core):
-        decoder = Decoder(core)
-        for wave in _waves([row for group in rows for row in group], decoder, token_budget):
-            _decode(decoder, wave)
+        flat = [row for group in rows for row in group]
+        _decode_all(Decoder(core, head), flat, budget or CacheBudget())
     return [
         _response(request, prompts[tuple(request.prompt)], group)
         for request, group in zip(requests, rows, strict=True)
@@ -146,7 +111,7 @@ def _rows_of(
     eos: frozenset[int],
     generator: torch.Generator | None,
     max_context_length: int | None,
-) -> list[_Row]:
+) -> list[Row]:
     """The samples of one request, ready to decode."""
     params, seed = request.params, request.params.seed
     if seed is None:
@@ -155,19 +120,20 @@ def _rows_of(
     stop = StopRule.of(params.stop, eos)
     limit = params.max_tokens or (max_context_length or 0) - len(request.prompt)
     return [
-        _Row(
+        Row(
             prompt=prompt,
             params=params,
             limit=limit,
             stop=stop,
-            uniforms=Uniforms(seed, sample),
-            watch=TextWatch(stop.strings, tokenizer) if stop.strings else None,
+            seed=seed,
+            sample=sample,
+            tokenizer=tokenizer,
         )
         for sample in range(request.num_samples)
     ]
 
 
-def _response(request: SampleRequest, prompt: Prompt, rows: list[_Row]) -> SampleResponse:
+def _response(request: SampleRequest, prompt: Prompt, rows: list[Row]) -> SampleResponse:
     k = request.topk_prompt_logprobs
     return SampleResponse(
         sequences=[row.result() for row in rows],
@@ -192,53 +158,88 @@ def _inference(core: Any) -> Iterator[None]:
 # ---- the loop -----------------------------------------------------------------------------------
 
 
-def _waves(rows: list[_Row], decoder: Decoder, token_budget: int) -> Iterator[list[_Row]]:
-    """Split rows into loops whose caches fit the budget; samples of one prompt stay together.
+def _decode_all(decoder: Decoder, rows: list[Row], budget: CacheBudget) -> None:
+    """Decode rows in loops whose caches fit the budget, which is lowered where memory runs out.
 
     Prompts are sorted by length, so that rows of similar length share a loop.
     """
     rows = sorted(rows, key=lambda row: (len(row.prompt.tokens), row.prompt.tokens))
-    wave: list[_Row] = []
-    widest = 0
-    for row in rows:
-        completion = min(row.limit, max(OPEN_ENDED, row.params.max_tokens or 0))
-        needed = len(row.prompt.tokens) + completion
-        uneven = wave and len(wave[0].prompt.tokens) != len(row.prompt.tokens)
-        widest = max(widest, needed)
-        if wave and ((len(wave) + 1) * widest > token_budget or (uneven and not decoder.pads)):
-            yield wave
-            wave, widest = [], needed
-        wave.append(row)
-    if wave:
-        yield wave
+    while rows:
+        wave = rows[: _count_fitting(rows, decoder, budget.now)]
+        if _fits(decoder, wave):
+            rows = rows[len(wave) :]
+            continue
+        torch.cuda.empty_cache()  # does nothing where there is no CUDA
+        budget.lower(len(wave), columns_of(wave))
+        for row in wave:
+            row.start()
 
 
-def _decode(decoder: Decoder, rows: list[_Row]) -> None:
+def _count_fitting(rows: list[Row], decoder: Decoder, budget: int) -> int:
+    """How many of the sorted rows, from the first on, share a loop; samples stay together."""
+    longest, captured = 0, can_capture(decoder, rows)
+    for count, row in enumerate(rows):
+        uneven = len(rows[0].prompt.tokens) != len(row.prompt.tokens)
+        longest = max(longest, row.completion)
+        shape = count + 1, len(row.prompt.tokens) + longest  # prompts are sorted by length
+        shape = allocation(*shape) if captured else shape
+        if count and (math.prod(shape) > budget or (uneven and not decoder.pads)):
+            return count
+    return len(rows)
+
+
+def _fits(decoder: Decoder, wave: list[Row]) -> bool:
+    """Decode the rows; return False where memory runs out."""
+    try:
+        _decode(decoder, wave)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        decoder.release()
+    return True
+
+
+def _decode(decoder: Decoder, rows: list[Row]) -> None:
     """Read the prompts of `rows`, then sample until every row has stopped."""
-    logits = decoder.prefill([row.prompt for row in rows], [row.limit for row in rows])
-    device = logits.device
+    if can_capture(decoder, rows):
+        try:
+            decode_in_graphs(decoder, rows)
+            return
+        except GraphError as error:
+            refuse(decoder)
+            log.warning(
+                "sampling without CUDA graphs, several times slower, because %s. Samples are the "
+                "same; their logprobs may differ in their last bits.",
+                error,
+            )
+        for row in rows:
+            row.start()
+    _decode_by_steps(decoder, rows)
+
+
+def _decode_by_steps(decoder: Decoder, rows: list[Row]) -> None:
+    """One launch of every operation, and one transfer to the host, per token."""
+    tokens = decoder.prefill([row.prompt for row in rows], [row.limit for row in rows])
+    device = draw_device(decoder.device)
     tensors = SamplingTensors.of([row.params for row in rows], device)
-    while True:
-        uniforms = torch.tensor([row.uniforms.next() for row in rows], dtype=torch.float64)
-        tokens, logprobs = draw_tokens(logits, uniforms.to(device), tensors)
+    uniforms = torch.empty(0)
+    for step in itertools.count():
+        if step % DRAWS == 0:
+            uniforms = take_uniforms([row.uniforms for row in rows]).to(device)
+        logits = decoder.step(tokens.to(decoder.device)).to(device)
+        tokens, logprobs = draw_tokens(logits, uniforms[step % DRAWS], tensors)
         # ids are exact in float64: one transfer for both
         drawn = torch.stack([tokens.double(), logprobs.double()]).tolist()
         ended = [
             row.push(int(token), logprob) for row, token, logprob in zip(rows, *drawn, strict=True)
         ]
         if any(ended):
-            order = _close_gaps(ended)
+            order = close_gaps(ended)
             if not order:
                 return
             rows = [rows[i] for i in order]
-            decoder.keep(order)
-            tokens = tokens[order]
+            index = decoder.keep(order).to(device)
+            tokens, uniforms = tokens[index], uniforms[:, index]
             tensors = SamplingTensors.of([row.params for row in rows], device)
-        logits = decoder.step(tokens)
-
-
-def _close_gaps(ended: list[bool]) -> list[int]:
-    """The former index of each remaining row: rows keep their place, the last fill the gaps."""
-    alive = [i for i, end in enumerate(ended) if not end]
-    late = [i for i in alive if i >= len(alive)]
-    return [late.pop() if ended[i] else i for i in range(len(alive))]
