@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from cookbook_core import clients, tinker
-from cookbook_core.backend.local.scoring import attention
-from cookbook_core.backend.local.scoring.packing import lay_out
 from cookbook_core.tinker import TrainingClient
 from tests.oracles.logprobs import adapter_of, engine_of, randomize, take_gradient
 from tests.test_gradient_parity import squared
@@ -48,23 +46,6 @@ def test_logprobs_and_gradients(
     bound = 1e-4 if dtype == "float32" else 0.1
     assert float((logprobs - other).abs().max()) < bound * float(logprobs.abs().max())
     assert float((gradient - other_gradient).norm()) < bound * float(gradient.norm())
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("window", [None, 8])
-def test_compiled_flex_attention_and_its_gradient(
-    window: int | None, softcap: float | None
-) -> None:
-    layout = lay_out([d.model_input.to_ints() for d in family_data()])
-    torch.manual_seed(0)
-    heads = [torch.randn(n, len(layout.tokens), 16, device="cuda") for n in (4, 2, 2)]
-    results = []
-    for run in (attention._by_segment, lambda *a: attention._flex(attention._compiled(), *a)):
-        inputs = [x.clone().requires_grad_() for x in heads]
-        out = run(*inputs, 0.3, layout, window, softcap)
-        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
-    for want, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, want, rtol=2e-2, atol=2e-2)
 
 
 def test_training_and_sampling_in_bfloat16(tmp_path: Path) -> None:

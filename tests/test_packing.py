@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cookbook_core import with_inputs
-from cookbook_core.backend.local.scoring import attention, packing
+from cookbook_core.backend.local.scoring import attention, by_segment, packing, pieces
 from cookbook_core.backend.local.scoring.packing import Layout, Piece, lay_out, micro_batches
 from cookbook_core.errors import DatumError
 from cookbook_core.tinker import Datum, ModelInput, ServiceClient, TrainingClient
@@ -243,7 +243,7 @@ def test_pieces_against_one_segment_at_a_time(window: int | None, dtype: torch.d
     heads = [torch.randn(n, len(layout.tokens), 8, dtype=torch.float64) for n in (4, 2, 2)]
     cotangent = torch.randn(len(layout.tokens), 4, 8, dtype=torch.float64)
     results = []
-    for run, precision in ((attention._InPieces.apply, dtype), (by_segment, torch.float64)):
+    for run, precision in ((pieces.attend, dtype), (by_segment.attend, torch.float64)):
         inputs = [x.to(precision).requires_grad_() for x in heads]
         out = run(*inputs, 0.3, layout, window)
         grads = torch.autograd.grad(out, inputs, cotangent.to(precision))
@@ -252,29 +252,6 @@ def test_pieces_against_one_segment_at_a_time(window: int | None, dtype: torch.d
     for found, want in zip(*results, strict=True):
         assert found.shape == want.shape
         assert float((found.double() - want).abs().max()) <= bound * float(want.abs().max())
-
-
-def by_segment(*arguments: Any) -> torch.Tensor:
-    return attention._by_segment(*arguments, None)
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("window", [None, 8])
-def test_flex_attention_sees_what_the_segments_see(
-    window: int | None, softcap: float | None
-) -> None:
-    """The mask CUDA uses, here in plain torch (not compiled), values alone."""
-    layout = lay_out([d.model_input.to_ints() for d in family_data()])
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(n, len(layout.tokens), 8, dtype=torch.float64) for n in (4, 2, 2))
-    with torch.no_grad():
-        want = attention._by_segment(q, k, v, 0.3, layout, window, softcap)
-        flex = torch.nn.attention.flex_attention.flex_attention
-        found = attention._flex(flex, q, k, v, 0.3, layout, window, softcap)
-        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
-        blind = lay_out([layout.tokens.tolist()])
-        other = attention._flex(flex, q, k, v, 0.3, blind, window, softcap)
-    assert not torch.allclose(other, want, atol=1e-2)
 
 
 def test_an_architecture_that_cannot_be_packed_says_so_once(

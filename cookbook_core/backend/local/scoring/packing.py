@@ -68,7 +68,12 @@ class Layout:
     rows: list[torch.Tensor]
     segments: list[Segment]
     memo: dict[tuple[object, ...], Any] = field(default_factory=dict)
-    """Masks of this layout, shared by all layers."""
+    """Masks and indices of this layout, shared by all layers."""
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.positions.max()) + 1
 
     @functools.cached_property
     def ends(self) -> torch.Tensor:
