@@ -89,12 +89,14 @@ def machine(report: Report, card: Card) -> None:
 
 
 def tests(report: Report, card: Card) -> None:
-    """Run the CUDA tests of the repository in a process of their own, for the time left."""
+    """Run the tests that use a GPU in a process of their own, for the time left."""
+    names = ("cuda", "accelerator", "kernels", "flash", "flex")
+    files = [f for n in names if (ROOT / (f := f"tests/test_{n}.py")).is_file()]
+    what, seconds = "tests that use a GPU", max(report.left() - 5, 1)
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider"]
-    seconds = max(report.left() - 5, 1)
     try:
         done = subprocess.run(
-            [*command, "tests/test_cuda.py"],
+            [*command, *files[: card.pick(len(files), 1)]],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -104,16 +106,16 @@ def tests(report: Report, card: Card) -> None:
     except subprocess.TimeoutExpired as error:
         out = error.stdout or b""
         text = out.decode(errors="replace") if isinstance(out, bytes) else out
-        report.skip("tests/test_cuda.py", f"not finished after {seconds:.0f} s: {text[-300:]}")
+        report.skip(what, f"not finished after {seconds:.0f} s: {text[-300:]}")
         return
     if "No module named pytest" in done.stderr:
-        report.skip("tests/test_cuda.py", "pytest is not installed")
+        report.skip(what, "pytest is not installed")
         return
     lines = done.stdout.strip().splitlines() or [""]
     for line in lines:
         if line.startswith(("FAILED", "ERROR")):
             report.note(line[:300])
-    # 5: nothing was collected, as in an environment without a GPU
-    report.check("tests/test_cuda.py", done.returncode in (0, 5), lines[-1][:200], "no failure")
+    # 5: nothing was collected
+    report.check(what, done.returncode in (0, 5), lines[-1][:200], "no failure")
     if done.returncode not in (0, 5):
         report.note("\n".join(lines[-40:])[-3000:])
