@@ -18,11 +18,13 @@ from cookbook_core.backend.local.scoring import packing, target_logprobs
 def choices(report: Report, card: Card) -> None:
     with report.attempt("attention kernels", must=False):
         attention_kernels(report, card)
-    with connect(card, named(card, "0.6B"), "bfloat16") as side:
-        for compare in (micro_batches, lora_dtype, decode_graph, head_tiles, fused_layers):
-            if report.has_time(compare.__name__, card.pick(8, 0)):
-                with report.attempt(compare.__name__, must=False):
-                    compare(report, card, side)
+    on_bfloat16 = (micro_batches, lora_dtype, decode_graph, head_tiles)
+    for dtype, compared in (("bfloat16", on_bfloat16), ("auto", (fused_layers,))):
+        with connect(card, named(card, "0.6B"), dtype) as side:
+            for compare in compared:
+                if report.has_time(compare.__name__, card.pick(8, 0)):
+                    with report.attempt(compare.__name__, must=False):
+                        compare(report, card, side)
 
 
 def batch(card: Card, side: Side) -> Any:
@@ -85,10 +87,7 @@ def head_tiles(report: Report, card: Card, side: Side) -> None:
 
 
 def fused_layers(report: Report, card: Card, side: Side) -> None:
-    """Norms and SwiGLU by the kernels chosen at loading, and as transformers computes them.
-
-    The last comparison on this model: it takes the chosen kernels away.
-    """
+    """Norms and SwiGLU by the kernels chosen at loading, and as transformers computes them."""
     fused = [m for m in side.engine.base.model.modules() if "forward" in vars(m)]
     if not fused:
         raise NotHere("no layer has a kernel of its own")
