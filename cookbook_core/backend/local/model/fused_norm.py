@@ -7,6 +7,7 @@ the CPU, in float32, with a frozen weight, and gives the same values on random n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -64,14 +65,20 @@ def _same(module: Any, eps: float) -> bool:
     return own.shape == x.shape and torch.allclose(own, _rms_norm(x, module.weight, eps)[0])
 
 
+def rms_norms(model: torch.nn.Module) -> Iterator[tuple[Any, float]]:
+    """The modules of a model that are RMS norms by their name, and the eps of each."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        named = type(module).__name__.endswith("RMSNorm")
+        if named and isinstance(weight, torch.Tensor) and weight.dim() == 1 and type(eps) is float:
+            yield module, eps
+
+
 @torch.no_grad()
 def fuse(model: torch.nn.Module) -> None:
     """Make a model's RMS norms compute in fewer passes, where that gives the same values."""
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, torch.Tensor):
-            continue
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        usable = weight.dim() == 1 and weight.dtype == torch.float32 and weight.device.type == "cpu"
-        if usable and isinstance(eps, float) and _same(module, eps):
+    for module, eps in rms_norms(model):
+        usable = module.weight.dtype == torch.float32 and module.weight.device.type == "cpu"
+        if usable and _same(module, eps):
             module.forward = partial(_fused, module, eps)  # of this one object, not of its class

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cookbook_core.backend.local.model import cuda, fused_norm
+from cookbook_core.backend.local.model import cuda, fused_cuda, fused_norm
 from cookbook_core.errors import ConfigError, ModelError, check_choice
 from cookbook_core.storage.hub import asking_hub
 from cookbook_core.storage.paths import asset_path, usable_path
@@ -222,6 +222,8 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     # function and a ratio of 1 is exactly 1.
     model.to(chosen_device).eval().requires_grad_(False)
     fused_norm.fuse(model)
+    if chosen_device.type == "cuda":
+        fused_cuda.fuse(model)
     text_config = model.config.get_text_config()
     if getattr(text_config, "attn_logit_softcapping", None):  # Gemma 2
         # before transformers 5.21 the default is sdpa attention, which leaves out the cap
