@@ -202,6 +202,18 @@ def test_the_cache_grows_and_is_captured_anew(model_folder, monkeypatch, request
     assert grown == [32, 64, 128]
 
 
+def test_a_row_that_has_stopped_at_the_last_position_stays_there(model_folder, request):
+    """gpt2 has 256 positions: rows of limits 6 and 16, read 8 steps at a time."""
+    model = load(model_folder("gpt2"))
+    params = SamplingParams(max_tokens=None, seed=1, stop=[])
+    asked = [SampleRequest(ids(n), 1, params) for n in (250, 240)]
+    expected = sample_batch(model, None, asked)
+    request.getfixturevalue("captured")
+    found = sample_batch(model, None, asked)
+    assert_same(found, expected, 1e-9)
+    assert [len(response.sequences[0].tokens) for response in found] == [6, 16]
+
+
 def test_an_unmerged_adapter_is_replayed(make_service, model_folder, request):
     client = make_service(dtype="float64").create_lora_training_client(model_folder(), 4, 0)
     client = client.result()
