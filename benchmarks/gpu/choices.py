@@ -92,8 +92,8 @@ def fused_layers(report: Report, card: Card, side: Side) -> None:
     if not fused:
         raise NotHere("no layer has a kernel of its own")
     data = batch(card, side)
-    for how in sorted({f"{type(m).__name__}: {getattr(m.forward, 'func', '')}" for m in fused}):
-        report.note(how)
+    for kind, how in sorted({(type(m).__name__, m.forward.func.__qualname__) for m in fused}):
+        report.note(f"{kind}: {how}")
     taken = card.milliseconds(lambda: train_step(side, data))
     report.median("training step, norms and SwiGLU as chosen", taken, "ms")
     for module in fused:
