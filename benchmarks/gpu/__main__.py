@@ -1,0 +1,163 @@
+"""Measure the CUDA backend: first whether it is right, then how fast, then each choice alone.
+
+    python -m benchmarks.gpu --out DIR --minutes 8 [--only machine,correct] [--smoke]
+
+Writes DIR/gpu.json and DIR/gpu.md after every number. Exit status 1 if a check failed, 0 otherwise:
+a missed goal, a skipped section or one that ran out of time is no failed check, and a section that
+raised leaves its traceback in the report. 2: no CUDA device and no --smoke.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+from benchmarks.gpu.baselines import baselines
+from benchmarks.gpu.card import Card
+from benchmarks.gpu.choices import choices
+from benchmarks.gpu.correct import correct
+from benchmarks.gpu.decode import decode
+from benchmarks.gpu.machine import describe, machine, tests
+from benchmarks.gpu.memory import memory
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.train import larger, train
+
+SECTIONS: tuple[tuple[str, Callable[[Report, Card], None], int, int], ...] = (
+    # name, function, seconds it needs to be begun, seconds after which it is stopped
+    ("machine", machine, 10, 40),
+    ("correct", correct, 30, 150),
+    ("memory", memory, 20, 60),
+    ("train", train, 30, 100),
+    ("decode", decode, 30, 110),
+    ("baselines", baselines, 30, 90),
+    ("larger", larger, 30, 100),
+    ("choices", choices, 30, 120),
+    ("tests", tests, 30, 600),
+)
+
+
+class OutOfTime(BaseException):
+    """A section has reached its cap; no `except Exception` in between may hold it up."""
+
+
+def run(section: Callable[[Report, Card], None], report: Report, card: Card) -> None:
+    """Run one section; whatever it raises ends up in the report."""
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(report.left(), 0.1))
+    try:
+        section(report, card)
+        status, error = "done", None
+    except OutOfTime:
+        status, error = "stopped at its cap or at the deadline", None
+    except Exception as raised:
+        status, error = f"raised {type(raised).__name__}", raised
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    report.end(status, error)
+
+
+def stop_at_sigterm(report: Report) -> None:
+    def stop(*_: Any) -> None:
+        report.note("stopped by SIGTERM")
+        os._exit(128 + signal.SIGTERM)  # at once: a worker thread may be in a long kernel
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def listen(report: Report) -> None:
+    """Put the package's warnings into the report rather than on the screen."""
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            report.heard.append(record.getMessage()[:300])
+
+    logging.getLogger("cookbook_core").handlers = [Listener(logging.WARNING)]
+    logging.getLogger("cookbook_core").propagate = False
+
+
+def device_of(name: str, smoke: bool) -> torch.device | None:
+    """The device to measure; None where there is none."""
+    if name == "sim":
+        from tests.simulated import device
+
+        device.load()
+    if name != "auto":
+        return torch.device(name)
+    if smoke:
+        return torch.device("cpu")
+    return torch.device("cuda") if torch.cuda.is_available() else None
+
+
+def prepare(device: torch.device) -> None:
+    """What the package sets up before it loads a model, so that all sections run under it."""
+    with contextlib.suppress(ImportError):
+        from cookbook_core.backend.local.model import cuda
+
+        cuda.prepare(device)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of gpu.json and gpu.md")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of the whole run")
+    parser.add_argument("--only", default="", help="sections, separated by commas")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes on the CPU: no measurement")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or sim")
+    options = parser.parse_args(arguments)
+    wanted = [name for name in options.only.split(",") if name]
+    unknown = set(wanted) - {name for name, *_ in SECTIONS}
+    if unknown:
+        parser.error(f"unknown sections {sorted(unknown)}; known: {[n for n, *_ in SECTIONS]}")
+    sections = [each for each in SECTIONS if not wanted or each[0] in wanted]
+    report = Report(options.out, options.minutes, [name for name, *_ in sections])
+    report.smoke = options.smoke
+    stop_at_sigterm(report)
+    listen(report)
+    device = device_of(options.device, options.smoke)
+    if device is None:
+        print("No CUDA device here. --smoke runs every section at toy size.", file=sys.stderr)
+        return 2
+    prepare(device)
+    card = Card(device, options.smoke, Path(tempfile.mkdtemp(prefix="gpu_battery_")))
+    try:
+        report.card, report.machine = card.name, describe(card)
+        for name, section, need, cap in sections:
+            left = report.left()
+            report.begin(name, cap)
+            if left < (1 if options.smoke else need):
+                report.end(f"skipped: {max(left, 0):.0f} s left")
+                continue
+            print(f"{name} ...", flush=True)
+            with warnings.catch_warnings():
+                run(section, report, card)
+            card.free()
+            print(f"{name}: {report.sections[name]['status']}", flush=True)
+    finally:
+        shutil.rmtree(card.folder, ignore_errors=True)
+    failed = report.failed_checks()
+    print(f"{len(failed)} failed checks", *failed, sep="\n", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
