@@ -96,41 +96,6 @@ def test_what_is_merged_depends_on_the_model_alone(
     assert bank.merged_bytes(None) == 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_copied_adapters_lie_at_the_addresses_of_the_first(
-    model_folder, make_service, dtype: str
-) -> None:
-    """What a captured CUDA graph needs: same values and gradient, one place for all adapters."""
-    service = make_service(dtype=dtype)
-    seeds = (0, 1)
-    made = [service.create_lora_training_client(model_folder(), 4, seed=s) for s in seeds]
-    both = [client.result(60) for client in made]
-    bank, scorer = engine_of(both[0]).bank, engine_of(both[0]).scorer
-    data, seen = make_random_data(3), []
-    for client, seed in zip(both, seeds, strict=True):
-        randomize(client, seed)
-        adapter = adapter_of(client)
-        results = []
-        for context in (bank.active, bank.copied):
-            with context(adapter) as params:
-                loss = sum(lp.sum() for lp in scorer.score(data))
-                grads = torch.autograd.grad(loss, params)
-                results.append([loss.detach(), *grads])
-                places = [p.data_ptr() for p in params]
-                if adapter.slot.rounded is not None:
-                    rounded = adapter.slot.views(adapter.slot.rounded)
-                    places += [view.data_ptr() for view in rounded]
-                    assert torch.equal(adapter.slot.rounded, adapter.flat.bfloat16())
-        assert all(map(torch.equal, *results))
-        seen.append((results[0][0], places))
-    (one, places), (other, other_places) = seen
-    assert one != other
-    assert places == other_places
-    own = {p.data_ptr() for client in both for p in adapter_of(client).params}
-    assert not own & set(places)
-    assert (adapter.slot.rounded is None) == (dtype == "float32")
-
-
 def test_an_adapter_is_one_tensor_whatever_is_done_to_it(service, model_folder) -> None:
     """Steps, snapshots and switching leave the parameters views of the flat tensor, aligned."""
     client = service.create_lora_training_client(model_folder(), rank=3, seed=0).result(60)
@@ -201,7 +166,7 @@ def test_a_graph_does_not_outlive_the_use_of_its_adapter(model_folder, make_serv
     client = service.create_lora_training_client(model_folder(), rank=4, seed=0).result(60)
     bank, scorer = engine_of(client).bank, engine_of(client).scorer
     with bank.active(adapter_of(client)) as params:
-        loss = scorer.score(data)[0].sum()
+        loss = scorer.score_batch(scorer.batches(data)[0]).sum()
     with bank.active(adapter_of(client)), pytest.raises(RuntimeError, match="inplace operation"):
         torch.autograd.grad(loss, params)
 

@@ -75,29 +75,6 @@ class AdapterBank:
             The slot's parameters: the leaves of a graph built in the block. They share storage
             with `adapter.params`.
         """
-        yield self._put(adapter, None if adapter is None else adapter.flat.data)
-
-    @contextmanager
-    def copied(self, adapter: Adapter | None) -> Iterator[list[torch.nn.Parameter]]:
-        """As `active`, at addresses that are the same for every adapter of a slot.
-
-        The values are copied into storage that the slot keeps. Use it around the capture of a CUDA
-        graph and around every replay: a replay reads the addresses of the capture, whatever adapter
-        they hold by then. Not for weights made by `merged`, which are new each time.
-
-        Yields:
-            As `active`; the parameters share storage with the slot, not with the adapter.
-        """
-        if adapter is None:
-            yield self._put(None, None)
-            return
-        slot = adapter.slot
-        if slot.storage is None:
-            slot.storage = slot.new_flat()
-        yield self._put(adapter, slot.storage.copy_(adapter.flat.data))
-
-    def _put(self, adapter: Adapter | None, flat: torch.Tensor | None) -> list[torch.nn.Parameter]:
-        """Switch the model to the adapter's slot and point its parameters at `flat`."""
         slot = None if adapter is None else adapter.slot
         if slot is not self._active:
             if slot is None:
@@ -106,14 +83,15 @@ class AdapterBank:
                 self._peft.base_model.enable_adapter_layers()
                 self._peft.set_adapter(slot.name)
             self._active = slot
-        if slot is None or flat is None:
-            return []
+        if adapter is None or slot is None:
+            yield []
+            return
         params = list(slot.params.values())
-        for p, view in zip(params, slot.views(flat), strict=True):
+        for p, view in zip(params, slot.views(adapter.flat.data), strict=True):
             p.data = view
         if slot.rounded is not None:
-            slot.rounded.copy_(flat)
-        return params
+            slot.rounded.copy_(adapter.flat.data)
+        yield params
 
     @contextmanager
     def merged(self, adapter: Adapter | None) -> Iterator[None]:

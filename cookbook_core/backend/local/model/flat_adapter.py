@@ -32,14 +32,12 @@ class Slot:
         config: a peft.LoraConfig.
         params: the layers' parameters by the key under which peft saves them.
         rounded: `(P,)`, the active adapter in the dtype of a base below float32; None for others.
-        storage: `(P,)`, where `AdapterBank.copied` puts adapters; made on first use.
     """
 
     name: str
     config: Any
     params: dict[str, torch.nn.Parameter]
     rounded: torch.Tensor | None = field(default=None, repr=False)
-    storage: torch.Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._shapes = [p.shape for p in self.params.values()]
