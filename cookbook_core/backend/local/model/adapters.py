@@ -75,7 +75,7 @@ class AdapterBank:
             The slot's parameters: the leaves of a graph built in the block. They share storage
             with `adapter.params`.
         """
-        yield self._put(adapter, None if adapter is None else adapter.flat.data)
+        yield self._put(adapter, [] if adapter is None else [p.data for p in adapter.params])
 
     @contextmanager
     def copied(self, adapter: Adapter | None) -> Iterator[list[torch.nn.Parameter]]:
@@ -89,15 +89,18 @@ class AdapterBank:
             As `active`; the parameters share storage with the slot, not with the adapter.
         """
         if adapter is None:
-            yield self._put(None, None)
+            yield self._put(None, [])
             return
         slot = adapter.slot
         if slot.storage is None:
             slot.storage = slot.new_flat()
-        yield self._put(adapter, slot.storage.copy_(adapter.flat.data))
+        slot.storage.copy_(adapter.flat.data)
+        yield self._put(adapter, slot.views(slot.storage))
 
-    def _put(self, adapter: Adapter | None, flat: torch.Tensor | None) -> list[torch.nn.Parameter]:
-        """Switch the model to the adapter's slot and point its parameters at `flat`."""
+    def _put(
+        self, adapter: Adapter | None, tensors: list[torch.Tensor]
+    ) -> list[torch.nn.Parameter]:
+        """Switch the model to the adapter's slot and point its parameters at `tensors`."""
         slot = None if adapter is None else adapter.slot
         if slot is not self._active:
             if slot is None:
@@ -106,13 +109,13 @@ class AdapterBank:
                 self._peft.base_model.enable_adapter_layers()
                 self._peft.set_adapter(slot.name)
             self._active = slot
-        if slot is None or flat is None:
+        if adapter is None or slot is None:
             return []
         params = list(slot.params.values())
-        for p, view in zip(params, slot.views(flat), strict=True):
-            p.data = view
+        for p, tensor in zip(params, tensors, strict=True):
+            p.data = tensor
         if slot.rounded is not None:
-            slot.rounded.copy_(flat)
+            slot.rounded.copy_(adapter.flat.data)
         return params
 
     @contextmanager
