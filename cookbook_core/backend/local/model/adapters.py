@@ -87,8 +87,8 @@ class AdapterBank:
             yield []
             return
         params = list(slot.params.values())
-        for p, view in zip(params, slot.views(adapter.flat.data), strict=True):
-            p.data = view
+        for p, tensor in zip(params, adapter.params, strict=True):
+            p.data = tensor.data
         if slot.rounded is not None:
             slot.rounded.copy_(adapter.flat.data)
         yield params

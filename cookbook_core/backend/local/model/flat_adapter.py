@@ -40,21 +40,21 @@ class Slot:
     rounded: torch.Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self._shapes = [p.shape for p in self.params.values()]
-        self._pieces: list[int] = []
-        """Lengths of the views and of the padding after each."""
-        for shape in self._shapes:
-            self._pieces += [shape.numel(), -shape.numel() % ALIGNED]
+        self._size, self._pieces = 0, []
+        """Length of a flat tensor; the shape, strides and start of each view."""
+        for p in self.params.values():
+            strides = torch.empty(p.shape, device="meta").stride()
+            self._pieces.append((p.shape, strides, self._size))
+            self._size += math.ceil(p.numel() / ALIGNED) * ALIGNED
 
     def new_flat(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Zeros `(P,)` for one adapter: on the layers' device, in their dtype by default."""
         like = next(iter(self.params.values()))
-        return torch.zeros(sum(self._pieces), dtype=dtype or like.dtype, device=like.device)
+        return torch.zeros(self._size, dtype=dtype or like.dtype, device=like.device)
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Return the views of `flat` `(P,)` in the order and shapes of the parameters."""
-        pieces = flat.split(self._pieces)[::2]
-        return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+        return [flat.as_strided(*piece) for piece in self._pieces]
 
     def norm(self, flat: torch.Tensor) -> torch.Tensor:
         """L2 norm of the views of `flat`, summed tensor by tensor; 0-d."""
