@@ -98,6 +98,8 @@ def eager(q: Any, k: Any, v: Any, scale: float, mask: BlockMask, cap: Any) -> to
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
+        # short rows by the kernel of long ones, not by that for decoding: what was proved holds
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
 
 
