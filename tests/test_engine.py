@@ -52,9 +52,9 @@ def test_a_batch_of_prompts_is_decoded_as_one_unit(
     sizes: list[int] = []
     sample_batch = engine.sample_batch
 
-    def counted(model: Any, tokenizer: Any, requests: Any) -> Any:
+    def counted(model: Any, tokenizer: Any, requests: Any, **options: Any) -> Any:
         sizes.append(len(requests))
-        return sample_batch(model, tokenizer, requests)
+        return sample_batch(model, tokenizer, requests, **options)
 
     monkeypatch.setattr(engine, "sample_batch", counted)
     client = connect()
