@@ -64,7 +64,7 @@ def count_graph_bytes(model: Any) -> Iterator[Callable[[], int]]:
     def note(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
-        return x
+        return x.detach()  # x itself would keep a graph that never sees a backward alive for good
 
     def count() -> int:
         return sum(size for at, size in sizes.items() if at not in weights)
