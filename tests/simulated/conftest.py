@@ -1,0 +1,20 @@
+"""Make the simulated device before the first test here; skip, saying why, where it cannot be."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.simulated import device
+
+
+@pytest.fixture(scope="session", autouse=True)
+def simulated() -> None:
+    """Register the device; SIMULATED=required, as in CI, makes it an error if that fails."""
+    try:
+        device.load()
+    except device.Unavailable as problem:
+        if os.environ.get("SIMULATED") == "required":
+            raise
+        pytest.skip(f"no simulated device: {problem}")

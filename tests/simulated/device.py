@@ -1,0 +1,232 @@
+"""The device "sim": an accelerator simulated on the CPU, to check what only an accelerator shows.
+
+Values are real. Operands have to be on one device, memory can be limited, float64 can be missing,
+and operators, copies and waits are counted exactly; `device.cpp` defines what counts as what.
+
+    device.load()                                 # once per process, before the first use
+    with device.counting() as counts:
+        client.forward_backward(...)
+    print(counts.launches, counts.waits, counts.copies)
+
+`load` compiles `device.cpp` for the torch that is installed, in about ten seconds, and keeps the
+result in the virtual environment. Registering a device cannot be undone, so tests that use it have
+a process of their own: see the Makefile. To build it and nothing else:
+
+    python -m tests.simulated.device
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+NAME = "sim"
+SOURCE = Path(__file__).with_name("device.cpp")
+TORCH = Path(torch.__file__).parent
+
+
+class Unavailable(Exception):
+    """The device cannot be built here; the message says why."""
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+
+def build() -> Path:
+    """Compile device.cpp unless this version was compiled before; return the library.
+
+    Raises:
+        Unavailable: there is no compiler, or it does not compile with this torch.
+    """
+    key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    folder = _cache() / key
+    library = folder / "device.so"
+    with FileLock(f"{folder}.lock"):
+        if not library.is_file():
+            folder.mkdir(exist_ok=True)
+            _compile(folder / "unfinished.so")
+            (folder / "unfinished.so").replace(library)
+    return library
+
+
+def _cache() -> Path:
+    """A folder in the virtual environment, or in the user's temporary one."""
+    for parent in (Path(sys.prefix), Path(tempfile.gettempdir()) / f"cookbook-{os.getuid()}"):
+        folder = parent / "simulated"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    raise Unavailable(f"no folder to build in: neither {sys.prefix} nor the temporary one")
+
+
+def _compile(library: Path) -> None:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not sys.platform.startswith("linux") or compiler is None:
+        raise Unavailable("needs Linux and a C++ compiler: install g++, or set CXX")
+    include, lib = TORCH / "include", TORCH / "lib"
+    command = [
+        *(compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-w"),
+        *(f"-I{path}" for path in (include, include / "torch/csrc/api/include")),
+        *(str(SOURCE), "-o", str(library)),
+        *(f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
+        raise Unavailable(f"does not compile with torch {torch.__version__}: {errors[0]}")
+
+
+# ---- registering ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def load() -> None:
+    """Make "sim" a device of torch in this process; a second call does nothing.
+
+    Raises:
+        Unavailable: it cannot be built here.
+    """
+    torch.ops.load_library(str(build()))
+    torch.utils.rename_privateuse1_backend(NAME)
+    torch._register_device_module(NAME, _module())
+    torch.ops.sim.start()
+
+
+def _module() -> SimpleNamespace:
+    """What torch looks for at `torch.sim`, and what callers know from `torch.cuda`."""
+    ops = torch.ops.sim
+
+    def mem_get_info(device: Any = None) -> tuple[int, int]:
+        """Free and total bytes; without a limit, those of a device of 1 TB."""
+        total = ops.limit() if ops.limit() >= 0 else 10**12
+        return total - ops.used(), total
+
+    return SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        device_count=lambda: 1,
+        current_device=lambda: 0,
+        synchronize=lambda device=None: ops.count_wait("synchronize"),
+        empty_cache=lambda: None,
+        get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
+        manual_seed_all=lambda seed: None,  # random numbers come from the CPU's generator
+        _is_in_bad_fork=lambda: False,
+        mem_get_info=mem_get_info,
+        memory_allocated=lambda device=None: ops.used(),
+        memory_reserved=lambda device=None: ops.used(),
+        max_memory_allocated=lambda device=None: ops.peak(),
+    )
+
+
+# ---- counting ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Counts:
+    """What the device did in a block.
+
+    Attributes:
+        by_operator: launches by operator's name.
+        by_reason: waits of the host for the device by what caused them: "item", "copy to the
+            host", or the operator that has to know a value.
+        h2d: copies from the host to the device. d2h: from the device to the host.
+        h2d_bytes: bytes of the former. d2h_bytes: of the latter.
+    """
+
+    by_operator: dict[str, int] = field(default_factory=dict)
+    by_reason: dict[str, int] = field(default_factory=dict)
+    h2d: int = 0
+    d2h: int = 0
+    h2d_bytes: int = 0
+    d2h_bytes: int = 0
+
+    @property
+    def launches(self) -> int:
+        """Number of operators launched on the device."""
+        return sum(self.by_operator.values())
+
+    @property
+    def waits(self) -> int:
+        """How often the host waited for the device."""
+        return sum(self.by_reason.values())
+
+    @property
+    def copies(self) -> int:
+        """Number of copies between host and device."""
+        return self.h2d + self.d2h
+
+
+@contextmanager
+def counting() -> Iterator[Counts]:
+    """Count what the device does in the block; filled in when it ends. Blocks cannot be nested."""
+    counts = Counts()
+    torch.ops.sim.reset()
+    yield counts
+    copies = torch.ops.sim.copies()
+    counts.by_operator = dict(torch.ops.sim.launches())
+    counts.by_reason = dict(torch.ops.sim.waits())
+    for name in ("h2d", "d2h", "h2d bytes", "d2h bytes"):
+        setattr(counts, name.replace(" ", "_"), copies.get(name, 0))
+
+
+# ---- memory and dtypes ---------------------------------------------------------------------------
+
+
+def used_bytes() -> int:
+    """Bytes that tensors on the device take now."""
+    return torch.ops.sim.used()
+
+
+def peak_bytes() -> int:
+    """The most bytes taken at once since `counting` began."""
+    return torch.ops.sim.peak()
+
+
+@contextmanager
+def limited_memory(more: int, *, plain_error: bool = False) -> Iterator[None]:
+    """Inside, the device has room for `more` bytes than it holds now.
+
+    Args:
+        more: bytes.
+        plain_error: raise a RuntimeError that names CUBLAS_STATUS_ALLOC_FAILED, as cuBLAS does,
+            instead of torch.OutOfMemoryError.
+    """
+    torch.ops.sim.set_limit(used_bytes() + more, plain_error)
+    try:
+        yield
+    finally:
+        torch.ops.sim.set_limit(-1, False)
+
+
+@contextmanager
+def without_float64() -> Iterator[None]:
+    """Inside, making a float64 tensor on the device is a TypeError, as on Apple's GPUs."""
+    torch.ops.sim.set_float64(False)
+    try:
+        yield
+    finally:
+        torch.ops.sim.set_float64(True)
+
+
+if __name__ == "__main__":
+    try:
+        print(build())
+    except Unavailable as problem:
+        sys.exit(f"the simulated device: {problem}")
