@@ -51,7 +51,7 @@ struct State {
   std::mutex lock;
   Counts launches;  // by operator, without overload: "mm", "add"
   Counts waits;     // by reason: "item", "copy to the host", "nonzero"
-  Counts copies;    // "h2d", "h2d bytes", "d2h", "d2h bytes"
+  Counts copies;    // "h2d", "h2d bytes", "h2d blocking", "d2h", "d2h bytes"
   int64_t used = 0, peak = 0, limit = -1;  // bytes; -1: no limit
   bool plain_error = false;  // running out of memory comes as cuBLAS says it
   bool float64 = true;       // whether the device has it
@@ -198,6 +198,7 @@ Tensor copy(const Tensor& from, const Tensor& to, bool non_blocking) {
     count_launch("copy");
   } else if (in) {
     count_copy("h2d", static_cast<int64_t>(from.nbytes()));
+    if (!non_blocking) add(state().copies, "h2d blocking");
   } else {
     count_copy("d2h", static_cast<int64_t>(from.nbytes()));
     if (!non_blocking) count_wait("copy to the host");
@@ -269,7 +270,10 @@ class HostCall {
   // and counted the copy and the nonzero before.
   void count_index(const Tensor& x) {
     if (!writes_index_) return;
-    if (x.device().is_cpu()) count_copy("h2d", static_cast<int64_t>(x.nbytes()));
+    if (x.device().is_cpu()) {
+      count_copy("h2d", static_cast<int64_t>(x.nbytes()));
+      add(state().copies, "h2d blocking");
+    }
     if (x.scalar_type() != at::kBool && x.scalar_type() != at::kByte) return;
     count_launch("nonzero");
     count_wait("nonzero");
@@ -397,13 +401,24 @@ Tensor mm_out_dtype(const Tensor& a, const Tensor& b, at::ScalarType dtype) {
 
 // ---- what torch wants to know of a device -------------------------------------------------------
 
-struct SimGuard final : c10::impl::NoOpDeviceGuardImpl<kSim> {
+// One device with one stream, on which everything is finished when the call returns.
+struct SimGuard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return kSim; }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   c10::Device getDevice() const override { return kDevice; }
   c10::Device exchangeDevice(c10::Device) const override { return kDevice; }
-  c10::Stream getStream(c10::Device) const noexcept override {
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Stream getStream(c10::Device) const override {
     return c10::Stream(c10::Stream::DEFAULT, kDevice);
   }
-  c10::Stream exchangeStream(c10::Stream) const noexcept override { return getStream(kDevice); }
+  c10::Stream exchangeStream(c10::Stream) const override { return getStream(kDevice); }
+  void record(void**, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void synchronizeEvent(void*) const override { count_wait("synchronize"); }
+  void synchronizeStream(const c10::Stream&) const override { count_wait("synchronize"); }
+  void synchronizeDevice(c10::DeviceIndex) const override { count_wait("synchronize"); }
 };
 
 C10_REGISTER_GUARD_IMPL(PrivateUse1, SimGuard);
@@ -419,13 +434,6 @@ struct SimHooks final : at::PrivateUse1HooksInterface {
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
   at::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
 };
-
-void reset() {
-  auto& s = state();
-  std::lock_guard<std::mutex> hold(s.lock);
-  for (auto counts : {s.launches, s.waits, s.copies}) counts.clear();
-  s.peak = s.used;
-}
 
 }  // namespace
 
@@ -463,12 +471,12 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 }
 
 TORCH_LIBRARY(sim, m) {
-  m.def("reset() -> ()", &reset);
   m.def("launches() -> Dict(str, int)", [] { return state().launches.copy(); });
   m.def("waits() -> Dict(str, int)", [] { return state().waits.copy(); });
   m.def("copies() -> Dict(str, int)", [] { return state().copies.copy(); });
   m.def("used() -> int", [] { return state().used; });
   m.def("peak() -> int", [] { return state().peak; });
+  m.def("forget_peak() -> ()", [] { state().peak = state().used; });
   m.def("limit() -> int", [] { return state().limit; });
   m.def("count_wait(str reason) -> ()", [](const std::string& reason) { count_wait(reason); });
   m.def("set_limit(int bytes, bool plain_error) -> ()", [](int64_t bytes, bool plain_error) {

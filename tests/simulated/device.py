@@ -24,7 +24,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,50 +141,73 @@ def _module() -> SimpleNamespace:
 
 @dataclass
 class Counts:
-    """What the device did in a block.
+    """What the device did in a block; a difference or a share of it has fractions.
 
     Attributes:
         by_operator: launches by operator's name.
         by_reason: waits of the host for the device by what caused them: "item", "copy to the
             host", or the operator that has to know a value.
-        h2d: copies from the host to the device. d2h: from the device to the host.
-        h2d_bytes: bytes of the former. d2h_bytes: of the latter.
+        moved: "h2d" and "d2h", copies from the host to the device and back; "h2d bytes" and "d2h
+            bytes", their size; "h2d blocking", how many of the former were not non_blocking: CUDA
+            finishes the work before them first, but they read nothing and are no `waits`.
     """
 
-    by_operator: dict[str, int] = field(default_factory=dict)
-    by_reason: dict[str, int] = field(default_factory=dict)
-    h2d: int = 0
-    d2h: int = 0
-    h2d_bytes: int = 0
-    d2h_bytes: int = 0
+    by_operator: Counter[str] = field(default_factory=Counter)
+    by_reason: Counter[str] = field(default_factory=Counter)
+    moved: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def now(cls) -> Counts:
+        """Everything since the device was loaded."""
+        ops = torch.ops.sim
+        return cls(Counter(ops.launches()), Counter(ops.waits()), Counter(ops.copies()))
 
     @property
-    def launches(self) -> int:
-        """Number of operators launched on the device."""
+    def launches(self) -> float:
+        """Operators launched on the device."""
         return sum(self.by_operator.values())
 
     @property
-    def waits(self) -> int:
+    def waits(self) -> float:
         """How often the host waited for the device."""
         return sum(self.by_reason.values())
 
     @property
-    def copies(self) -> int:
-        """Number of copies between host and device."""
-        return self.h2d + self.d2h
+    def copies(self) -> float:
+        """Copies between host and device, both ways."""
+        return self.moved["h2d"] + self.moved["d2h"]
+
+    def __sub__(self, other: Counts) -> Counts:
+        return self._each(other, lambda mine, others: mine - others)
+
+    def __truediv__(self, n: int) -> Counts:
+        return self._each(self, lambda mine, _: mine / n)
+
+    def _each(self, other: Counts, combine: Callable[[Any, Any], Any]) -> Counts:
+        def combined(mine: Counter[str], others: Counter[str]) -> Counter[str]:
+            values = {key: combine(mine[key], others[key]) for key in {*mine, *others}}
+            return Counter({key: value for key, value in values.items() if value})
+
+        return Counts(
+            combined(self.by_operator, other.by_operator),
+            combined(self.by_reason, other.by_reason),
+            combined(self.moved, other.moved),
+        )
 
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """Count what the device does in the block; filled in when it ends. Blocks cannot be nested."""
-    counts = Counts()
-    torch.ops.sim.reset()
+    """Count what the device does in the block; the counts are filled in when it ends."""
+    before, counts = Counts.now(), Counts()
     yield counts
-    copies = torch.ops.sim.copies()
-    counts.by_operator = dict(torch.ops.sim.launches())
-    counts.by_reason = dict(torch.ops.sim.waits())
-    for name in ("h2d", "d2h", "h2d bytes", "d2h bytes"):
-        setattr(counts, name.replace(" ", "_"), copies.get(name, 0))
+    vars(counts).update(vars(Counts.now() - before))
+
+
+def count(run: Callable[[], Any]) -> Counts:
+    """Count what the device does in a call."""
+    with counting() as counts:
+        run()
+    return counts
 
 
 # ---- memory and dtypes ---------------------------------------------------------------------------
@@ -195,8 +219,13 @@ def used_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """The most bytes taken at once since `counting` began."""
+    """The most bytes taken at once since `forget_peak`."""
     return torch.ops.sim.peak()
+
+
+def forget_peak() -> None:
+    """Let `peak_bytes` begin with what is taken now."""
+    torch.ops.sim.forget_peak()
 
 
 @contextmanager
