@@ -18,3 +18,9 @@ def simulated() -> None:
         if os.environ.get("SIMULATED") == "required":
             raise
         pytest.skip(f"no simulated device: {problem}")
+
+
+@pytest.fixture
+def accelerator() -> str:
+    """The device that tests/test_accelerator.py checks."""
+    return "sim"

@@ -108,6 +108,8 @@ def load() -> None:
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, _module())
     torch.ops.sim.start()
+    # as on CUDA, module.to("sim") keeps a parameter's identity: tied embeddings stay tied
+    torch.__future__.set_swap_module_params_on_conversion(True)
 
 
 def _module() -> SimpleNamespace:
@@ -127,12 +129,16 @@ def _module() -> SimpleNamespace:
         synchronize=lambda device=None: ops.count_wait("synchronize"),
         empty_cache=lambda: None,
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
-        manual_seed_all=lambda seed: None,  # random numbers come from the CPU's generator
+        # random numbers come from the CPU's generator
+        manual_seed_all=lambda seed: None,
+        get_rng_state=lambda device=None: torch.empty(0, dtype=torch.uint8),
+        set_rng_state=lambda state, device=None: None,
         _is_in_bad_fork=lambda: False,
         mem_get_info=mem_get_info,
         memory_allocated=lambda device=None: ops.used(),
         memory_reserved=lambda device=None: ops.used(),
         max_memory_allocated=lambda device=None: ops.peak(),
+        reset_peak_memory_stats=lambda device=None: ops.forget_peak(),
     )
 
 

@@ -85,6 +85,15 @@ def test_operands_have_to_be_on_one_device() -> None:
     assert (x + torch.tensor(1.0)).tolist() == [2, 2, 2]  # a number, as on CUDA
 
 
+def test_tied_parameters_stay_tied() -> None:
+    one, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    other.weight = one.weight
+    both = torch.nn.ModuleList([one, other]).to("sim")
+    assert one.weight.device.type == "sim"
+    assert one.weight is other.weight
+    assert len(list(both.parameters())) == 3
+
+
 def test_counts() -> None:
     x, host = torch.ones(4, 4, device="sim"), torch.ones(4, 4)
     with counting() as counts:
