@@ -133,7 +133,7 @@ def model_folder(
 
 @pytest.fixture
 def accelerator() -> str:
-    """The device that tests/test_accelerator.py checks: "cuda"; tests/simulated puts "sim" here."""
+    """The device that tests/test_cuda.py checks: "cuda"; tests/simulated puts "sim" here."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA here")
     return "cuda"

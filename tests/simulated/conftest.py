@@ -7,13 +7,14 @@ import os
 import pytest
 
 from tests.simulated import device
+from tests.simulated.choices import choose_as_on_cuda
 
 
 @pytest.fixture(scope="session", autouse=True)
 def simulated() -> None:
     """Register the device; SIMULATED=required, as in CI, makes it an error if that fails."""
     try:
-        device.load()
+        choose_as_on_cuda()
     except device.Unavailable as problem:
         if os.environ.get("SIMULATED") == "required":
             raise
@@ -22,5 +23,5 @@ def simulated() -> None:
 
 @pytest.fixture
 def accelerator() -> str:
-    """The device that tests/test_accelerator.py checks."""
+    """The device that tests/test_cuda.py checks."""
     return "sim"
