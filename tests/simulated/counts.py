@@ -1,10 +1,11 @@
 """What the package makes an accelerator do, counted: launches, waits and copies.
 
-    python -m tests.simulated.counts
+    python -m tests.simulated.counts [--operators]
 
-prints one table per dtype of the base model; `test_budgets.py` holds the numbers to their budgets.
-A count of one more layer, datum, token or prompt is the difference of two runs, so what happens
-once does not enter. Models are random, of the Qwen3 architecture, with LoRA on all linear layers.
+prints one table per dtype of the base model, with --operators what each row is made of;
+`test_budgets.py` holds the numbers to their budgets. A count of one more layer, datum, token or
+prompt is the difference of two runs, so what happens once does not enter. Models are random, of the
+Qwen3 architecture, with LoRA on all linear layers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -25,6 +27,7 @@ import torch
 from cookbook_core import clients, tinker
 from cookbook_core.tinker import Datum, ModelInput, TrainingClient
 from tests.simulated import device
+from tests.simulated.choices import choose_as_on_cuda
 from tests.simulated.device import Counts, count
 
 SECONDS = 120
@@ -59,7 +62,7 @@ def _model_folder(layers: int) -> str:
 @cache
 def client(layers: int, dtype: str) -> TrainingClient:
     """A training client on the simulated device, one per number of layers and dtype."""
-    device.load()
+    choose_as_on_cuda()
     service = tinker.ServiceClient(device="sim", dtype=dtype, checkpoint_dir=tempfile.mkdtemp())
     made = service.create_lora_training_client(
         _model_folder(layers), rank=4, seed=0, train_unembed=False
@@ -210,7 +213,7 @@ def _trained_step(client: TrainingClient) -> Counts:
     return step(client)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     columns = ("launches", "waits", "h2d", "blocking", "d2h")
     for dtype in ("bfloat16", "float32"):
@@ -219,8 +222,11 @@ def main() -> None:
             moved = (counts.moved[key] for key in ("h2d", "h2d blocking", "d2h"))
             numbers = (counts.launches, counts.waits, *moved)
             print("".join([f"{name:36}", *(f"{number:10.1f}" for number in numbers)]))
+            if "--operators" in arguments and counts.launches:
+                each = counts.by_operator.most_common()
+                print("    " + ", ".join(f"{name} {number:.1f}" for name, number in each))
         print()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -9,6 +9,7 @@
 // so counts are a lower bound of what CUDA launches.
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/transformers/attention.h>
@@ -23,6 +24,7 @@
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/unfold_native.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -30,6 +32,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <mutex>
 #include <set>
 #include <string>
@@ -192,7 +195,7 @@ Tensor& set_storage(Tensor& x, at::Storage source, c10::SymInt offset, c10::SymI
 
 // ---- copies -------------------------------------------------------------------------------------
 
-Tensor copy(const Tensor& from, const Tensor& to, bool non_blocking) {
+Tensor copy_between(const Tensor& from, const Tensor& to, bool non_blocking) {
   bool out = from.device().type() == kSim, in = to.device().type() == kSim;
   if (out && in) {
     count_launch("copy");
@@ -209,7 +212,7 @@ Tensor copy(const Tensor& from, const Tensor& to, bool non_blocking) {
 
 Tensor copy_and_resize(const Tensor& from, const Tensor& to) {
   if (to.sizes() != from.sizes()) to.resize_(from.sizes());
-  return copy(from, to, false);
+  return copy_between(from, to, false);
 }
 
 at::Scalar item(const Tensor& x) {
@@ -358,9 +361,8 @@ Tensor spread(const Tensor& x, int64_t heads) {
 }
 
 // The reverse: the gradients of the queries that shared a head, added up.
-Tensor gather(const Tensor& gradient, int64_t heads) {
-  if (gradient.size(1) == heads) return on_device(gradient);
-  return on_device(gradient.unflatten(1, {heads, -1}).sum(2));
+Tensor fold(const Tensor& gradient, int64_t heads) {
+  return gradient.size(1) == heads ? gradient : gradient.unflatten(1, {heads, -1}).sum(2);
 }
 
 int64_t choose_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -390,7 +392,103 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& g, c
   auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(spread(g, heads),
       spread(q, heads), spread(k, heads), spread(v, heads), on_host(out), on_host(lse), dropout,
       causal, mask, scale);
-  return {on_device(dq), gather(dk, k.size(1)), gather(dv, v.size(1)), Tensor()};
+  return {on_device(dq), on_device(fold(dk, k.size(1))), on_device(fold(dv, v.size(1))), Tensor()};
+}
+
+// ---- flash attention of sequences of unequal length, as CUDA's ------------------------------------
+//
+// (tokens, heads, width) each; sequence i has the tokens from starts[i] to starts[i + 1]. Kernels take
+// their arguments boxed, as torch adds one now and then; those used here come first in all versions.
+
+struct Span {
+  int64_t from, to;
+};
+
+std::vector<Span> spans_of(const Tensor& starts) {
+  auto at = on_host(starts).to(at::kLong).contiguous();
+  std::vector<Span> spans;
+  for (int64_t i = 0; i + 1 < at.numel(); i++)
+    spans.push_back({at.data_ptr<int64_t>()[i], at.data_ptr<int64_t>()[i + 1]});
+  return spans;
+}
+
+// some tokens as a batch of one, (1, heads, tokens, width), of as many heads as the queries
+Tensor sequence(const Tensor& x, Span span, int64_t heads) {
+  return spread(x.slice(0, span.from, span.to).transpose(0, 1).unsqueeze(0), heads);
+}
+
+void flash_forward(const c10::OperatorHandle& op, Stack* stack) {
+  auto n = op.schema().arguments().size();
+  std::vector<c10::IValue> given(stack->end() - static_cast<int64_t>(n), stack->end());
+  torch::jit::drop(*stack, n);
+  count_launch("flash_attention");
+  auto q = on_host(given[0].toTensor()), k = on_host(given[1].toTensor());
+  auto v = on_host(given[2].toTensor());
+  auto queries = spans_of(given[3].toTensor()), keys = spans_of(given[4].toTensor());
+  auto heads = q.size(1);
+  auto out = at::empty(q.sizes(), q.options());
+  auto lse = at::empty({heads, q.size(0)}, q.options().dtype(at::kFloat));
+  for (size_t i = 0; i < queries.size(); i++) {
+    auto [own, level] = at::_scaled_dot_product_flash_attention_for_cpu(
+        sequence(q, queries[i], heads), sequence(k, keys[i], heads), sequence(v, keys[i], heads),
+        0.0, given[8].toBool(), std::nullopt, given[10].toOptional<double>());
+    out.slice(0, queries[i].from, queries[i].to).copy_(own[0].transpose(0, 1));
+    lse.slice(1, queries[i].from, queries[i].to).copy_(level[0]);
+  }
+  auto none = at::empty({0}, q.options().device(kDevice));
+  torch::jit::push(*stack, on_device(out), on_device(lse), none, none, none);
+}
+
+void flash_backward(const c10::OperatorHandle& op, Stack* stack) {
+  auto n = op.schema().arguments().size();
+  std::vector<c10::IValue> given(stack->end() - static_cast<int64_t>(n), stack->end());
+  torch::jit::drop(*stack, n);
+  count_launch("flash_attention_backward");
+  std::array<Tensor, 6> x;  // gradient, q, k, v, out, log-sum-exp
+  for (size_t i = 0; i < x.size(); i++) x[i] = on_host(given[i].toTensor());
+  auto [g, q, k, v, out, lse] = x;
+  auto queries = spans_of(given[6].toTensor()), keys = spans_of(given[7].toTensor());
+  auto heads = q.size(1), kv_heads = k.size(1);
+  auto dq = at::zeros(q.sizes(), q.options());
+  auto dk = at::zeros(k.sizes(), k.options()), dv = at::zeros(v.sizes(), v.options());
+  for (size_t i = 0; i < queries.size(); i++) {
+    auto [a, b] = queries[i];
+    auto [c, d] = keys[i];
+    auto parts = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+        sequence(g, queries[i], heads), sequence(q, queries[i], heads),
+        sequence(k, keys[i], heads), sequence(v, keys[i], heads), sequence(out, queries[i], heads),
+        lse.slice(1, a, b).unsqueeze(0), 0.0, given[11].toBool(), std::nullopt,
+        given[14].toOptional<double>());
+    dq.slice(0, a, b).add_(std::get<0>(parts)[0].transpose(0, 1));
+    dk.slice(0, c, d).add_(fold(std::get<1>(parts), kv_heads)[0].transpose(0, 1));
+    dv.slice(0, c, d).add_(fold(std::get<2>(parts), kv_heads)[0].transpose(0, 1));
+  }
+  torch::jit::push(*stack, on_device(dq), on_device(dk), on_device(dv));
+}
+
+// ---- an RMS norm over the last dimension, one kernel each way as on CUDA ------------------------
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, at::IntArrayRef, const std::optional<Tensor>& w,
+    std::optional<double> eps) {
+  count_launch("rms_norm");
+  auto wide = on_host(x).to(at::kFloat);
+  auto squares = wide.square().mean(-1, true);
+  auto rstd = (squares + eps.value_or(std::numeric_limits<float>::epsilon())).rsqrt();
+  auto y = wide * rstd;
+  if (w && w->defined()) y = y * on_host(*w).to(at::kFloat);
+  return {on_device(y.to(x.scalar_type())), on_device(rstd)};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& gradient, const Tensor& x,
+    at::IntArrayRef, const Tensor& rstd, const std::optional<Tensor>& w, std::array<bool, 2> wanted) {
+  count_launch("rms_norm_backward");
+  auto g = on_host(gradient).to(at::kFloat), scale = on_host(rstd).to(at::kFloat);
+  auto normed = on_host(x).to(at::kFloat) * scale;
+  auto weighted = w && w->defined() ? g * on_host(*w).to(at::kFloat) : g;
+  auto dx = scale * (weighted - normed * (weighted * normed).mean(-1, true));
+  Tensor dw;
+  if (wanted[1]) dw = (g * normed).flatten(0, -2).sum(0).to(w->scalar_type());
+  return {on_device(dx.to(x.scalar_type())), on_device(dw)};
 }
 
 // a product of bfloat16 matrices that is not rounded to bfloat16
@@ -454,11 +552,15 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("unfold", &at::native::unfold);
   m.impl("resize_", &resize);
   m.impl("set_.source_Storage_storage_offset", &set_storage);
-  m.impl("_copy_from", &copy);
+  m.impl("_copy_from", &copy_between);
   m.impl("_copy_from_and_resize", &copy_and_resize);
   m.impl("_local_scalar_dense", &item);
   m.impl("_scaled_dot_product_fused_attention_overrideable", &attention);
   m.impl("_scaled_dot_product_fused_attention_overrideable_backward", &attention_backward);
+  m.impl("_flash_attention_forward", torch::CppFunction::makeFromBoxedFunction<&flash_forward>());
+  m.impl("_flash_attention_backward", torch::CppFunction::makeFromBoxedFunction<&flash_backward>());
+  m.impl("_fused_rms_norm", &rms_norm);
+  m.impl("_fused_rms_norm_backward", &rms_norm_backward);
   m.impl("mm.dtype", &mm_out_dtype);
   // elsewhere these fall apart into several operators; CUDA has a kernel for each
   auto whole = [&m](const std::string& name) {

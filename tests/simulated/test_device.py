@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,51 @@ def test_attention_is_one_launch_each_way(kv_heads: int, masked: bool) -> None:
         results.append([out.cpu(), *(g.cpu() for g in grads)])
     torch.testing.assert_close(*results)
     assert counts.by_operator["attention"] == counts.by_operator["attention_backward"] == 1
+
+
+def test_an_rms_norm_is_one_launch_each_way() -> None:
+    torch.manual_seed(0)
+    results = []
+    for where in ("cpu", "sim"):
+        torch.manual_seed(0)
+        own = [torch.randn(*size).to(where).requires_grad_() for size in ((2, 3, 8), (8,))]
+        with counting() as counts:
+            y = functional.rms_norm(own[0], (8,), own[1], 1e-6)
+            grads = torch.autograd.grad(y, own, torch.ones_like(y))
+        results.append([x.cpu() for x in (y, *grads)])
+    torch.testing.assert_close(*results)
+    assert counts.by_operator == {"rms_norm": 1, "fill": 1, "rms_norm_backward": 1}
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_flash_attention_of_sequences_of_unequal_length(kv_heads: int) -> None:
+    torch.manual_seed(0)
+    starts = [0, 5, 6, 15]
+    q, g = torch.randn(15, 4, 8), torch.randn(15, 4, 8)
+    k, v = torch.randn(15, kv_heads, 8), torch.randn(15, kv_heads, 8)
+    want = [torch.empty(0)] * 4
+    for a, b in itertools.pairwise(starts):
+        own = [x[a:b].transpose(0, 1)[None].requires_grad_() for x in (q, k, v)]
+        out = functional.scaled_dot_product_attention(
+            *own, is_causal=True, scale=0.3, enable_gqa=True
+        )
+        grads = torch.autograd.grad(out, own, g[a:b].transpose(0, 1)[None])
+        parts = [x[0].detach().transpose(0, 1) for x in (out, *grads)]
+        want = [
+            torch.cat([x, part]) if len(x) else part for x, part in zip(want, parts, strict=True)
+        ]
+    at = torch.tensor(starts, dtype=torch.int32, device="sim")
+    x = [x.to("sim") for x in (q, k, v)]
+    ranges = (at, at, 9, 9)
+    with counting() as counts:
+        out, lse, *state, _ = torch.ops.aten._flash_attention_forward(
+            *x, *ranges, 0.0, True, False, scale=0.3
+        )
+        grads = torch.ops.aten._flash_attention_backward(
+            g.to("sim"), *x, out, lse, *ranges, 0.0, True, *state, scale=0.3
+        )
+    torch.testing.assert_close([y.cpu() for y in (out, *grads)], want)
+    assert counts.by_operator == {"flash_attention": 1, "flash_attention_backward": 1}
 
 
 def test_operands_have_to_be_on_one_device() -> None:
