@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from cookbook_core import clients, tinker
+from cookbook_core.backend.local.sampling.draw import draw_device
 from cookbook_core.tinker import ModelInput
 from tests.oracles.logprobs import assert_close
 from tests.simulated.device import without_float64
 from tests.simulated.test_memory import over_the_vocabulary
-from tests.test_accelerator import (
+from tests.test_cuda import (
     PROMPTS,
     SECONDS,
     Connect,
@@ -29,7 +30,9 @@ from tests.test_packing import family_data
 @pytest.fixture(autouse=True)
 def no_float64() -> Iterator[None]:
     with without_float64():
+        draw_device.cache_clear()  # asked once per device
         yield
+    draw_device.cache_clear()
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "gemma2", "gpt2"])
