@@ -78,8 +78,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def _config(arch: str) -> Any:
-    own = dict(ARCHITECTURES[arch])
+def _config(arch: str, changes: dict[str, Any]) -> Any:
+    own = {**ARCHITECTURES[arch], **changes}
     common = _SHARED if arch in ("gpt2", "bert") else _DECODER
     return AutoConfig.for_model(own.pop("model_type"), **{**common, **own})
 
@@ -105,29 +105,38 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 def model_folder(
     tmp_path_factory: pytest.TempPathFactory, small_tokenizer: PreTrainedTokenizerFast
 ) -> Callable[..., str]:
-    """`model_folder(arch="qwen3")`: the folder of a random float32 model of that architecture.
+    """`model_folder(arch="qwen3", **config)`: the folder of a random float32 model of that kind.
 
     Architectures: qwen3 (tied), llama (untied), mistral (window 8), gemma2 (soft-capped),
     granite (scaled logits), gpt2 (absolute positions), bert (no plain head). vocab 100,
-    hidden 32, 2 layers.
+    hidden 32, 2 layers, heads of 8, unless `config` says otherwise.
     """
     made: dict[str, str] = {}
 
-    def folder(arch: str = "qwen3") -> str:
-        if arch not in made:
+    def folder(arch: str = "qwen3", **config: Any) -> str:
+        key = f"{arch} {config}" if config else arch
+        if key not in made:
             path = tmp_path_factory.mktemp(f"model_{arch}")
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                model = AutoModelForCausalLM.from_config(_config(arch))
+                model = AutoModelForCausalLM.from_config(_config(arch, config))
                 for p in model.parameters():
                     if p.dim() == 1:  # biases and norms start at 0 or 1: make them matter
                         p.data.add_(0.2 * torch.randn_like(p))
             model.save_pretrained(path)
             small_tokenizer.save_pretrained(path)
-            made[arch] = str(path)
-        return made[arch]
+            made[key] = str(path)
+        return made[key]
 
     return folder
+
+
+@pytest.fixture
+def accelerator() -> str:
+    """The device that tests/test_cuda.py checks: "cuda"; tests/simulated puts "sim" here."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA here")
+    return "cuda"
 
 
 @pytest.fixture(scope="module")

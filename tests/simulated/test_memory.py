@@ -1,0 +1,137 @@
+"""Running out of memory, at any point and under any name: the same result, or nothing changed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cookbook_core import clients, tinker
+from cookbook_core.errors import CookbookError
+from cookbook_core.tinker import TrainingClient
+from tests.conftest import make_random_data
+from tests.oracles.logprobs import adapter_of, assert_close, engine_of
+from tests.simulated import device
+from tests.simulated.device import limited_memory
+from tests.test_cuda import (
+    SECONDS,
+    Connect,
+    connect_to,  # noqa: F401  a fixture
+    gradient_of,
+    peak_of,
+    same_bits,
+    same_samples,
+    samples,
+    weights_of,
+)
+from tests.test_gradient_parity import squared
+
+
+@pytest.fixture
+def client(connect_to: Connect) -> TrainingClient:  # noqa: F811
+    """Nothing is planned by free memory: only running out lowers a limit."""
+    made = connect_to("sim")()
+    engine_of(made).limits.graph_tokens = 10**9
+    engine_of(made).limits.mode = "off"
+    return made
+
+
+def limited(run: Callable[[], Any], share: float, *, plain_error: bool = False) -> tuple[Any, Any]:
+    """What `run` gives with all the memory it takes, and with `share` of that."""
+    found: list[Any] = []
+    taken = peak_of("sim", lambda: found.append(run()))
+    gc.collect()
+    before = device.used_bytes()
+    with limited_memory(int(share * taken), plain_error=plain_error):
+        found.append(run())
+    gc.collect()
+    assert device.used_bytes() <= before, "an attempt that failed left something behind"
+    return found[0], found[1]
+
+
+DATA = make_random_data(60, lengths=(30, 60))
+
+
+def over_the_vocabulary(data: Any, scores: Any) -> Any:
+    del data
+    return sum((score[3:9].exp() * score[3:9]).sum() for score in scores), {}
+
+
+@pytest.mark.parametrize("plain_error", [False, True], ids=["torch", "cublas"])
+@pytest.mark.parametrize("form", ["logprobs", "vocab_logprobs"])
+def test_training(
+    form: str, plain_error: bool, client: TrainingClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    loss = squared if form == "logprobs" else over_the_vocabulary
+    want, found = limited(
+        lambda: gradient_of(client, DATA, loss, form), 0.4, plain_error=plain_error
+    )
+    assert_close(found, want, 1e-4)
+    assert "out of memory" in caplog.text
+
+
+@pytest.mark.parametrize("plain_error", [False, True], ids=["torch", "cublas"])
+def test_scoring(
+    plain_error: bool, client: TrainingClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    want, found = limited(lambda: clients.score(client, DATA), 0.5, plain_error=plain_error)
+    torch.testing.assert_close(found, want)
+    assert "out of memory" in caplog.text
+
+
+@pytest.mark.parametrize("plain_error", [False, True], ids=["torch", "cublas"])
+def test_sampling(
+    plain_error: bool, client: TrainingClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [[5, 9, i] for i in range(8)]
+    run = lambda: samples(client, prompts, 4, max_tokens=40)  # noqa: E731
+    want, found = limited(run, 0.4, plain_error=plain_error)
+    same_samples(found, want)
+    assert "out of memory" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["logprobs", "vocab_logprobs"])
+def test_a_batch_is_freed_with_its_result(form: str, client: TrainingClient) -> None:
+    """Not at some later time, by the garbage collector, which knows nothing of device memory."""
+    loss = squared if form == "logprobs" else over_the_vocabulary
+    used = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(6):
+            gradient_of(client, DATA, loss, form)
+            used.append(device.used_bytes())
+    finally:
+        gc.enable()
+    states = 4 * 32 * sum(datum.model_input.length for datum in DATA)
+    assert used[-1] - used[0] < states
+
+
+def test_a_batch_whose_loss_fails_is_freed(client: TrainingClient) -> None:
+    """Its graph never sees a backward; the first one of an engine is counted as it is made."""
+
+    def broken(data: Any, logprobs: Any) -> Any:
+        raise ZeroDivisionError
+
+    gradient_of(client, DATA[:1])
+    before = device.used_bytes()
+    with pytest.raises(CookbookError, match="ZeroDivisionError"):
+        client.forward_backward_custom(DATA, broken).result(SECONDS)
+    gradient_of(client, DATA[:1])  # until the next call the error's traceback holds the graph
+    gc.collect()
+    assert device.used_bytes() <= before
+
+
+def test_a_step_that_does_not_fit_changes_nothing(client: TrainingClient) -> None:
+    """The first step allocates Adam's moments."""
+    client.forward_backward_custom(DATA[:4], squared).result(SECONDS)
+    before = weights_of(client)
+    with limited_memory(1000), pytest.raises(RuntimeError, match="out of memory"):
+        client.optim_step(tinker.AdamParams(1e-2)).result(SECONDS)
+    same_bits(weights_of(client), before)
+    assert adapter_of(client).step == 0
+    client.optim_step(tinker.AdamParams(1e-2)).result(SECONDS)  # its gradient is still there
+    assert adapter_of(client).step == 1
