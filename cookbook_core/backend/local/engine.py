@@ -189,13 +189,16 @@ class Engine:
 
     def machine(self, adapter: Adapter) -> dict[str, Any]:
         """What results depend on besides seed and data, down to their last bits."""
+        device, dtype = self.base.device, self.base.model.dtype
         return {
-            "device": str(self.base.device),
-            "dtype": str(self.base.model.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads() if self.base.device.type == "cpu" else None,
+            "device": str(device),
+            "card": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "dtype": str(dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
             "micro_batch_tokens": self.scorer.micro_batch_tokens,
             "packed_rows": self.scorer.packs,
+            "fused_layers": self.base.fused,
             "sampling_tokens": self.budget.tokens,
             "merged_for_sampling": self._merges(adapter),
         }

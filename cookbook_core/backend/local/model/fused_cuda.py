@@ -29,10 +29,14 @@ BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 log = logging.getLogger(__name__)
 
 
-def fuse(model: Any) -> None:
-    """Make a model's RMS norms and SwiGLU layers use one kernel where that gives their values."""
+def fuse(model: Any) -> dict[str, str]:
+    """Make a model's RMS norms and SwiGLU layers use one kernel where that gives their values.
+
+    Returns:
+        By class of module, whose kernel its modules use: "liger" or "torch".
+    """
     if model.dtype not in BOUNDS:
-        return
+        return {}
     norm, swiglu = _liger()
     wanted: list[tuple[Any, tuple[Any, ...], int, list[Forward]]] = []
     for module, eps in rms_norms(model):
@@ -58,6 +62,11 @@ def fuse(model: Any) -> None:
             "%s: Liger's kernels do not give this module's own values; it computes as before.",
             ", ".join(refused),
         )
+    used = {kind[0].__name__: forward for kind, forward in chosen.items() if forward}
+    return {
+        name: "torch" if getattr(forward, "func", None) is _torch_norm else "liger"
+        for name, forward in sorted(used.items())
+    }
 
 
 def _liger() -> tuple[Any, Any]:

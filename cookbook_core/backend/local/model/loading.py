@@ -35,6 +35,7 @@ class BaseModel:
         path: the absolute path of its folder, or its hub name.
         vocab_size: rows of the embedding.
         max_context_length: positions it was built for, in tokens; None if its config has none.
+        fused: by class of module, whose fused kernel its modules use on CUDA.
     """
 
     name: str
@@ -43,6 +44,7 @@ class BaseModel:
     device: torch.device
     vocab_size: int
     max_context_length: int | None
+    fused: dict[str, str] = field(default_factory=dict)
     _tokenizer: Any = field(default=None, repr=False)
     _identity: dict[str, Any] | None = field(default=None, repr=False)
 
@@ -222,8 +224,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     # function and a ratio of 1 is exactly 1.
     model.to(chosen_device).eval().requires_grad_(False)
     fused_norm.fuse(model)
-    if chosen_device.type == "cuda":
-        fused_cuda.fuse(model)
+    fused = fused_cuda.fuse(model) if chosen_device.type == "cuda" else {}
     text_config = model.config.get_text_config()
     if getattr(text_config, "attn_logit_softcapping", None):  # Gemma 2
         # before transformers 5.21 the default is sdpa attention, which leaves out the cap
@@ -235,6 +236,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
         device=chosen_device,
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
         max_context_length=getattr(text_config, "max_position_embeddings", None),
+        fused=fused,
     )
 
 
