@@ -72,7 +72,11 @@ class RemoteTraining:
 
     # ---- forward and backward --------------------------------------------------------------------
 
-    def forward(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[ForwardBackwardOutput]:
+    def forward(
+        self, data: Sequence[Datum], loss_fn: LossFn, keep_graph: bool = False
+    ) -> Future[ForwardBackwardOutput]:
+        del keep_graph  # the service decides
+
         def answer(output: ForwardBackwardOutput) -> ForwardBackwardOutput:
             result = evaluate(loss_fn, data, logprobs_from_output(output, data))
             metrics = merge_metrics(result, convert.without_service_loss(output.metrics))

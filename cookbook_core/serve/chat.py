@@ -1,0 +1,2 @@
+"""OpenAI-compatible completions."""
+def routes(service): return []
