@@ -19,7 +19,7 @@ from cookbook_core.errors import CookbookError, RequestError
 from cookbook_core.serve import chat, page
 from cookbook_core.serve.guard import Guard
 from cookbook_core.serve.models import Base
-from cookbook_core.serve.replies import Refused, failure_body, missing, refusal_body, told
+from cookbook_core.serve.replies import Promise, Refused, failure_body, missing, refusal_body, told
 from cookbook_core.serve.saved_runs import public, run_row
 from cookbook_core.serve.service import CLIENT_CONFIG, Call, Options, Service
 
@@ -159,21 +159,9 @@ class Endpoints:
         if not await promises.wait(promise):
             waiting = {"type": "try_again", "request_id": request_id, "queue_state": "active"}
             return JSONResponse(waiting, 408)
-        if promise.future.cancelled():
-            error: BaseException | None = RequestError("request", "was cancelled")
-        else:
-            error = promise.future.exception()
-        if error is None:
-            try:
-                result = promise.encode(promise.future.result())
-                if result.proto is not None and PROTO in request.headers.get("accept", ""):
-                    made = await asyncio.to_thread(result.proto)
-                    reply: Response = Response(made, media_type=PROTO)
-                else:
-                    reply = JSONResponse(await asyncio.to_thread(result.json))
-            except Exception as failed:
-                error = failed
-        if error is not None:
+        try:
+            reply = await _outcome(promise, PROTO in request.headers.get("accept", ""))
+        except Exception as error:
             reply = JSONResponse(failure_body(told(error), call.agent))
         promise.read, promise.read_at = True, time.monotonic()
         return reply
@@ -271,6 +259,16 @@ def _page_of(name: str, rows: list[Any], request: Request) -> dict[str, Any]:
     offset, limit = wanted["offset"], wanted["limit"]
     cursor = {"offset": offset, "limit": limit, "total_count": len(rows)}
     return {name: rows[offset : offset + limit], "cursor": cursor}
+
+
+async def _outcome(promise: Promise, proto: bool) -> Response:
+    """The result of a promise that is done; raises its error."""
+    if promise.future.cancelled():
+        raise RequestError("request", "was cancelled")
+    result = promise.encode(promise.future.result())
+    if result.proto is not None and proto:
+        return Response(await asyncio.to_thread(result.proto), media_type=PROTO)
+    return JSONResponse(await asyncio.to_thread(result.json))
 
 
 async def _client_config(request: Request) -> Response:

@@ -11,8 +11,6 @@ from cookbook_core.serve import wire
 from cookbook_core.types import Datum, EncodedTextChunk, ModelInput, TensorData
 
 REQUIRED: Any = object()
-DEEPEST = 64
-"""Nesting of a body, beyond which Python's parser may run out of stack."""
 
 
 def parse_json(raw: bytes) -> Any:
@@ -22,9 +20,16 @@ def parse_json(raw: bytes) -> Any:
         RequestError: not JSON, not UTF-8, or nested too deeply.
     """
     try:
-        return json.loads(raw) if raw else None
+        value = json.loads(raw, parse_constant=_refuse_constant) if raw else None
+        if b"\\ud" in raw or b"\\uD" in raw:  # half of a character, which no reply could repeat
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise RequestError("body", "not JSON", got=error, fix="Send one JSON object.") from None
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 class Fields:

@@ -236,7 +236,7 @@ class GraphLoss:
 
 
 def _most_elements(operation: str, args: list[Any]) -> int:
-    """A bound on the numbers, or views, that an operation makes, from the sizes of its arguments."""
+    """A bound on the numbers, or views, that an operation makes, from its arguments' sizes."""
     import torch
 
     tensors = list(_flat(args, torch.Tensor))

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from cookbook_core.builtin_losses import builtin_loss, needed_inputs
-from cookbook_core.custom_loss import LossFn
-from cookbook_core.datums import check_data, input_key
-from cookbook_core.errors import ConfigError, DatumError
+from cookbook_core.errors import ConfigError
 from cookbook_core.serve import wire
-from cookbook_core.serve.graph_losses import GraphLoss
 from cookbook_core.serve.replies import Result
 from cookbook_core.serve.turns import Turns
 from cookbook_core.types import (
     AdamParams,
-    Datum,
     ForwardBackwardOutput,
     ModelData,
     OptimStepResponse,
@@ -83,88 +78,6 @@ class Model:
     def steps(self) -> int:
         """Optimizer steps taken."""
         return 0 if self.training is None else self.training.steps
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """A forward or forward_backward as a client sent it, decoded and checked.
-
-    error: why it cannot be computed; the request then fails in its turn, so that the numbers of
-        the client's requests have no gap.
-    """
-
-    model_id: str
-    seq: int | None
-    forward_only: bool
-    data: list[Datum] = field(default_factory=list)
-    loss: LossFn | None = None
-    error: Exception | None = None
-
-    def start(self, model: Model) -> Future[ForwardBackwardOutput]:
-        """Submit it.
-
-        Raises:
-            CookbookError: its error.
-        """
-        if self.error is not None:
-            raise self.error
-        assert self.loss is not None
-        if self.forward_only:
-            return model.training.forward(self.data, self.loss, keep_graph=True)
-        return model.training.forward_backward(self.data, self.loss)
-
-
-def chosen_loss(
-    name: str, config: Mapping[str, Any], graphs: Mapping[str, GraphLoss]
-) -> tuple[LossFn, list[str]]:
-    """The loss that a request names, and the loss_fn_inputs that each datum needs.
-
-    Args:
-        name: a built-in loss, or "custom".
-        config: its options; for "custom" {"loss_id": ...}.
-        graphs: uploaded losses of the client's session, by id.
-
-    Raises:
-        ConfigError: unknown or not supported, with the nearest that is.
-    """
-    if name == "custom":
-        loss = graphs.get(str(config.get("loss_id")))
-        if loss is None or set(config) != {"loss_id"}:
-            fix = "Upload it first: ServiceClient.create_custom_loss()."
-            what = "no such loss in this session"
-            raise ConfigError("loss_fn_config", what, got=f"{dict(config)!r:.80}", fix=fix)
-        return loss, loss.needs
-    if name == "stable_reinforce":
-        raise ConfigError(
-            "loss_fn",
-            "stable_reinforce is not supported: its formula is not public",
-            expected="cross_entropy, importance_sampling, ppo, cispo or dro",
-            got=name,
-            fix='Pass loss_fn=importance_sampling, or "ppo".',
-        )
-    loss = builtin_loss(name, dict(config))
-    return loss, list(needed_inputs(name))
-
-
-def check_scoring(
-    data: Sequence[Datum], loss: LossFn, needs: Sequence[str], base: ModelData
-) -> None:
-    """Validate a batch as the in-process client does, and that no input would be ignored.
-
-    Raises:
-        DatumError: names datum and field.
-    """
-    size, context = base.vocab_size, base.max_context_length
-    check_data(data, vocab_size=size, max_context_length=context, needs=needs)
-    if isinstance(loss, GraphLoss):
-        return  # its client sends datums whole
-    for i, datum in enumerate(data):
-        used = {"target_tokens", "weights", *needs, *(input_key(datum, key) for key in needs)}
-        for key in datum.loss_fn_inputs:
-            if key not in used:
-                where = f'data[{i}].loss_fn_inputs["{key}"]'
-                rule, fix = ", ".join(sorted(used)), "Leave it out: this loss does not read it."
-                raise DatumError(where, "not an input of this loss", expected=rule, fix=fix)
 
 
 # ---- results -------------------------------------------------------------------------------------

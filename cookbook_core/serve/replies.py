@@ -61,7 +61,7 @@ def told(error: BaseException) -> CookbookError:
 
 def refusal_body(error: CookbookError) -> dict[str, Any]:
     """The JSON body of an HTTP error: the whole message, and its slots."""
-    return {"detail": str(error), "error": error.slots()}
+    return {"detail": _plain(str(error)), "error": _slots(error)}
 
 
 def failure_body(error: CookbookError, agent: str) -> dict[str, Any]:
@@ -70,9 +70,18 @@ def failure_body(error: CookbookError, agent: str) -> dict[str, Any]:
     The category is always "user": Tinkex polls for ever at any other.
     """
     if "tinkex" in agent.lower():
-        failed = {"message": str(error), "category": "user", **error.slots()}
+        failed = {"message": _plain(str(error)), "category": "user", **_slots(error)}
         return {"status": "failed", "error": failed}
-    return {"error": str(error), "category": "user", "slots": error.slots()}
+    return {"error": _plain(str(error)), "category": "user", "slots": _slots(error)}
+
+
+def _slots(error: CookbookError) -> dict[str, str]:
+    return {name: _plain(value) for name, value in error.slots().items()}
+
+
+def _plain(text: str) -> str:
+    """Text that UTF-8 can encode: paths of requests may hold other bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass

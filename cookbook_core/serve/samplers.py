@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,17 +151,16 @@ class Samplers:
     def _flush(self, sampler: Sampler) -> None:
         """Submit what was gathered, once the weights are there."""
         sampler.due = None
-        if sampler.made is None:
-            sampler.made = sampler.base.backend.create_sampler(str(sampler.folder))
-            self._make_room()
-        if not sampler.made.done():
+        made = sampler.made
+        if made is None:
+            sampler.made = made = sampler.base.backend.create_sampler(str(sampler.folder))
+        if not made.done():
             loop = asyncio.get_running_loop()
-            again = partial(loop.call_soon_threadsafe, self._flush, sampler)
-            sampler.made.add_done_callback(lambda _: again())
+            made.add_done_callback(lambda _: loop.call_soon_threadsafe(self._flush, sampler))
             return
         pending, sampler.pending = sampler.pending, []
         try:
-            weights = sampler.made.result()
+            weights = made.result()
         except Exception as error:
             sampler.made = None if sampler.folder is not None else sampler.made
             for _, promise in pending:

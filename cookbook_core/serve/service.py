@@ -19,16 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from cookbook_core.errors import CheckpointError, CookbookError, RequestError
-from cookbook_core.serve import fields, wire
+from cookbook_core.serve import fields
 from cookbook_core.serve.fields import Fields
 from cookbook_core.serve.graph_losses import GraphLoss
 from cookbook_core.serve.models import (
     Base,
     Model,
-    Scoring,
     adam_in,
-    check_scoring,
-    chosen_loss,
     follow,
     scored_result,
     stepped_result,
@@ -44,6 +41,7 @@ from cookbook_core.serve.replies import (
 )
 from cookbook_core.serve.samplers import Sampler, Samplers
 from cookbook_core.serve.saved_runs import SavedRuns, folder_name
+from cookbook_core.serve.scoring import Scoring, decode, json_head, proto_head
 from cookbook_core.serve.turns import Turns
 from cookbook_core.types import AdamParams, LoraConfig, SamplingParams
 
@@ -341,59 +339,32 @@ class Service:
     # ---- forward, backward, step -----------------------------------------------------------------
 
     async def forward(self, call: Call) -> dict[str, Any]:
-        return await self._score(call, "forward_input", forward_only=True)
+        return await self._score(call, forward_only=True)
 
     async def forward_backward(self, call: Call) -> dict[str, Any]:
-        return await self._score(call, "forward_backward_input", forward_only=False)
+        return await self._score(call, forward_only=False)
 
-    async def _score(self, call: Call, field: str, *, forward_only: bool) -> dict[str, Any]:
-        decode = partial(self._decode, call, field, forward_only)
-        scoring = decode() if len(call.raw) < SMALL_BODY else await asyncio.to_thread(decode)
-        model = self.model(scoring.model_id)
+    async def _score(self, call: Call, *, forward_only: bool) -> dict[str, Any]:
+        def read() -> tuple[Model, Scoring]:
+            head = (proto_head if call.proto else json_head)(call.raw, forward_only)
+            model = self.model(head.model_id)
+            session = self.sessions.get(model.session)
+            graphs = session.graphs if session else {}
+            return model, decode(head, graphs, model.base.data)
+
+        small = len(call.raw) < SMALL_BODY
+        model, scoring = read() if small else await asyncio.to_thread(read)
         what = "forward" if scoring.forward_only else "forward_backward"
 
         def start(_: Sequence[Future[Any]]) -> Future[Any]:
-            future = scoring.start(model)
+            future = scoring.start(model.training)
             future.add_done_callback(follow(model, what))
             return future
 
-        gradient = not scoring.forward_only
-        digest = call.digest
-        return model.turns.submit(
-            scoring.seq, digest, start, scored_result, gradient=gradient
-        ).reply()
-
-    def _decode(self, call: Call, field: str, forward_only: bool) -> Scoring:
-        """A scoring request; reads no state that changes except uploaded losses."""
-        if call.proto:
-            message = wire.parse("Request", call.raw)
-            model_id, seq = message.model_id, message.seq_id or None
-            forward_only = forward_only or message.forward_only
-        else:
-            body = Fields(fields.parse_json(call.raw))
-            model_id, seq = body.text("model_id"), body.integer("seq_id", None)
-        model = self.model(model_id)
-        scoring = partial(Scoring, model_id, seq, forward_only)
-        try:
-            if call.proto:
-                name = message.loss_fn
-                config: dict[str, Any] = dict(message.loss_fn_config)
-                for key, option in message.loss_fn_config_v2.items():
-                    config[key] = option.text if option.HasField("text") else option.number
-                data = wire.datums_in(message.data)
-            else:
-                inner = body.inner(field)
-                body.end()
-                name = inner.text("loss_fn")
-                config = fields.loss_config(inner.mapping("loss_fn_config", None))
-                data = fields.datums_in(inner.items("data"))
-                inner.end()
-            session = self.sessions.get(model.session)
-            loss, needs = chosen_loss(name, config, session.graphs if session else {})
-            check_scoring(data, loss, needs, model.base.data)
-        except Exception as error:  # fails in its turn
-            return scoring(error=error)
-        return scoring(data, loss)
+        promise = model.turns.submit(
+            scoring.seq, call.digest, start, scored_result, gradient=not scoring.forward_only
+        )
+        return promise.reply()
 
     async def optim_step(self, call: Call) -> dict[str, Any]:
         body = await call.fields()
@@ -454,7 +425,9 @@ class Service:
         def start(_: Sequence[Future[Any]]) -> Future[Any]:
             made = model.training.snapshot()
             self.samplers.add(
-                Sampler(sampler_id, model.session, model.base, f"snapshot of {model.model_id}", made)
+                Sampler(
+                    sampler_id, model.session, model.base, f"snapshot of {model.model_id}", made
+                )
             )
             return made
 
@@ -508,9 +481,7 @@ class Service:
         encode = partial(lambda reply, _: reply, _typed("load_weights", path=path))
         return model.turns.submit(seq, call.digest, start, encode).reply()
 
-    def _make_from(
-        self, call: Call, body: Fields, path: str, optimizer: bool
-    ) -> dict[str, Any]:
+    def _make_from(self, call: Call, body: Fields, path: str, optimizer: bool) -> dict[str, Any]:
         """Make a model from a checkpoint."""
         session, number = body.text("session_id"), body.integer("model_seq_id")
         metadata, named = body.metadata(), body.text("base_model", None)
@@ -622,8 +593,9 @@ class Service:
     async def cancel_future(self, call: Call) -> dict[str, Any]:
         body = await call.fields()
         promise = self.promises.get(body.text("request_id"))
-        sampling = promise is not None and promise.model_id is None
-        return {"cancelled": bool(sampling and promise.future.cancel())}
+        if promise is None or promise.model_id is not None:  # training requests stay in their turn
+            return {"cancelled": False}
+        return {"cancelled": promise.future.cancel()}
 
     # ---- ends ------------------------------------------------------------------------------------
 

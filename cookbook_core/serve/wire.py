@@ -129,12 +129,14 @@ def parse(name: str, raw: bytes) -> Any:
 
 
 def _refuse_unknown(where: str, message: Any) -> None:
-    if numbers := sorted({field.field_number for field in UnknownFieldSet(message)}):
+    unknown: Any = UnknownFieldSet(message)
+    if numbers := sorted({field.field_number for field in unknown}):
+        known = ", ".join(str(number) for number, _ in SCHEMA[type(message).__name__].values())
         raise RequestError(
             where,
             "has fields that this server does not know",
-            expected=f"fields {', '.join(str(n) for n, _ in SCHEMA[type(message).__name__].values())}",
-            got=f"field numbers {numbers}",
+            expected=f"field numbers {known}",
+            got=numbers,
             fix="Leave the option out, or use an SDK that this server was tested with.",
         )
 
@@ -182,8 +184,8 @@ def tensor_in(where: str, tensor: Any) -> TensorData:
     if not tensor.HasField("sparse_csr"):
         return dense(where, _numbers(where, tensor.dense, dtype), kind, shape or None)
     csr = tensor.sparse_csr
-    parts = (_numbers(where, part, np.int64) for part in (csr.crow_indices, csr.col_indices))
-    return sparse(where, _numbers(where, csr.values, dtype), *parts, kind, shape)
+    crow, col = (_numbers(where, raw, np.int64) for raw in (csr.crow_indices, csr.col_indices))
+    return sparse(where, _numbers(where, csr.values, dtype), crow, col, kind, shape)
 
 
 def _numbers(where: str, raw: bytes, dtype: Any) -> np.ndarray:

@@ -148,7 +148,9 @@ def json_datums(data: Any) -> list[dict[str, Any]]:
     """Datums as JSON."""
     return [
         {
-            "model_input": {"chunks": [{"tokens": d.model_input.to_ints(), "type": "encoded_text"}]},
+            "model_input": {
+                "chunks": [{"tokens": d.model_input.to_ints(), "type": "encoded_text"}]
+            },
             "loss_fn_inputs": {
                 key: {"data": t.data, "dtype": t.dtype, "shape": t.shape}
                 for key, t in d.loss_fn_inputs.items()

@@ -117,8 +117,9 @@ def assert_same(one, other):
 
 def test_making_twice_is_making_once(running, client):
     first = client.start()
+    lora = {"rank": 4, "seed": 0, "train_unembed": False}
     body = {"session_id": client.session, "model_seq_id": 0, "base_model": NAME,
-            "lora_config": {"rank": 4, "seed": 0, "train_unembed": False}, "type": "create_model"}  # fmt: skip
+            "lora_config": lora, "type": "create_model"}  # fmt: skip
     assert client.call("create_model", body)["model_id"] == first
     assert client.post("create_model", {**body, "lora_config": {"rank": 8}}).status_code == 422
     sampler = {"session_id": client.session, "sampling_session_seq_id": 0, "base_model": NAME}

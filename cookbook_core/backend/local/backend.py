@@ -309,9 +309,7 @@ class LocalSampler:
         """Save the snapshot's weights as a new folder, which `create_sampler` opens."""
         assert self._adapter is not None, "the bare base model has nothing to save"
         write = partial(checkpoints.write, folder, self._adapter, base=self._engine.base)
-        return self._worker.submit(
-            "sample", partial(write, with_optimizer=False, overwrite=True)
-        )
+        return self._worker.submit("sample", partial(write, with_optimizer=False, overwrite=True))
 
     def unit(self) -> AbstractContextManager[None]:
         return self._worker.unit()
