@@ -163,8 +163,8 @@ def _forgotten(_: Any) -> Result:
     raise RequestError("retrieve_future", "this result was dropped", fix=fix)
 
 
-def copy_outcome(source: Future[Any], target: Future[Any]) -> None:
-    """Settle `target` as `source`, which is done, was settled."""
+def copy_outcome(source: Future[Any], target: Future[Any], *, value: bool = True) -> None:
+    """Settle `target` as `source`, which is done, was settled; with None without its `value`."""
     if target.done():
         return
     if source.cancelled():
@@ -172,7 +172,7 @@ def copy_outcome(source: Future[Any], target: Future[Any]) -> None:
     elif (error := source.exception()) is not None:
         target.set_exception(error)
     else:
-        target.set_result(source.result())
+        target.set_result(source.result() if value else None)
 
 
 def settled(value: Any) -> Future[Any]:

@@ -300,7 +300,7 @@ class Service:
                 model.rank = model.training.info.lora_rank
                 model.saved_step = model.steps
                 turns.ready = True
-                copy_outcome(future, promise.future)
+                copy_outcome(future, promise.future, value=False)  # it would keep the adapter alive
                 turns.advance()
             else:
                 copy_outcome(future, promise.future)
@@ -429,7 +429,9 @@ class Service:
                     sampler_id, model.session, model.base, f"snapshot of {model.model_id}", made
                 )
             )
-            return made
+            done: Future[None] = Future()  # without the sampler, which it would keep alive
+            made.add_done_callback(lambda future: copy_outcome(future, done, value=False))
+            return done
 
         def encode(_: Any) -> Result:
             return _typed("save_weights_for_sampler", path=None, sampling_session_id=sampler_id)

@@ -23,8 +23,8 @@ NAME = "org/tiny-random"
 class Running:
     """The server; `url` is where it listens, `service` its state."""
 
-    def __init__(self, folder: str, root: Path, **options: Any) -> None:
-        self.bases = load_bases([f"{NAME}={folder}"], root, "cpu", "float32")
+    def __init__(self, folder: str, root: Path, name: str = NAME, **options: Any) -> None:
+        self.bases = load_bases([f"{name}={folder}"], root, "cpu", "float32")
         self.app = make_app(self.bases, root, **options)
 
     def __enter__(self) -> Running:
@@ -53,7 +53,7 @@ class Running:
 
     @property
     def backend(self) -> Any:
-        return self.bases[NAME].backend
+        return next(iter(self.bases.values())).backend
 
     def in_loop(self, function: Any, *args: Any) -> Any:
         """Call a function in the server's thread."""

@@ -134,8 +134,8 @@ def test_limits_on_adapters_and_samples(locked, client):
     opened = {"session_id": client.session, "sampling_session_seq_id": 0, "base_model": NAME}
     sampler = client.post("create_sampling_session", opened).json()["sampling_session_id"]
     prompt = {"chunks": [{"tokens": [5], "type": "encoded_text"}]}
-    reply = client.post("asample", {"sampling_session_id": sampler, "seq_id": 0, "prompt": prompt,
-                                    "num_samples": 1, "sampling_params": {"max_tokens": 1}})  # fmt: skip
+    body = {"sampling_session_id": sampler, "seq_id": 0, "prompt": prompt, "num_samples": 1}
+    reply = client.post("asample", {**body, "sampling_params": {"max_tokens": 1}})
     assert reply.status_code == 429  # the one status that tells clients to send it again
     assert reply.headers["retry-after"]
     client.http.post(f"/api/v1/sessions/{client.session}/finish")
