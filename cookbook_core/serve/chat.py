@@ -156,15 +156,17 @@ async def _completions(service: Service, body: Fields) -> Response:
     prompts = _prompts(wanted.tokenizer, given)
     answers = [_complete(service, wanted, prompt, echo) for prompt in prompts]
     done = await asyncio.gather(*answers)
-    choices = []
-    for prompt, rows in zip(prompts, done, strict=True):
-        for row in rows:
-            choices.append({
-                "index": len(choices), "text": row.text, "finish_reason": row.finish,
-                "logprobs": None if top is None else _legacy_logprobs(row),
-            })  # fmt: skip
-            del prompt
-    used = _usage(prompts, [row for rows in done for row in rows])
+    rows = [row for answer in done for row in answer]
+    choices = [
+        {
+            "index": i,
+            "text": row.text,
+            "finish_reason": row.finish,
+            "logprobs": None if top is None else _legacy_logprobs(row),
+        }
+        for i, row in enumerate(rows)
+    ]
+    used = _usage(prompts, rows)
     return _respond(wanted, "text_completion", "cmpl", choices, used, lambda choice: choice)
 
 
@@ -196,7 +198,8 @@ async def _chat(service: Service, body: Fields) -> Response:
 
 def _check_top(top: int | None) -> None:
     if top is not None and top > MOST_TOP:
-        raise RequestError("logprobs", "too many", expected=f"at most {MOST_TOP}", got=top)
+        rule, fix = f"at most {MOST_TOP}", "Ask for fewer."
+        raise RequestError("logprobs", "too many", expected=rule, got=top, fix=fix)
 
 
 def _message(item: Any, i: int) -> dict[str, str]:
@@ -219,7 +222,8 @@ def _prompts(tokenizer: Any, given: Any) -> list[list[int]]:
     listed = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
     items = given if listed else [given]
     if len(items) > MOST_PROMPTS:
-        raise RequestError("prompt", "too many", expected=f"at most {MOST_PROMPTS}", got=len(items))
+        rule, fix = f"at most {MOST_PROMPTS}", "Send them in several requests."
+        raise RequestError("prompt", "too many", expected=rule, got=len(items), fix=fix)
     prompts = []
     for i, item in enumerate(items):
         if isinstance(item, str) and item:
@@ -228,7 +232,8 @@ def _prompts(tokenizer: Any, given: Any) -> list[list[int]]:
             prompts.append(item)
         else:
             rule, got = "text or token ids", f"{item!r:.80}"
-            raise RequestError(f"prompt[{i}]", "empty or not usable", expected=rule, got=got)
+            what, fix = "empty or not usable", "Leave empty prompts out."
+            raise RequestError(f"prompt[{i}]", what, expected=rule, got=got, fix=fix)
     return prompts
 
 

@@ -46,7 +46,8 @@ class Fields:
     def __init__(self, value: Any, where: str = "") -> None:
         if not isinstance(value, dict):
             got = f"{type(value).__name__} {value!r:.80}"
-            raise RequestError(where or "body", "not a JSON object", got=got)
+            what, rule, fix = "not a JSON object", "an object", 'Send {"name": value}.'
+            raise RequestError(where or "body", what, expected=rule, got=got, fix=fix)
         self._value, self._where = value, where
         self._read = set() if where else {"type"}  # a body's type says what its path says
 
@@ -73,7 +74,8 @@ class Fields:
         if not good(value):
             what = "missing" if value is None else "wrong type or value"
             got = f"{type(value).__name__} {value!r:.80}"
-            raise RequestError(self.name_of(name), what, expected=rule, got=got)
+            fix = "It is required." if default is REQUIRED else "Leave it out for the default."
+            raise RequestError(self.name_of(name), what, expected=rule, got=got, fix=fix)
         return value
 
     def text(self, name: str, default: Any = REQUIRED) -> Any:
@@ -127,6 +129,7 @@ class Fields:
                 raise RequestError(
                     self.name_of(name),
                     "not supported by this server",
+                    expected=f"{value!r}",
                     got=f"{given!r:.80}",
                     fix=f"Leave {name} out.",
                 )
@@ -161,7 +164,8 @@ def prompt_in(value: Any, where: str) -> ModelInput:
         if not all(type(token) is int and -(2**63) <= token < 2**63 for token in tokens):
             bad = next(t for t in tokens if type(t) is not int or not -(2**63) <= t < 2**63)
             rule, at = "token ids (integers)", f"{where}.chunks[{j}].tokens"
-            raise DatumError(at, "not token ids", expected=rule, got=f"{bad!r:.80}")
+            fix = "Encode text with the model's tokenizer."
+            raise DatumError(at, "not token ids", expected=rule, got=f"{bad!r:.80}", fix=fix)
         chunk.end()
         chunks.append(EncodedTextChunk(tokens))
     body.end()
@@ -209,5 +213,6 @@ def loss_config(value: Mapping[str, Any] | None) -> dict[str, float | str]:
     for key, option in (value or {}).items():
         if not isinstance(option, str) and not is_finite(option):
             where, got = f'loss_fn_config["{key}"]', f"{option!r:.80}"
-            raise ConfigError(where, "not usable", expected="a number or text", got=got)
+            rule, fix = "a number or text", "Leave it out for the default."
+            raise ConfigError(where, "not usable", expected=rule, got=got, fix=fix)
     return dict(value or {})

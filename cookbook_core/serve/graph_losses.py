@@ -97,10 +97,13 @@ class GraphLoss:
         graph.end()
         if not 1 <= len(self._inputs) <= MOST_INPUTS or self._inputs[0] != "logprobs":
             rule = f'"logprobs" and up to {MOST_INPUTS - 1} names of loss_fn_inputs'
-            raise RequestError("inputs", "not usable", expected=rule, got=self._inputs[:20])
+            fix = "Make logprobs the first parameter of the loss."
+            got = self._inputs[:20]
+            raise RequestError("inputs", "not usable", expected=rule, got=got, fix=fix)
         if not 1 <= len(given) <= MOST_NODES:
             rule = f"1 to {MOST_NODES} nodes"
-            raise RequestError("graph.nodes", "too many or none", expected=rule, got=len(given))
+            what, fix = "too many or none", "Pass the function to forward_backward_custom()."
+            raise RequestError("graph.nodes", what, expected=rule, got=len(given), fix=fix)
         self._nodes = [self._node(item, i) for i, item in enumerate(given)]
         self._check_references()
 
@@ -137,8 +140,9 @@ class GraphLoss:
         placeholders = [n.target for n in self._nodes if n.op == "placeholder"]
         if placeholders != self._inputs:
             where = "graph.nodes"
-            what = "placeholders are not the inputs"
-            raise RequestError(where, what, expected=self._inputs, got=placeholders[:20])
+            what, fix = "placeholders are not the inputs", "Send the graph as it was traced."
+            got = placeholders[:20]
+            raise RequestError(where, what, expected=self._inputs, got=got, fix=fix)
         for i, node in enumerate(self._nodes):
             where = f"graph.nodes[{i}]"
             for name in _references([node.args, node.kwargs], where):
@@ -164,8 +168,9 @@ class GraphLoss:
             values = [own, *(self._input(datum, i, name) for name in self._inputs[1:])]
             for name, rank, value in zip(self._inputs, self._ranks, values, strict=True):
                 if value.dim() != rank:
-                    got = f"shape {tuple(value.shape)}"
-                    raise DatumError(f"data[{i}]: {name}", "wrong rank", expected=rank, got=got)
+                    at, got = f"data[{i}]: {name}", f"shape {tuple(value.shape)}"
+                    fix = "Declare the rank that the data have in create_custom_loss()."
+                    raise DatumError(at, "wrong rank", expected=rank, got=got, fix=fix)
             loss, metrics = self._run(values, deadline)
             total = loss if total is None else total + loss
             for key, value in metrics.items():
@@ -216,7 +221,8 @@ class GraphLoss:
         loss, metrics = value if pair else (None, None)
         if not isinstance(loss, torch.Tensor) or loss.dim() or not isinstance(metrics, dict):
             rule, got = "(0-d tensor, dict of 0-d tensors)", f"{type(value).__name__}"
-            raise LossError(self.__name__, "wrong return structure", expected=rule, got=got)
+            what, fix = "wrong return structure", "End the loss with `return loss, metrics`."
+            raise LossError(self.__name__, what, expected=rule, got=got, fix=fix)
         out = {}
         for key, metric in metrics.items():
             metric = metric.detach() if isinstance(metric, torch.Tensor) else metric
@@ -232,7 +238,8 @@ class GraphLoss:
         if most > MOST_ELEMENTS:
             where = f"{self.__name__}: {node.name}"
             rule = f"at most {MOST_ELEMENTS} numbers"
-            raise LossError(where, "the result would be too large", expected=rule, got=most)
+            what, fix = "the result would be too large", "Reduce earlier, or send shorter datums."
+            raise LossError(where, what, expected=rule, got=most, fix=fix)
 
 
 def _most_elements(operation: str, args: list[Any]) -> int:
@@ -304,7 +311,8 @@ def _references(value: Any, where: str, depth: int = 0) -> Any:
             return
         if depth > 1 and (len(value) != 1 or next(iter(value)) not in _FORMS):
             rule = ", ".join(sorted({"ref", *_FORMS}))
-            raise RequestError(where, "unknown argument", expected=rule, got=f"{value!r:.80}")
+            got, fix = f"{value!r:.80}", "Send arguments as the SDK encodes them."
+            raise RequestError(where, "unknown argument", expected=rule, got=got, fix=fix)
         if depth > 1 and "dict" in value and isinstance(value["dict"], dict):
             value = value["dict"]
         value = list(value.values())

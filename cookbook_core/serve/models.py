@@ -137,8 +137,10 @@ def adam_in(given: Mapping[str, Any]) -> AdamParams:
     except TypeError:
         known = sorted(AdamParams.__dataclass_fields__)
         unknown = sorted(set(params) - set(known))
-        rule = ", ".join(known)
-        raise ConfigError("adam_params", "unknown field", expected=rule, got=unknown) from None
+        rule, fix = ", ".join(known), f"Leave {unknown[0]} out: AdamW has no such parameter."
+        raise ConfigError(
+            "adam_params", "unknown field", expected=rule, got=unknown, fix=fix
+        ) from None
 
 
 def follow(model: Model, what: str) -> Callable[[Future[Any]], None]:

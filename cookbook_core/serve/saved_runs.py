@@ -56,8 +56,8 @@ class SavedRuns:
         found = _PATH.fullmatch(path)
         if not found:
             rule = "tinker://SESSION:train:N/weights/NAME, or sampler_weights"
-            error = CheckpointError("path", "not a checkpoint's path", expected=rule, got=path)
-            raise Refused(422, error)
+            what, fix = "not a checkpoint's path", "Pass a path that saving returned."
+            raise Refused(422, CheckpointError("path", what, expected=rule, got=path, fix=fix))
         folder = self.root / folder_name(found[1]) / found[2] / found[3]
         if not (folder / "adapter_config.json").is_file():
             fix = "List what there is: GET /api/v1/checkpoints."
@@ -158,7 +158,7 @@ class SavedRuns:
             Refused: as for `folder_of`.
         """
         folder, buffer = self.folder_of(path), io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as tar:
+        with tarfile.TarFile(fileobj=buffer, mode="w") as tar:
             for file in sorted(folder.iterdir()):
                 tar.add(file, file.name)
         return buffer.getvalue()

@@ -60,6 +60,8 @@ CLIENT_CONFIG = {
 """What the SDK is told to do. Uploaded losses and unchunked batches are what it has flags for."""
 SMALL_BODY = 1 << 14
 """Bytes that are decoded in the event loop's thread; larger bodies would delay heartbeats."""
+SILENT_SECONDS = 120.0
+"""Programs send a heartbeat every 10 s: where there is no room, one silent for so long is over."""
 MOST_GRAPHS = 64
 """Uploaded losses of one session."""
 
@@ -263,26 +265,37 @@ class Service:
         _check_optimizer(body)
         body.end()
         key = ("model", session, number)
-        if (before := self._once(call, *key)) is not None:
+        if (before := await self._once_or_room(call, *key)) is not None:
             return before
-        self._check_room(session)
         model_id = f"{session}:train:{number}"
         made = base.backend.create_training(config, metadata, folder_name(model_id))
         promise = self._add_model(model_id, session, base, config.rank, metadata, made)
         promise.encode = lambda _: _typed("create_model", model_id=model_id)
         return self._remember(call, promise.reply(), *key)
 
-    def _check_room(self, session: str) -> None:
-        self.session(session)
+    async def _once_or_room(self, call: Call, *key: Any) -> dict[str, Any] | None:
+        """`_once`; for the first request, that there is room for one more adapter.
+
+        Raises:
+            Refused: 404, no such session; 422, as many adapters as there may be.
+        """
+        before = self._once(call, *key)
+        if before is not None:
+            return before
+        self.session(key[1])
         if len(self.models) >= self.options.max_adapters:
+            await self._end_silent(SILENT_SECONDS)
+            before = self._once(call, *key)  # the same request may have come meanwhile
+        if before is None and len(self.models) >= self.options.max_adapters:
             error = RequestError(
                 "create_model",
                 "too many adapters in training",
                 expected=f"at most {self.options.max_adapters}",
                 got=len(self.models),
-                fix="End other clients, or start the server with a larger --max_adapters.",
+                fix="End other programs, or start the server with a larger --max_adapters.",
             )
             raise Refused(422, error)
+        return before
 
     def _add_model(
         self, model_id: str, session: str, base: Base, rank: int | None, metadata: Any,
@@ -398,7 +411,8 @@ class Service:
             body.end()
             if len(session.graphs) >= MOST_GRAPHS:
                 what = "too many losses in this session"
-                raise RequestError("create_custom_loss", what, expected=f"at most {MOST_GRAPHS}")
+                rule, got, fix = f"at most {MOST_GRAPHS}", len(session.graphs), "Upload each once."
+                raise RequestError("create_custom_loss", what, expected=rule, got=got, fix=fix)
         except CookbookError as error:
             promise.future.set_exception(error)
         else:
@@ -471,7 +485,7 @@ class Service:
         body.ignore("weights_access_token")
         _check_optimizer(body)
         if body.text("model_id", None) is None:
-            return self._make_from(call, body, path, optimizer)
+            return await self._make_from(call, body, path, optimizer)
         model, seq = self._requested(body)
 
         def start(_: Sequence[Future[Any]]) -> Future[Any]:
@@ -483,16 +497,17 @@ class Service:
         encode = partial(lambda reply, _: reply, _typed("load_weights", path=path))
         return model.turns.submit(seq, call.digest, start, encode).reply()
 
-    def _make_from(self, call: Call, body: Fields, path: str, optimizer: bool) -> dict[str, Any]:
+    async def _make_from(
+        self, call: Call, body: Fields, path: str, optimizer: bool
+    ) -> dict[str, Any]:
         """Make a model from a checkpoint."""
         session, number = body.text("session_id"), body.integer("model_seq_id")
         metadata, named = body.metadata(), body.text("base_model", None)
         body.ignore("seq_id")
         body.end()
         key = ("model", session, number)
-        if (before := self._once(call, *key)) is not None:
+        if (before := await self._once_or_room(call, *key)) is not None:
             return before
-        self._check_room(session)
         folder = self.saved.folder_of(path)
         base = self.base(named or self.saved.info(folder)["base_model"])
         model_id = f"{session}:train:{number}"
@@ -602,14 +617,18 @@ class Service:
     # ---- ends ------------------------------------------------------------------------------------
 
     async def end_idle(self) -> None:
-        """Every minute: save and drop the models of programs that have gone silent."""
+        """Every minute, end the programs that were silent for `Options.idle_minutes`."""
         while True:
             await asyncio.sleep(60)
-            limit = time.time() - 60 * self.options.idle_minutes
-            for session in [s for s in self.sessions.values() if s.seen_at < limit]:
-                log.info("session %s was silent for long: ended", session.session_id)
-                await self.save_unsaved(lambda m, s=session: m.session == s.session_id)
-                self.end_session(session.session_id)
+            await self._end_silent(60 * self.options.idle_minutes)
+
+    async def _end_silent(self, seconds: float) -> None:
+        """Save and drop the adapters of programs that sent nothing for so long."""
+        limit = time.time() - seconds
+        for session in [s for s in self.sessions.values() if s.seen_at < limit]:
+            log.info("session %s sent nothing for %.0f s: ended", session.session_id, seconds)
+            await self.save_unsaved(lambda model, s=session: model.session == s.session_id)
+            self.end_session(session.session_id)
 
     async def save_unsaved(self, chosen: Callable[[Model], bool] = lambda _: True) -> None:
         """Save the adapters with steps that are not on disk, after what they have queued."""

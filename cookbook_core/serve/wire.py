@@ -123,7 +123,8 @@ def parse(name: str, raw: bytes) -> Any:
         message.ParseFromString(raw)
     except (DecodeError, ValueError, RecursionError) as error:
         what = "not a protobuf message of this kind, or a truncated one"
-        raise RequestError("body", what, got=f"{len(raw)} bytes: {error}") from None
+        got, fix = f"{len(raw)} bytes: {error}", "Send it again, or as JSON."
+        raise RequestError("body", what, expected=name, got=got, fix=fix) from None
     _refuse_unknown("body", message)
     return message
 
@@ -178,7 +179,8 @@ def tensor_in(where: str, tensor: Any) -> TensorData:
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
         expected = "1 (float32), 2 (int64) or 3 (int32)"
-        raise DatumError(f"{where}.dtype", "unknown", expected=expected, got=tensor.dtype)
+        got, fix = tensor.dtype, "Convert it to float32 or int64."
+        raise DatumError(f"{where}.dtype", "unknown", expected=expected, got=got, fix=fix)
     kind = "float32" if dtype is np.float32 else "int64"
     shape = list(tensor.shape)
     if not tensor.HasField("sparse_csr"):
@@ -192,7 +194,8 @@ def _numbers(where: str, raw: bytes, dtype: Any) -> np.ndarray:
     size = np.dtype(dtype).itemsize
     if len(raw) % size:
         rule = f"a multiple of {size} bytes ({np.dtype(dtype)})"
-        raise DatumError(where, "truncated", expected=rule, got=f"{len(raw)} bytes")
+        got, fix = f"{len(raw)} bytes", "Check the dtype that its bytes were made with."
+        raise DatumError(where, "truncated", expected=rule, got=got, fix=fix)
     return np.frombuffer(raw, dtype)
 
 
@@ -226,7 +229,8 @@ def sparse(
     fits = len(sizes) == 2 and all(isinstance(n, int) and n >= 0 for n in sizes)
     if not fits or math.prod(sizes) > MOST_ELEMENTS:
         rule = f"[rows, columns] of at most {MOST_ELEMENTS} numbers"
-        raise DatumError(f"{where}.shape", "not usable", expected=rule, got=shape)
+        fix = "Send fewer candidates, or fewer datums in one request."
+        raise DatumError(f"{where}.shape", "not usable", expected=rule, got=shape, fix=fix)
     rows, columns = sizes
     good = (
         values.ndim == crow.ndim == col.ndim == 1
@@ -239,7 +243,8 @@ def sparse(
     if not good:
         got = f"{len(values)} values, {len(crow)} row pointers, {len(col)} columns"
         rule = f"compressed sparse rows of shape {[rows, columns]}"
-        raise DatumError(where, "indices do not fit", expected=rule, got=got)
+        fix = "Build it with TensorData.from_torch_sparse()."
+        raise DatumError(where, "indices do not fit", expected=rule, got=got, fix=fix)
     whole = np.zeros((rows, columns), values.dtype)
     whole[np.repeat(np.arange(rows), np.diff(crow)), col] = values
     return dense(where, whole, dtype, None)

@@ -13,7 +13,7 @@ from cookbook_core import tinker
 from cookbook_core.backend.local.kept_graphs import digest
 from cookbook_core.serve.service import Options
 from tests.conftest import make_random_data
-from tests.serve.running import Running, Wire, adam, scoring
+from tests.serve.running import NAME, Running, Wire, adam, scoring
 
 PROMPT = {"chunks": [{"tokens": [5, 6, 7], "type": "encoded_text"}]}
 
@@ -174,6 +174,27 @@ def test_what_ended_clients_held_is_freed(running):
         assert client.post("get_info", {"model_id": model}).status_code == 404
     running.backend.worker.submit("wait", int).result(10)
     assert live() <= before + 1  # the worker's last job
+
+
+def test_programs_that_ended_without_saying_so_make_room(model_folder, tmp_path, monkeypatch):
+    """Older SDKs send no word at their end; what they trained is saved."""
+    options = Options(max_adapters=2)
+    with (
+        Running(model_folder("qwen3"), tmp_path, options=options) as server,
+        Wire(server.url) as gone,
+        Wire(server.url) as client,
+    ):
+        models = [gone.start() for _ in range(2)]
+        train(gone, models[0], 2)
+        client.post("create_session", {"tags": [], "sdk_version": "0"})
+        body = {"session_id": gone.session, "model_seq_id": 9, "base_model": NAME}
+        assert client.post("create_model", body).status_code == 422  # it lives
+        monkeypatch.setattr("cookbook_core.serve.service.SILENT_SECONDS", 0.2)
+        time.sleep(0.5)
+        model = client.start()
+        assert client.call("forward_backward", scoring(model, 1, make_random_data(1)))["metrics"]
+        reply = gone.post("optim_step", adam(models[0], 5))
+        assert f"tinker://{models[0]}/weights/autosave-2" in reply.json()["detail"]
 
 
 # ---- one pass for clients that compute their loss ------------------------------------------------

@@ -179,3 +179,8 @@ def test_errors_saving_and_sampling(printed, here):
     assert [path.split("/", 3)[3] for path in saved["listed"]] == ["sampler_weights/b", "weights/a"]
     assert saved["base"] == NAME
     assert saved["left"] == 1
+
+
+def test_the_version_is_the_one_that_is_installed() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"SERVED_SDK := {VERSIONS[0]}\n" in makefile
