@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from cookbook_core.commands.serve import load_bases
 from cookbook_core.serve import wire
 from cookbook_core.serve.app import make_app
 from cookbook_core.serve.service import Service
+from tests.oracles.logprobs import take_gradient
 
 NAME = "org/tiny-random"
 
@@ -70,10 +72,8 @@ class Running:
 
     def gradient(self, model_id: str) -> dict[str, Any]:
         """A client's accumulated gradient by peft's keys, which is cleared."""
-        adapter = self.adapter(model_id)
-        grads, adapter.grads = adapter.grads, None
-        assert grads is not None, "no gradient was accumulated"
-        return dict(zip(adapter.slot.params, grads, strict=True))
+        training = self.service.models[model_id].training
+        return take_gradient(SimpleNamespace(_backend=training))  # pyright: ignore
 
 
 class Wire:

@@ -197,6 +197,43 @@ def test_programs_that_ended_without_saying_so_make_room(model_folder, tmp_path,
         assert f"tinker://{models[0]}/weights/autosave-2" in reply.json()["detail"]
 
 
+def test_clients_of_many_ranks_leave_no_layers_behind(running):
+    """peft's layers of a rank go with its last adapter; those in use are unchanged."""
+    model = running.backend.engine().base.model
+    with Wire(running.url) as first:
+        kept = first.start(3)
+        losses = train(first, kept, 2)
+        for rank in range(11, 20):
+            with Wire(running.url) as client:
+                train(client, client.start(rank), 1)
+                client.http.post(f"/api/v1/sessions/{client.session}/finish")
+        names = {part for path, _ in model.named_parameters() for part in path.split(".")}
+        slots = {name for name in names if name.startswith("slot")}
+        in_use = {a.slot.name for a in running.backend._adapters.values()}
+        assert len(slots - in_use) <= 2  # the one used last, and that of the last client
+        assert train(first, first.start(3), 2) == losses
+
+
+def test_a_graph_whose_tensors_were_overwritten_is_computed_again(running, monkeypatch):
+    engine, data = running.backend.engine(), make_random_data(3)
+    whole = engine.forward_backward
+
+    def broken(*args):
+        if len(args) > 4:
+            raise RuntimeError("modified by an inplace operation")
+        return whole(*args)
+
+    with Wire(running.url) as client:
+        model, plain = client.start(), client.start()
+        pair(client, model, 1, data)
+        running.gradient(model)
+        monkeypatch.setattr(engine, "forward_backward", broken)
+        assert pair(client, model, 3, data) == 2.0
+        client.call("forward_backward", scoring(plain, 1, surrogate(data)))
+        one, two = running.gradient(model), running.gradient(plain)
+    assert all((one[key] == two[key]).all() for key in two)
+
+
 # ---- one pass for clients that compute their loss ------------------------------------------------
 
 

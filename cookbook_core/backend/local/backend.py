@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -24,7 +25,7 @@ from cookbook_core.backend.local.scoring.memory_limits import check_mode
 from cookbook_core.backend.sampling_requests import prompt_datum, sampling_request
 from cookbook_core.backend.worker import Worker, refuse_after_failure
 from cookbook_core.custom_loss import LossFn, LossTypeInput
-from cookbook_core.errors import CheckpointError, check_text
+from cookbook_core.errors import CheckpointError, CookbookError, check_text
 from cookbook_core.storage.paths import usable_path
 from cookbook_core.types import (
     AdamParams,
@@ -61,6 +62,8 @@ class LocalBackend:
             keep_freed_memory()  # set malloc options before the worker thread starts
         self.worker = Worker(f"cookbook-{base_model}", gathers=gathers)
         self.kept = KeptGraphs()
+        self._adapters: WeakValueDictionary[int, Adapter] = WeakValueDictionary()
+        """Those of the clients that exist, by number."""
         self.checkpoint_dir = checkpoint_dir
         self.model_ids = model_ids or ModelIds(checkpoint_dir)
         self._loaded: Engine | None = None
@@ -85,7 +88,7 @@ class LocalBackend:
     def _create_training(
         self, lora: LoraConfig, user_metadata: dict[str, str] | None, model_id: str | None
     ) -> LocalTraining:
-        adapter = self.engine().bank.create(lora)
+        adapter = self._own(self.engine().bank.create(lora))
         return LocalTraining(self, adapter, model_id or self.model_ids.next(), user_metadata)
 
     def restore_training(
@@ -110,7 +113,7 @@ class LocalBackend:
     ) -> LocalTraining:
         folder = usable_path("path", path, CheckpointError)
         checkpoint = checkpoints.read(folder, with_optimizer=with_optimizer)
-        adapter = checkpoints.new_adapter(self.engine().bank, checkpoint)
+        adapter = self._own(checkpoints.new_adapter(self.engine().bank, checkpoint))
         model_id = model_id or self.model_ids.next(folder if with_optimizer else None)
         return LocalTraining(self, adapter, model_id, user_metadata)
 
@@ -121,7 +124,15 @@ class LocalBackend:
         if path is None:
             return LocalSampler(self, None)
         checkpoint = checkpoints.read(usable_path("path", path, CheckpointError))
-        return LocalSampler(self, checkpoints.new_adapter(self.engine().bank, checkpoint))
+        return LocalSampler(
+            self, self._own(checkpoints.new_adapter(self.engine().bank, checkpoint))
+        )
+
+    def _own(self, adapter: Adapter) -> Adapter:
+        """Register an adapter, and free the slots of those that are gone."""
+        self._adapters[adapter.number] = adapter
+        self.engine().bank.free_slots({own.slot.name for own in self._adapters.values()})
+        return adapter
 
     def close(self) -> None:
         self.worker.close()
@@ -210,12 +221,17 @@ class LocalTraining:
         kept, scored, forwards = self._backend.kept, None, 0
         if loss_type_input == "logprobs":
             forwards, scored = kept.take(self._adapter, data)
-        if scored is None:
-            kept.make_room(self._engine, data)
         args = self._adapter, data, loss_fn, loss_type_input
-        output = self._engine.forward_backward(*args, *([] if scored is None else [scored]))
-        if forwards and scored is None:
-            output.metrics["passes"] += forwards
+        if scored is not None:
+            try:
+                return self._engine.forward_backward(*args, scored)
+            except CookbookError:
+                raise
+            except RuntimeError:  # a tensor that the graph had saved was overwritten since
+                del scored
+        kept.make_room(self._engine, data)
+        output = self._engine.forward_backward(*args)
+        output.metrics["passes"] += forwards
         return output
 
     def optim_step(
@@ -275,7 +291,7 @@ class LocalTraining:
         return self._submit("save_weights_and_get_sampling_client", self._snapshot)
 
     def _snapshot(self) -> LocalSampler:
-        return LocalSampler(self._backend, self._adapter.copy())
+        return LocalSampler(self._backend, self._backend._own(self._adapter.copy()))
 
     def _submit(self, label: str, function: Any, *args: Any) -> Future[Any]:
         return self._backend.worker.submit(label, function, *args)

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,6 +156,7 @@ class AdapterBank:
         self.base = base
         self._peft: Any = None
         self._slots: dict[str, Slot] = {}
+        self._numbers = itertools.count()
         self._active: Slot | None = None
 
     def create(self, lora: LoraConfig) -> Adapter:
@@ -252,6 +253,17 @@ class AdapterBank:
             and weight.dtype in (torch.float32, torch.float64)
         ]
 
+    def free_slots(self, used: Collection[str]) -> None:
+        """Remove the layers of configurations that no adapter has; each takes memory and time.
+
+        Args:
+            used: names of the slots of all adapters that may still be active.
+        """
+        for key, slot in list(self._slots.items()):
+            if slot.name not in used and slot is not self._active:
+                self._peft.delete_adapter(slot.name)
+                del self._slots[key]
+
     def peft_config(self, lora: LoraConfig) -> Any:
         """The peft configuration for `lora` on this model.
 
@@ -337,7 +349,7 @@ class AdapterBank:
         key = json.dumps(layout, sort_keys=True)
         if key in self._slots:
             return self._slots[key]
-        name = f"slot{len(self._slots)}"
+        name = f"slot{next(self._numbers)}"
         model = self.base.model
         try:
             with warnings.catch_warnings():
