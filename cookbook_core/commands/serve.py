@@ -44,7 +44,7 @@ def serve(settings: Settings) -> None:
 
         from cookbook_core.serve.app import make_app
         from cookbook_core.serve.guard import check_exposure
-        from cookbook_core.serve.service import Options
+        from cookbook_core.serve.state import Options
     except ImportError as error:
         fix = 'pip install "cookbook-core[serve]"'
         raise ConfigError("cookbook serve", "is not installed", got=error, fix=fix) from error

@@ -12,6 +12,7 @@ saved_runs.py      runs and checkpoints on disk: lists, deletion, archives
 guard.py           who may send what: key, Host, Origin, content type, size
 chat.py            OpenAI-compatible completions
 page.py            the page for people
+state.py           sessions, models, samplers: look-ups, limits, ends
 service.py         what each endpoint does
 app.py             routes, statuses, start and end
 """

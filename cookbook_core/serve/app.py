@@ -21,7 +21,8 @@ from cookbook_core.serve.guard import Guard
 from cookbook_core.serve.models import Base
 from cookbook_core.serve.replies import Promise, Refused, failure_body, missing, refusal_body, told
 from cookbook_core.serve.saved_runs import public, run_row
-from cookbook_core.serve.service import CLIENT_CONFIG, Call, Options, Service
+from cookbook_core.serve.service import CLIENT_CONFIG, Service
+from cookbook_core.serve.state import Call, Options
 
 API = "/api/v1"
 PROTO = "application/x-protobuf"

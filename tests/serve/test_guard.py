@@ -19,7 +19,7 @@ import zstandard
 from cookbook_core.errors import ConfigError
 from cookbook_core.serve import turns, wire
 from cookbook_core.serve.guard import check_exposure
-from cookbook_core.serve.service import Options
+from cookbook_core.serve.state import Options
 from tests.conftest import make_random_data
 from tests.serve.running import NAME, Running, Wire, adam, proto_scoring, scoring
 

@@ -11,7 +11,7 @@ import pytest
 
 from cookbook_core import tinker
 from cookbook_core.backend.local.kept_graphs import digest
-from cookbook_core.serve.service import Options
+from cookbook_core.serve.state import Options
 from tests.conftest import make_random_data
 from tests.serve.running import NAME, Running, Wire, adam, scoring
 
@@ -189,7 +189,7 @@ def test_programs_that_ended_without_saying_so_make_room(model_folder, tmp_path,
         client.post("create_session", {"tags": [], "sdk_version": "0"})
         body = {"session_id": gone.session, "model_seq_id": 9, "base_model": NAME}
         assert client.post("create_model", body).status_code == 422  # it lives
-        monkeypatch.setattr("cookbook_core.serve.service.SILENT_SECONDS", 0.2)
+        monkeypatch.setattr("cookbook_core.serve.state.SILENT_SECONDS", 0.2)
         time.sleep(0.5)
         model = client.start()
         assert client.call("forward_backward", scoring(model, 1, make_random_data(1)))["metrics"]

@@ -82,7 +82,7 @@ def printed(request, running, tmp_path_factory) -> dict[str, Any]:
     given["model"] = NAME
     file = tmp_path_factory.mktemp("program") / "data.json"
     file.write_text(json.dumps(given), encoding="utf-8")
-    drop, running.service._drop = running.service._drop, lambda model: None
+    drop, running.service.drop = running.service.drop, lambda model: None
     env = {
         **os.environ, "PYTHONPATH": str(folder), "NO_PROXY": "127.0.0.1",
         "TINKER_BASE_URL": running.url, "TINKER_API_KEY": "tml-local", "TINKER_TELEMETRY": "0",
@@ -92,7 +92,7 @@ def printed(request, running, tmp_path_factory) -> dict[str, Any]:
         [sys.executable, "-W", "ignore", str(program), str(file)],
         env=env, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
-    running.service._drop = drop
+    running.service.drop = drop
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     out = json.loads(done.stdout.splitlines()[-1])
     assert out["version"] == request.param
