@@ -122,13 +122,15 @@ class Promises:
 
     def __init__(self) -> None:
         self._all: dict[str, Promise] = {}
-        self.closing = asyncio.Event()
+        self._added = 0
 
     def add(self, promise: Promise) -> Promise:
         """Register a promise, which gets its request_id."""
         promise.request_id = f"{secrets.token_hex(8)}.{promise.model_id or ''}"
         self._all[promise.request_id] = promise
-        self._forget_old()
+        self._added += 1
+        if self._added % 64 == 0:
+            self._forget_old()
         return promise
 
     def get(self, request_id: str) -> Promise | None:

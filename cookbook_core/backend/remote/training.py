@@ -146,7 +146,8 @@ class RemoteTraining:
         def answer(response: Any) -> ForwardBackwardOutput:
             backward = convert.output_in(where, response, surrogates)
             output = ForwardBackwardOutput("", scored.loss_fn_outputs, backward.metrics)
-            return self._output(output, result, data, passes=2.0)
+            passes = backward.metrics.get("passes:max", 2.0)  # 1: it kept the forward's graph
+            return self._output(output, result, data, passes)
 
         where = f"{CUSTOM} at {self._connection.url}"
         datums = convert.datums_out(self._types, surrogates)
