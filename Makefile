@@ -12,9 +12,12 @@ export SIMULATED ?= if-possible
 OLDEST := $(VENV)/oldest
 # the oldest and the newest tinker SDK the remote backend supports; see tests/remote/test_sdks.py
 SDKS := 0.25.0 0.38.0
+# an older one whose programs `cookbook serve` serves; see tests/serve/test_sdks.py
+SERVED_SDK := 0.16.1
 # its own requirements do not resolve together; these are what the tests import of them
 COOKBOOK := tinker-cookbook==0.6.1 blobfile==3.3.0 chz==0.4.0 cloudpickle==3.1.2 lxml==6.1.3 \
-	termcolor==3.3.0 urllib3==2.8.0
+	termcolor==3.3.0 urllib3==2.8.0 antlr4-python3-runtime==4.13.2 latex2sympy2-extended==1.11.0 \
+	math-verify==0.9.0 pylatexenc==2.11
 
 .PHONY: quickstart test audit clean
 
@@ -46,7 +49,7 @@ $(VENV)/installed-test: $(VENV)/installed constraints-oldest.txt
 	    constraints-oldest.txt constraints.txt; \
 	fi
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
-	  for v in $(SDKS); do \
+	  for v in $(SERVED_SDK) $(SDKS); do \
 	    $(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/sdk/$$v tinker==$$v || exit 1; \
 	  done; \
 	  $(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/sdk/$(lastword $(SDKS)) $(COOKBOOK); \

@@ -43,7 +43,7 @@ LAYERS = (
     "tinker",
     "runs",
     "clients",
-    "doctor conformance",
+    "doctor conformance serve",
     "commands",
 )
 """Low to high: a module imports from its own layer and from those before it."""

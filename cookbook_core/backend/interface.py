@@ -89,13 +89,18 @@ class TrainingBackend(Protocol):
     machine: dict[str, Any]
     """What results depend on besides seed and data, down to their last bits; JSON values."""
 
-    def forward(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[ForwardBackwardOutput]:
+    def forward(
+        self, data: Sequence[Datum], loss_fn: LossFn, keep_graph: bool = False
+    ) -> Future[ForwardBackwardOutput]:
         """Compute logprobs and the loss; change neither gradients nor weights.
 
         Args:
             data: D datums with target_tokens `(N_i,)` or `(N_i, K)`, validated by the client.
             loss_fn: called one time with `data` and D logprob tensors in the shape of
                 target_tokens, in nats, on the CPU.
+            keep_graph: a forward_backward of the same tokens may follow, as of clients that
+                compute their loss themselves; once one has, such pairs need one forward where
+                memory allows. No effect at a service.
 
         Returns:
             loss_fn_outputs[i]["logprobs"] in the shape of target_tokens, float32 or better;
@@ -124,7 +129,8 @@ class TrainingBackend(Protocol):
                 backend may refuse it with a ConfigError.
 
         Returns:
-            as `forward`; metrics also "passes" (forwards of the model, 1 or 2) and "tokens".
+            as `forward`; metrics also "passes" (forwards of the model, 1 or 2; one of a `forward`
+            with keep_graph included) and "tokens".
 
         Raises:
             LossError: from the future; also for a gradient that is not finite.
@@ -196,13 +202,18 @@ class Backend(Protocol):
     """One base model, its queue, and the adapters and samplers made from it."""
 
     def create_training(
-        self, lora: LoraConfig, user_metadata: dict[str, str] | None = None
+        self,
+        lora: LoraConfig,
+        user_metadata: dict[str, str] | None = None,
+        model_id: str | None = None,
     ) -> Future[TrainingBackend]:
         """A fresh adapter, which leaves the base model's logprobs unchanged.
 
         Args:
             lora: rank, seed (the same seed gives the same bytes) and which layers get LoRA.
             user_metadata: text kept with the adapter's checkpoints, or with its run at a service.
+            model_id: name of the adapter and of its folder of checkpoints; None makes one. No
+                effect at a service, which names its adapters.
 
         Raises:
             ModelError, ConfigError: from the future.

@@ -32,10 +32,18 @@ class _Job:
 
 
 class Worker:
-    """A queue and the thread that empties it. Requests never overlap: the model needs no lock."""
+    """A queue and the thread that empties it. Requests never overlap: the model needs no lock.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: of the thread.
+        gathers: run grouped requests with all of their group that wait anywhere in the queue, not
+            with those of their unit or with neighbours alone: for servers, whose clients' requests
+            mix.
+    """
+
+    def __init__(self, name: str, *, gathers: bool = False) -> None:
         self._name = name
+        self._gathers = gathers
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -67,14 +75,16 @@ class Worker:
             function: what to call.
             item: of this request.
             group: requests of one group run in one call: those of a `unit`, or, outside of one,
-                those that are already waiting side by side. Which those are depends on timing.
+                those that are already waiting side by side (anywhere, where the worker `gathers`).
+                Which those are depends on timing.
         """
         unit: list[_Job] | None = getattr(self._collecting, "unit", None)
         if unit is None:
             job = _Job(label, function, (item,), group)
             self._put([job])
         else:
-            job = _Job(label, function, (item,), (self._collecting.key, group))
+            own = group if self._gathers else (self._collecting.key, group)
+            job = _Job(label, function, (item,), own)
             unit.append(job)
         return job.future
 
@@ -145,6 +155,9 @@ class Worker:
             group = jobs[0].group
             while group is not None and self._jobs and self._jobs[0].group == group:
                 jobs.append(self._jobs.popleft())
+            if group is not None and self._gathers:
+                jobs += [job for job in self._jobs if job.group == group]
+                self._jobs = deque(job for job in self._jobs if job.group != group)
             return jobs
 
 

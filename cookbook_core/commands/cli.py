@@ -6,6 +6,7 @@
     cookbook compare runs/dpo-1 runs/dpo-2
     cookbook export runs/dpo-1 --to merged
     cookbook check --base_url http://127.0.0.1:8000
+    cookbook serve --model tiny
 
 Exit code: 0 done; 1 a file is broken, a check failed or the loss has a defect; 2 the command is
 mistaken.
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     commands.add_parser("list", help="list the recipes and tutorials").set_defaults(run=_list)
-    for add_command in (_add_new, _add_doctor, _add_compare, _add_export, _add_check):
+    for add_command in (_add_new, _add_doctor, _add_compare, _add_export, _add_check, _add_serve):
         add_command(commands)
     return parser
 
@@ -142,6 +143,28 @@ def _add_check(commands: Any) -> None:
     add("--core", action="store_true", help="only the gradient's arithmetic")
 
 
+def _add_serve(commands: Any) -> None:
+    command = commands.add_parser(
+        "serve",
+        help="serve this machine to programs written for Tinker",
+        description="Serve models to any Tinker client: TINKER_BASE_URL=http://127.0.0.1:8000 "
+        "TINKER_API_KEY=tml-local python PROGRAM.py (docs/serve.md). GET / is a page to look at.",
+    )
+    command.set_defaults(run=_serve)
+    add = command.add_argument
+    default = "default: %(default)s"
+    add("--model", metavar="NAME[=FOLDER]", action="append", help="repeatable; default: tiny")
+    add("--host", default="127.0.0.1", help=f"address to listen on; {default}")
+    add("--port", type=int, default=8000, help=f"0 chooses one; {default}")
+    add("--checkpoint_dir", metavar="FOLDER", default="checkpoints", help=default)
+    add("--api_key", metavar="KEY", help="clients must send it; required beyond this machine")
+    add("--allow_host", metavar="NAME", action="append", default=[], help="a name clients use")
+    add("--device", default="auto", help=default)
+    add("--dtype", default="auto", help="float32, bfloat16 or auto")
+    add("--max_adapters", type=int, default=32, metavar="N", help=f"in training; {default}")
+    add("--max_request_mb", type=int, default=256, metavar="N", help=f"of a request; {default}")
+
+
 # ---- commands ------------------------------------------------------------------------------------
 
 
@@ -183,6 +206,13 @@ def _check(arguments: argparse.Namespace) -> int:
 
     options = (arguments.base_url, arguments.model, arguments.api_key, arguments.core)
     return 0 if check(*options) else 1
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from cookbook_core.commands.serve import Settings, serve
+
+    given = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__}
+    serve(Settings(**{**given, "model": arguments.model or ["tiny"]}))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ class ServiceClient:
                 base_url, api_key, user_metadata=user_metadata, project_id=project_id,
                 headers=headers,
             )  # fmt: skip
-        self._options = {
+        self._options: dict[str, Any] = {
             "device": device,
             "dtype": dtype,
             "gradient_checkpointing": gradient_checkpointing,

@@ -1,4 +1,7 @@
-"""Our client over the real SDK against the fake service. test_sdks.py runs this per SDK version."""
+"""Our client over the real SDK: against the fake service, and recipes against `cookbook serve`.
+
+test_sdks.py runs this per SDK version.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ from recipes.sft import sft_loss
 from tests.conftest import VOCAB, make_random_data
 from tests.oracles.logprobs import assert_close, randomize, take_gradient
 from tests.remote.fake import Fake
+from tests.serve.running import Running
 
 pytestmark = pytest.mark.timeout(120)
 CORE_PROBLEMS = session.core_problems
@@ -594,7 +598,7 @@ SMALL = {
 
 @pytest.mark.parametrize("name", SMALL)
 def test_the_recipes_run_unchanged_and_resume(name, tmp_path, core, monkeypatch):
-    """The bundled model behind a service; a run cut off in its second step of three resumes."""
+    """Over `cookbook serve`; a run that is cut off in its second step of three resumes."""
     if OLDEST and name != "dpo":
         pytest.skip("one recipe is enough for the older SDK")
     recipe = importlib.import_module(f"recipes.{name}")
@@ -618,8 +622,8 @@ def test_the_recipes_run_unchanged_and_resume(name, tmp_path, core, monkeypatch)
         return optim_step(self, params)
 
     monkeypatch.setattr(runs.run, "draw_panels", lambda *_: "plot.png")  # takes seconds
-    with Fake(str(TINY), tmp_path / "served", name="tiny", context=512) as fake:
-        flags = RunFlags(save_every=1, keep_last=1, base_url=fake.url)
+    with Running(str(TINY), tmp_path / "served", name="tiny") as server:
+        flags = RunFlags(save_every=1, keep_last=1, base_url=server.url)
         if resumes:
             monkeypatch.setattr(tinker.TrainingClient, "optim_step", cut)
             with pytest.raises(KeyboardInterrupt):

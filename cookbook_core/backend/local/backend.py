@@ -8,11 +8,13 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
 from cookbook_core.backend.local import checkpoints
 from cookbook_core.backend.local.engine import Engine
+from cookbook_core.backend.local.kept_graphs import KeptGraphs
 from cookbook_core.backend.local.model.adapters import Adapter
 from cookbook_core.backend.local.model.loading import load_base_model
 from cookbook_core.backend.local.model.memory import keep_freed_memory
@@ -23,7 +25,7 @@ from cookbook_core.backend.local.scoring.memory_limits import check_mode
 from cookbook_core.backend.sampling_requests import prompt_datum, sampling_request
 from cookbook_core.backend.worker import Worker, refuse_after_failure
 from cookbook_core.custom_loss import LossFn, LossTypeInput
-from cookbook_core.errors import CheckpointError, check_text
+from cookbook_core.errors import CheckpointError, CookbookError, check_text
 from cookbook_core.storage.paths import usable_path
 from cookbook_core.types import (
     AdamParams,
@@ -39,7 +41,10 @@ from cookbook_core.types import (
 
 
 class LocalBackend:
-    """A base model with its queue. Its methods return futures; one thread does the work."""
+    """A base model with its queue. Its methods return futures; one thread does the work.
+
+    `gathers` is the worker's: see `Worker`.
+    """
 
     def __init__(
         self,
@@ -50,11 +55,15 @@ class LocalBackend:
         dtype: str = "auto",
         gradient_checkpointing: str = "auto",
         model_ids: ModelIds | None = None,
+        gathers: bool = False,
     ) -> None:
         check_mode(gradient_checkpointing)
         if not torch.cuda.is_available():
             keep_freed_memory()  # set malloc options before the worker thread starts
-        self.worker = Worker(f"cookbook-{base_model}")
+        self.worker = Worker(f"cookbook-{base_model}", gathers=gathers)
+        self.kept = KeptGraphs()
+        self._adapters: WeakValueDictionary[int, Adapter] = WeakValueDictionary()
+        """Those of the clients that exist, by number."""
         self.checkpoint_dir = checkpoint_dir
         self.model_ids = model_ids or ModelIds(checkpoint_dir)
         self._loaded: Engine | None = None
@@ -67,26 +76,46 @@ class LocalBackend:
         return self._loaded
 
     def create_training(
-        self, lora: LoraConfig, user_metadata: dict[str, str] | None = None
+        self,
+        lora: LoraConfig,
+        user_metadata: dict[str, str] | None = None,
+        model_id: str | None = None,
     ) -> Future[LocalTraining]:
         check_metadata(user_metadata)
         label = "create_lora_training_client"
-        return self.worker.submit(label, self._create_training, lora, user_metadata)
+        return self.worker.submit(label, self._create_training, lora, user_metadata, model_id)
 
     def _create_training(
-        self, lora: LoraConfig, user_metadata: dict[str, str] | None
+        self, lora: LoraConfig, user_metadata: dict[str, str] | None, model_id: str | None
     ) -> LocalTraining:
-        return LocalTraining(self, self.engine().bank.create(lora), user_metadata)
+        adapter = self._own(self.engine().bank.create(lora))
+        return LocalTraining(self, adapter, model_id or self.model_ids.next(), user_metadata)
 
-    def restore_training(self, path: str, *, with_optimizer: bool) -> Future[LocalTraining]:
+    def restore_training(
+        self,
+        path: str,
+        *,
+        with_optimizer: bool,
+        user_metadata: dict[str, str] | None = None,
+        model_id: str | None = None,
+    ) -> Future[LocalTraining]:
+        check_metadata(user_metadata)
         label = "create_training_client_from_state"
-        return self.worker.submit(label, self._restore_training, path, with_optimizer)
+        args = path, with_optimizer, user_metadata, model_id
+        return self.worker.submit(label, self._restore_training, *args)
 
-    def _restore_training(self, path: str, with_optimizer: bool) -> LocalTraining:
+    def _restore_training(
+        self,
+        path: str,
+        with_optimizer: bool,
+        user_metadata: dict[str, str] | None,
+        model_id: str | None,
+    ) -> LocalTraining:
         folder = usable_path("path", path, CheckpointError)
         checkpoint = checkpoints.read(folder, with_optimizer=with_optimizer)
-        adapter = checkpoints.new_adapter(self.engine().bank, checkpoint)
-        return LocalTraining(self, adapter, continued=folder if with_optimizer else None)
+        adapter = self._own(checkpoints.new_adapter(self.engine().bank, checkpoint))
+        model_id = model_id or self.model_ids.next(folder if with_optimizer else None)
+        return LocalTraining(self, adapter, model_id, user_metadata)
 
     def create_sampler(self, path: str | None) -> Future[LocalSampler]:
         return self.worker.submit("create_sampling_client", self._create_sampler, path)
@@ -95,7 +124,15 @@ class LocalBackend:
         if path is None:
             return LocalSampler(self, None)
         checkpoint = checkpoints.read(usable_path("path", path, CheckpointError))
-        return LocalSampler(self, checkpoints.new_adapter(self.engine().bank, checkpoint))
+        return LocalSampler(
+            self, self._own(checkpoints.new_adapter(self.engine().bank, checkpoint))
+        )
+
+    def _own(self, adapter: Adapter) -> Adapter:
+        """Register an adapter, and free the slots of those that are gone."""
+        self._adapters[adapter.number] = adapter
+        self.engine().bank.free_slots({own.slot.name for own in self._adapters.values()})
+        return adapter
 
     def close(self) -> None:
         self.worker.close()
@@ -134,15 +171,15 @@ class LocalTraining:
         self,
         backend: LocalBackend,
         adapter: Adapter,
+        model_id: str,
         user_metadata: dict[str, str] | None = None,
-        continued: Path | None = None,
     ) -> None:
         self._backend, self._adapter, self._metadata = backend, adapter, user_metadata
         self._engine = backend.engine()
         data = self._engine.base.data()
         self.info = GetInfoResponse(
             model_data=data,
-            model_id=backend.model_ids.next(continued),
+            model_id=model_id,
             is_lora=True,
             lora_rank=adapter.slot.config.r,
             model_name=data.model_name,
@@ -152,8 +189,22 @@ class LocalTraining:
     def tokenizer(self) -> Any:
         return self._engine.base.tokenizer()
 
-    def forward(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[ForwardBackwardOutput]:
-        return self._submit("forward", self._engine.forward, self._adapter, data, loss_fn)
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the adapter has taken, those before it was saved included."""
+        return self._adapter.step
+
+    def forward(
+        self, data: Sequence[Datum], loss_fn: LossFn, keep_graph: bool = False
+    ) -> Future[ForwardBackwardOutput]:
+        return self._submit("forward", self._forward, data, loss_fn, keep_graph)
+
+    def _forward(
+        self, data: Sequence[Datum], loss_fn: LossFn, keep_graph: bool
+    ) -> ForwardBackwardOutput:
+        if keep_graph:
+            return self._backend.kept.forward(self._engine, self._adapter, data, loss_fn)
+        return self._engine.forward(self._adapter, data, loss_fn)
 
     def forward_backward(
         self,
@@ -161,8 +212,27 @@ class LocalTraining:
         loss_fn: LossFn,
         loss_type_input: LossTypeInput = "logprobs",
     ) -> Future[ForwardBackwardOutput]:
+        args = data, loss_fn, loss_type_input
+        return self._submit("forward_backward", self._forward_backward, *args)
+
+    def _forward_backward(
+        self, data: Sequence[Datum], loss_fn: LossFn, loss_type_input: LossTypeInput
+    ) -> ForwardBackwardOutput:
+        kept, scored, forwards = self._backend.kept, None, 0
+        if loss_type_input == "logprobs":
+            forwards, scored = kept.take(self._adapter, data)
         args = self._adapter, data, loss_fn, loss_type_input
-        return self._submit("forward_backward", self._engine.forward_backward, *args)
+        if scored is not None:
+            try:
+                return self._engine.forward_backward(*args, scored)
+            except CookbookError:
+                raise
+            except RuntimeError:  # a tensor that the graph had saved was overwritten since
+                del scored
+        kept.make_room(self._engine, data)
+        output = self._engine.forward_backward(*args)
+        output.metrics["passes"] += forwards
+        return output
 
     def optim_step(
         self, params: AdamParams, after: Sequence[Future[Any]] = ()
@@ -171,6 +241,7 @@ class LocalTraining:
 
     def _step(self, params: AdamParams, after: Sequence[Future[Any]]) -> OptimStepResponse:
         refuse_after_failure(after)
+        self._backend.kept.weights_change(self._adapter)
         return OptimStepResponse(self._adapter.optim_step(params))
 
     def save(
@@ -206,7 +277,12 @@ class LocalTraining:
         folder = usable_path("path", path, CheckpointError)
         checkpoint = checkpoints.read(folder, with_optimizer=with_optimizer)
         checkpoints.check_base(checkpoint, self._engine.base)
+        self._backend.kept.weights_change(self._adapter)
         checkpoints.restore(self._adapter, checkpoint)
+
+    def release(self) -> Future[None]:
+        """Forget what is kept of the adapter beside itself, after the requests that are queued."""
+        return self._submit("unload_model", self._backend.kept.forget, self._adapter)
 
     def open_sampler(self, path: str) -> Future[LocalSampler]:
         return self._backend.create_sampler(path)
@@ -215,7 +291,7 @@ class LocalTraining:
         return self._submit("save_weights_and_get_sampling_client", self._snapshot)
 
     def _snapshot(self) -> LocalSampler:
-        return LocalSampler(self._backend, self._adapter.copy())
+        return LocalSampler(self._backend, self._backend._own(self._adapter.copy()))
 
     def _submit(self, label: str, function: Any, *args: Any) -> Future[Any]:
         return self._backend.worker.submit(label, function, *args)
@@ -244,6 +320,12 @@ class LocalSampler:
         request = sampling_request(self.model_data, prompt, num_samples, params, *wanted)
         sample = partial(self._engine.sample, self._adapter)
         return self._worker.submit_grouped("sample", sample, request, ("sample", id(self)))
+
+    def write(self, folder: Path) -> Future[Path]:
+        """Save the snapshot's weights as a new folder, which `create_sampler` opens."""
+        assert self._adapter is not None, "the bare base model has nothing to save"
+        write = partial(checkpoints.write, folder, self._adapter, base=self._engine.base)
+        return self._worker.submit("sample", partial(write, with_optimizer=False, overwrite=True))
 
     def unit(self) -> AbstractContextManager[None]:
         return self._worker.unit()

@@ -60,9 +60,22 @@ class Engine:
         data: Sequence[Datum],
         loss_fn: LossFn,
         loss_type_input: LossTypeInput = "logprobs",
+        kept: BatchScores | None = None,
     ) -> ForwardBackwardOutput:
-        """Accumulate the gradient of `loss_fn`; on any error nothing is accumulated."""
-        with self.score_with_graph(adapter, data, loss_type_input) as scored:
+        """Accumulate the gradient of `loss_fn`; on any error nothing is accumulated.
+
+        Args:
+            adapter: the adapter to compute with.
+            data: D checked datums.
+            loss_fn: see `LossFn`.
+            loss_type_input: what the loss takes.
+            kept: the scores of the same tokens under unchanged weights, from `forward_with_graph`.
+        """
+        if kept is None:
+            scoring = self.score_with_graph(adapter, data, loss_type_input)
+        else:
+            scoring = self._scored_before(adapter, kept)
+        with scoring as scored:
             with self._in_loss(data, scored):
                 result = differentiate(
                     loss_fn, data, scored.logprobs, view=scored.view, params=scored.loss_params
@@ -132,6 +145,21 @@ class Engine:
         """Logprobs and the value of `loss_fn`, without a gradient."""
         logprobs = self.score(adapter, data)
         return _output(logprobs, evaluate(loss_fn, data, logprobs), {})
+
+    @contextmanager
+    def _scored_before(self, adapter: Adapter, kept: BatchScores) -> Iterator[BatchScores]:
+        """The state in which `kept` was scored: the graph reads the parameters in its backward."""
+        packed = self.scorer.attention(packed=self.scorer.packs)
+        with self.bank.active(adapter, unchanged=True), packed:
+            yield kept
+
+    def forward_with_graph(
+        self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn
+    ) -> tuple[ForwardBackwardOutput, BatchScores]:
+        """`forward`, and the scores with their graph for `forward_backward(kept=...)`."""
+        with self.score_with_graph(adapter, data) as scored:
+            result = evaluate(loss_fn, data, scored.logprobs)
+        return _output(scored.logprobs, result, {}), scored
 
     def score(
         self,

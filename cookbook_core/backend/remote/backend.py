@@ -24,8 +24,12 @@ class RemoteBackend:
         self._session = Session(connection, base_model, trusted=trusted)
 
     def create_training(
-        self, lora: LoraConfig, user_metadata: dict[str, str] | None = None
+        self,
+        lora: LoraConfig,
+        user_metadata: dict[str, str] | None = None,
+        model_id: str | None = None,
     ) -> Future[TrainingBackend]:
+        del model_id  # the service names its adapters
         return training.create_training(self._session, lora, user_metadata)
 
     def restore_training(self, path: str, *, with_optimizer: bool) -> Future[TrainingBackend]:

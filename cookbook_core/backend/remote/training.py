@@ -72,7 +72,11 @@ class RemoteTraining:
 
     # ---- forward and backward --------------------------------------------------------------------
 
-    def forward(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[ForwardBackwardOutput]:
+    def forward(
+        self, data: Sequence[Datum], loss_fn: LossFn, keep_graph: bool = False
+    ) -> Future[ForwardBackwardOutput]:
+        del keep_graph  # the service decides
+
         def answer(output: ForwardBackwardOutput) -> ForwardBackwardOutput:
             result = evaluate(loss_fn, data, logprobs_from_output(output, data))
             metrics = merge_metrics(result, convert.without_service_loss(output.metrics))
@@ -142,7 +146,8 @@ class RemoteTraining:
         def answer(response: Any) -> ForwardBackwardOutput:
             backward = convert.output_in(where, response, surrogates)
             output = ForwardBackwardOutput("", scored.loss_fn_outputs, backward.metrics)
-            return self._output(output, result, data, passes=2.0)
+            passes = backward.metrics.get("passes:max", 2.0)  # 1: it kept the forward's graph
+            return self._output(output, result, data, passes)
 
         where = f"{CUSTOM} at {self._connection.url}"
         datums = convert.datums_out(self._types, surrogates)

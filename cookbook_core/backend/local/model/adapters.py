@@ -8,10 +8,11 @@ is a copy of an adapter.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +38,7 @@ class AdapterBank:
         self.base = base
         self._peft: Any = None
         self._slots: dict[str, Slot] = {}
+        self._numbers = itertools.count()
         self._active: Slot | None = None
 
     def create(self, lora: LoraConfig) -> Adapter:
@@ -66,10 +68,17 @@ class AdapterBank:
         return Adapter(slot, slot.new_flat())
 
     @contextmanager
-    def active(self, adapter: Adapter | None) -> Iterator[list[torch.nn.Parameter]]:
+    def active(
+        self, adapter: Adapter | None, *, unchanged: bool = False
+    ) -> Iterator[list[torch.nn.Parameter]]:
         """Within the block, compute with `adapter` (None: with the bare base model).
 
         Do not change its values, nor use another adapter, in the block.
+
+        Args:
+            adapter: what to compute with.
+            unchanged: its values are those of the last block. Where no other adapter was active
+                since then, graphs made in that block can still be used.
 
         Yields:
             The slot's parameters: the leaves of a graph built in the block. They share storage
@@ -89,8 +98,9 @@ class AdapterBank:
         params = list(slot.params.values())
         for p, tensor in zip(params, adapter.params, strict=True):
             p.data = tensor.data
-        if slot.rounded is not None:
+        if slot.rounded is not None and not (unchanged and slot.holder == adapter.number):
             slot.rounded.copy_(adapter.flat.data)
+        slot.holder = adapter.number
         yield params
 
     @contextmanager
@@ -136,6 +146,17 @@ class AdapterBank:
             and (weight := module.get_base_layer().weight) is not embedding
             and weight.dtype in (torch.float32, torch.float64)
         ]
+
+    def free_slots(self, used: Collection[str]) -> None:
+        """Remove the layers of configurations that no adapter has; each takes memory and time.
+
+        Args:
+            used: names of the slots of all adapters that may still be active.
+        """
+        for key, slot in list(self._slots.items()):
+            if slot.name not in used and slot is not self._active:
+                self._peft.delete_adapter(slot.name)
+                del self._slots[key]
 
     def peft_config(self, lora: LoraConfig) -> Any:
         """The peft configuration for `lora` on this model.
@@ -222,7 +243,7 @@ class AdapterBank:
         key = json.dumps(layout, sort_keys=True)
         if key in self._slots:
             return self._slots[key]
-        name = f"slot{len(self._slots)}"
+        name = f"slot{next(self._numbers)}"
         model = self.base.model
         try:
             with warnings.catch_warnings():

@@ -32,12 +32,14 @@ class Slot:
         config: a peft.LoraConfig.
         params: the layers' parameters by the key under which peft saves them.
         rounded: `(P,)`, the active adapter in the dtype of a base below float32; None for others.
+        holder: number of the adapter that was active last.
     """
 
     name: str
     config: Any
     params: dict[str, torch.nn.Parameter]
     rounded: torch.Tensor | None = field(default=None, repr=False)
+    holder: int | None = None
 
     def __post_init__(self) -> None:
         self._size, self._pieces = 0, []

@@ -1,0 +1,236 @@
+"""Weights to sample from: saved ones, snapshots of models in training, the bare base model.
+
+Clients never close a sampler, and a reinforcement-learning run makes one every step. The ones used
+last stay in memory; others are written to disk, and read again when they are used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cookbook_core.errors import RequestError
+from cookbook_core.serve import wire
+from cookbook_core.serve.models import Base
+from cookbook_core.serve.replies import Promise, Promises, Refused, Result, copy_outcome
+from cookbook_core.types import SampleResponse
+
+GATHER_SECONDS = 0.004
+"""After a sampling request, how long to wait for more of the same weights, each time anew."""
+LONGEST_GATHER_SECONDS = 0.25
+REMEMBERED = 4096
+"""Requests of a sampler, the latest, of which a repetition is recognised."""
+
+Start = Callable[[Any], Future[SampleResponse]]
+"""Submits a request to the backend's sampler."""
+
+
+@dataclass
+class Sampler:
+    """One set of weights.
+
+    made: the backend's sampler; None while the weights are on disk alone.
+    folder: the weights on disk; None of the base model, or while they are in memory alone.
+    spilled: the folder is this server's own, and deleted with the sampler.
+    """
+
+    sampler_id: str
+    session: str
+    base: Base
+    model_path: str | None
+    made: Future[Any] | None
+    folder: Path | None = None
+    spilled: bool = False
+    known: dict[int, tuple[bytes, Promise]] = field(default_factory=dict)
+    pending: list[tuple[Start, Promise]] = field(default_factory=list)
+    due: asyncio.TimerHandle | None = None
+    first_at: float = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits for its weights."""
+        return not self.pending and (self.made is None or self.made.done())
+
+
+class Samplers:
+    """All samplers by id, the least recently used first. The event loop's thread alone uses it.
+
+    Args:
+        promises: of the server.
+        folder: for weights written to make room.
+        in_memory: samplers whose weights stay in memory.
+        on_disk: samplers kept on disk beside them; older ones are deleted.
+        most_waiting: sampling requests that may wait.
+    """
+
+    def __init__(
+        self, promises: Promises, folder: Path, in_memory: int, on_disk: int, most_waiting: int
+    ) -> None:
+        self._promises, self._folder = promises, folder
+        self._in_memory, self._on_disk, self._most = in_memory, on_disk, most_waiting
+        self._all: dict[str, Sampler] = {}
+        self._waiting = 0
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def add(self, sampler: Sampler) -> Sampler:
+        """Register a sampler, and make room for it."""
+        self._all[sampler.sampler_id] = sampler
+        self._make_room()
+        return sampler
+
+    def get(self, sampler_id: str) -> Sampler | None:
+        """The sampler of this id, which becomes the most recently used."""
+        sampler = self._all.pop(sampler_id, None)
+        if sampler is not None:
+            self._all[sampler_id] = sampler
+        return sampler
+
+    def of_session(self, session: str) -> list[str]:
+        """Ids of a session's samplers."""
+        return [s.sampler_id for s in self._all.values() if s.session == session]
+
+    def remove(self, sampler_id: str) -> None:
+        """Drop a sampler, and the weights that were written for it."""
+        sampler = self._all.pop(sampler_id, None)
+        if sampler is not None and sampler.spilled and sampler.folder is not None:
+            shutil.rmtree(sampler.folder, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Drop all samplers."""
+        for sampler_id in list(self._all):
+            self.remove(sampler_id)
+
+    # ---- requests --------------------------------------------------------------------------------
+
+    def submit(self, sampler: Sampler, seq: int | None, digest: bytes, start: Start) -> Promise:
+        """Queue a sampling request; the promise of the same request if it was sent before.
+
+        Raises:
+            Refused: 422, another request had this number; 429, too many wait.
+        """
+        if seq is not None and seq in sampler.known:
+            before, promise = sampler.known[seq]
+            if before != digest:
+                where, fix = f"{sampler.sampler_id}: seq_id", "Number each request once."
+                raise Refused(
+                    422, RequestError(where, "another request had this number", got=seq, fix=fix)
+                )
+            return promise
+        if self._waiting >= self._most:
+            what, fix = f"{self._waiting} sampling requests wait", "Send it again later."
+            raise Refused(429, RequestError("asample", what, expected=self._most, fix=fix))
+        promise = self._promises.add(Promise(None, samples_result))
+        self._waiting += 1
+        loop = asyncio.get_running_loop()
+        promise.future.add_done_callback(
+            lambda _: loop.call_soon_threadsafe(self._finished) if not loop.is_closed() else None
+        )
+        if seq is not None:
+            sampler.known[seq] = digest, promise
+            while len(sampler.known) > REMEMBERED:
+                del sampler.known[next(iter(sampler.known))]
+        sampler.first_at = sampler.first_at if sampler.pending else loop.time()
+        sampler.pending.append((start, promise))
+        if sampler.due is not None:
+            sampler.due.cancel()
+        latest = sampler.first_at + LONGEST_GATHER_SECONDS
+        when = min(loop.time() + GATHER_SECONDS, latest)
+        sampler.due = loop.call_at(when, self._flush, sampler)
+        return promise
+
+    def _finished(self) -> None:
+        self._waiting -= 1
+
+    def _flush(self, sampler: Sampler) -> None:
+        """Submit what was gathered, once the weights are there."""
+        sampler.due = None
+        made = sampler.made
+        if made is None:
+            sampler.made = made = sampler.base.backend.create_sampler(str(sampler.folder))
+        if not made.done():
+            loop = asyncio.get_running_loop()
+            made.add_done_callback(lambda _: loop.call_soon_threadsafe(self._flush, sampler))
+            return
+        pending, sampler.pending = sampler.pending, []
+        try:
+            weights = made.result()
+        except Exception as error:
+            sampler.made = None if sampler.folder is not None else sampler.made
+            for _, promise in pending:
+                if promise.future.set_running_or_notify_cancel():
+                    promise.future.set_exception(error)
+            return
+        with weights.unit():
+            for start, promise in pending:
+                _submit(start, weights, promise)
+        self._make_room()
+
+    # ---- memory ----------------------------------------------------------------------------------
+
+    def _make_room(self) -> None:
+        """Write the weights used longest ago to disk, and delete those beyond the limit there."""
+        loaded = [s for s in self._all.values() if s.made is not None and s.model_path is not None]
+        for sampler in [s for s in loaded if s.idle][: max(0, len(loaded) - self._in_memory)]:
+            self._unload(sampler)
+        spilled = [s for s in self._all.values() if s.spilled and s.made is None]
+        for sampler in spilled[: max(0, len(spilled) - self._on_disk)]:
+            self.remove(sampler.sampler_id)
+
+    def _unload(self, sampler: Sampler) -> None:
+        made = sampler.made
+        if made is None or made.cancelled() or made.exception() is not None:
+            return
+        if sampler.folder is not None:
+            sampler.made = None
+            return
+        folder = self._folder / sampler.sampler_id.replace(":", "-")
+        loop = asyncio.get_running_loop()
+        sampler.folder, sampler.spilled = folder, True
+        written = made.result().write(folder)
+        sampler.made = written  # idle again when it is on disk
+
+        def settle(future: Future[Any]) -> None:
+            if future.exception() is None:
+                sampler.made = None
+            else:  # the disk refused: keep the weights
+                sampler.made, sampler.folder, sampler.spilled = made, None, False
+            if sampler.pending:
+                self._flush(sampler)
+
+        written.add_done_callback(lambda future: loop.call_soon_threadsafe(settle, future))
+
+
+def _submit(start: Start, weights: Any, promise: Promise) -> None:
+    if promise.future.cancelled():
+        return
+    try:
+        inner = start(weights)
+    except Exception as error:
+        promise.future.set_exception(error)
+        return
+    inner.add_done_callback(lambda future: copy_outcome(future, promise.future))
+    promise.future.add_done_callback(lambda future: future.cancelled() and inner.cancel())
+
+
+def samples_result(response: SampleResponse) -> Result:
+    """The result of a sampling request."""
+
+    def as_json() -> dict[str, Any]:
+        sequences = [
+            {"stop_reason": s.stop_reason, "tokens": list(s.tokens), "logprobs": s.logprobs}
+            for s in response.sequences
+        ]
+        return {
+            "type": "sample", "sequences": sequences,
+            "prompt_logprobs": response.prompt_logprobs,
+            "topk_prompt_logprobs": response.topk_prompt_logprobs,
+        }  # fmt: skip
+
+    return Result(as_json, lambda: wire.samples_out(response))

@@ -1,0 +1,129 @@
+"""The OpenAI-compatible endpoints, through the `openai` package's client."""
+
+from __future__ import annotations
+
+import numpy as np
+import openai
+import pytest
+
+from cookbook_core import tinker
+from cookbook_core.storage.paths import asset_path
+from tests.conftest import make_random_data
+from tests.serve.running import NAME, Running, Wire, adam, scoring
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """The bundled model: it has a chat template."""
+    folder = str(asset_path("tiny_model"))
+    with Running(folder, tmp_path_factory.mktemp("served")) as server:
+        yield server
+
+
+@pytest.fixture
+def chat(running):
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+QUESTION = [{"role": "user", "content": "What is 2 + 3?"}]
+
+
+def test_chat_says_what_the_sampler_says(running, chat, make_service):
+    here = make_service().create_sampling_client(base_model="tiny").result()
+    tokenizer = here.get_tokenizer()
+    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
+    params = tinker.SamplingParams(max_tokens=20, temperature=0.0)
+    expected = here.sample(tinker.ModelInput.from_ints(ids), 1, params).result().sequences[0]
+    answer = chat.chat.completions.create(
+        model=NAME, messages=QUESTION, max_tokens=20, temperature=0, logprobs=True, top_logprobs=2
+    )
+    choice = answer.choices[0]
+    ended = expected.stop_reason == "stop"
+    tokens = expected.tokens[:-1] if ended else expected.tokens
+    assert choice.message.content == tokenizer.decode(tokens)
+    assert choice.finish_reason == ("stop" if ended else "length")
+    assert answer.usage.prompt_tokens == len(ids)
+    found = [token.logprob for token in choice.logprobs.content]
+    scores = here.compute_logprobs(tinker.ModelInput.from_ints([*ids, *tokens])).result()
+    assert np.allclose(found, scores[len(ids) :], atol=1e-4)
+    first = choice.logprobs.content[0]
+    assert first.top_logprobs[0].token == first.token  # greedy
+    assert first.top_logprobs[0].logprob >= first.top_logprobs[1].logprob
+
+
+def test_streams_seeds_and_several_answers(chat):
+    options = {"model": NAME, "messages": QUESTION, "max_tokens": 12, "seed": 3}
+    one = chat.chat.completions.create(**options, n=3)
+    assert len({choice.message.content for choice in one.choices}) > 1
+    chunks = list(
+        chat.chat.completions.create(
+            **options, n=3, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    texts = ["", "", ""]
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == [choice.message.content for choice in one.choices]
+    assert chunks[-1].usage.completion_tokens == one.usage.completion_tokens
+    other = chat.chat.completions.create(**{**options, "seed": 4}, n=3)
+    assert [c.message.content for c in other.choices] != texts
+
+
+def test_completions_stop_and_echo(running, chat, make_service):
+    """Echo with logprobs is how evaluation harnesses score answers."""
+    options = {"model": NAME, "prompt": "The capital of", "max_tokens": 24, "temperature": 0}
+    whole = chat.completions.create(**options).choices[0].text
+    assert len(whole) > 4
+    cut = whole[2:4]
+    stopped = chat.completions.create(**options, stop=[cut]).choices[0]
+    assert stopped.text == whole[: whole.index(cut)]
+    assert stopped.finish_reason == "stop"
+    here = make_service().create_sampling_client(base_model="tiny").result()
+    ids = here.get_tokenizer().encode("Paris is the capital")
+    scored = chat.completions.create(
+        model=NAME, prompt=[ids], max_tokens=0, echo=True, logprobs=1, temperature=0
+    ).choices[0]
+    expected = here.compute_logprobs(tinker.ModelInput.from_ints(ids)).result()
+    assert scored.text == "Paris is the capital"
+    assert scored.logprobs.token_logprobs[0] is None
+    assert np.allclose(scored.logprobs.token_logprobs[1:], expected[1:], atol=1e-4)
+    assert "".join(scored.logprobs.tokens) == scored.text
+    best = [max(top.values()) for top in scored.logprobs.top_logprobs[1:]]
+    pairs = zip(best, expected[1:], strict=True)
+    assert all(top >= own - 1e-4 for top, own in pairs)
+    several = chat.completions.create(**{**options, "prompt": ["a", "b"]})
+    assert len(several.choices) == 2
+
+
+def test_saved_adapters_are_models_too(running, chat):
+    with Wire(running.url) as client:
+        model = client.start(rank=8)
+        for seq in (1, 3, 5):
+            client.call("forward_backward", scoring(model, seq, make_random_data(4, vocab=1000)))
+            client.call("optim_step", adam(model, seq + 1, 3e-2))
+        path = client.call(
+            "save_weights_for_sampler", {"model_id": model, "seq_id": 7, "path": "end"}
+        )["path"]
+    assert {NAME, path} <= {m.id for m in chat.models.list()}
+    options = {"prompt": "the answer is", "max_tokens": 10, "temperature": 0}
+    texts = [chat.completions.create(model=m, **options).choices[0].text for m in (NAME, path)]
+    assert texts[0] != texts[1]
+
+
+def test_what_is_not_supported_is_refused_by_name(chat):
+    cases = {
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "presence_penalty": 0.5,
+        "response_format": {"type": "json_object"},
+        "max_tokens": -1,
+        "top_logprobs": 2,
+    }
+    for name, value in cases.items():
+        with pytest.raises(openai.UnprocessableEntityError, match=name):
+            chat.chat.completions.create(model=NAME, messages=QUESTION, **{name: value})
+    with pytest.raises(openai.NotFoundError, match="This server has"):
+        chat.chat.completions.create(model="gpt", messages=QUESTION)
+    with pytest.raises(openai.UnprocessableEntityError, match="messages"):
+        chat.chat.completions.create(model=NAME, messages=[{"role": "user", "content": 3}])
