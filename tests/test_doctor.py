@@ -44,7 +44,8 @@ Loss = Callable[[Any, Any], Any]
 
 RECIPES: dict[str, Loss] = {
     "sft": sft.sft_loss,
-    "dpo": partial(dpo.dpo_loss, beta=0.1),
+    **{name: partial(loss, beta=0.1) for name, loss in dpo.LOSSES.items()},
+    **dpo.REFERENCE_FREE,
     "grpo": partial(grpo.grpo_loss, config=grpo.Config()),
     "bradley_terry": bradley_terry.bradley_terry_loss,
     "token_set_kl": partial(token_set_kl.token_set_kl_loss, mass_coef=0.1),
@@ -119,13 +120,6 @@ def float32_only(data: Any, logprobs: Any) -> Any:
     return -torch.stack(dots).mean(), {}
 
 
-def ipo(data: Any, logprobs: Any) -> Any:
-    """IPO: another preference loss with a reference, Azar et al. 2023."""
-    logratio = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
-    margin = logratio[0::2] - logratio[1::2]
-    return ((margin - 5.0) ** 2).mean(), {"logratio_margin": margin.mean()}
-
-
 def kto(data: Any, logprobs: Any) -> Any:
     """KTO, Ethayarajh et al. 2024: single examples, a detached KL of the batch."""
     reward = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
@@ -143,13 +137,6 @@ def gspo(data: Any, logprobs: Any) -> Any:
         advantage = given(d, "advantages").squeeze()
         terms.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
     return torch.stack(terms).mean(), {"ratio": ratio}
-
-
-def simpo(data: Any, logprobs: Any) -> Any:
-    """Length-normalised pairs without a reference, Meng et al. 2024: the margin need not be 0."""
-    means = [weighted_mean(lp, weights_of(d)) for d, lp in zip(data, logprobs, strict=True)]
-    margin = torch.stack(means[0::2]) - torch.stack(means[1::2])
-    return -F.logsigmoid(2 * margin - 0.5).mean(), {"reward_margin": margin.mean()}
 
 
 def distil(data: Any, logprobs: Any) -> Any:
@@ -192,10 +179,8 @@ HEALTHY: dict[str, Loss] = {
             groups_of_4,
             own_function,
             float32_only,
-            ipo,
             kto,
             gspo,
-            simpo,
             distil,
             worst_two,
         )
@@ -243,7 +228,7 @@ def recipe_data(name: str, tokenizer: Any) -> list[tinker.Datum]:
     if name == "sft":
         rows = load_rows("tiny/sft", ("prompt", "completion"))[:12]
         return sft.build_data(rows, tokenizer, 512, "last")[0]
-    if name == "dpo":
+    if name in dpo.LOSSES or name in dpo.REFERENCE_FREE:
         return with_ref(dpo.build_pairs(pairs, tokenizer, 512)[0])
     if name == "bradley_terry":
         config = bradley_terry.Config()
@@ -647,6 +632,15 @@ def rewards_descended(data: Any, logprobs: Any) -> Any:
 
 
 @planted("step_0", "swapping the pairs changes the loss")
+def rpo_with_the_reference_added(data: Any, logprobs: Any) -> Any:
+    """A further term on the chosen does not excuse the reference's sign."""
+    policy = weighted_sums(data, logprobs)
+    added = policy + weighted_sums(data, "ref_logprobs")
+    loss = -F.logsigmoid(0.1 * (added[0::2] - added[1::2])).mean()
+    return loss - 0.1 * policy[0::2].mean(), {}
+
+
+@planted("step_0", "swapping the pairs changes the loss")
 def reference_with_the_wrong_sign(data: Any, logprobs: Any) -> Any:
     sums = weighted_sums(data, logprobs) + weighted_sums(data, "ref_logprobs")
     return -F.logsigmoid(0.1 * (sums[0::2] - sums[1::2])).mean(), {}
@@ -774,7 +768,8 @@ def words_of(report: Report, check: str) -> str:
         ("cross_entropy", "reduction", "a sum over the batch: given twice, 2 times the loss"),
         ("entropy bonus", "reduction", "neither a sum nor a mean over the batch"),
         ("dpo", "step_0", "the loss is ln 2, reward_margin 0, margin 0"),
-        ("ipo", "step_0", "the loss is 25, logratio_margin 0"),
+        ("ipo", "step_0", "the loss is 25, reward_margin 0, margin 0"),
+        ("rpo", "step_0", "apart from a term of the policy alone margin 0"),
         ("grpo", "step_0", "ratio_max 1"),
         ("dpo", "sign", "lifts chosen over rejected"),
         ("grpo", "sign", "positive advantage"),
@@ -925,6 +920,7 @@ COMMANDS = {
     "recipes.dpo:dpo_loss": 0,
     "recipes.dpo": 0,
     "recipes/dpo.py --beta 0.5": 0,
+    "recipes/dpo.py --loss rpo": 0,
     "recipes/grpo.py:grpo_loss": 0,
     "recipes/grpo.py --kl_estimator k1_no_regularisation": 1,
     "recipes/grpo.py --group_size=6 --clip=(0.9,1.3)": 0,
@@ -987,9 +983,7 @@ def test_a_copied_and_broken_recipe_from_another_folder(tmp_path: Path) -> None:
     """The way people work: cp recipes/dpo.py my_dpo.py, change the loss, ask the doctor."""
     text = (ROOT / "recipes" / "dpo.py").read_text(encoding="utf-8")
     (tmp_path / "helper.py").write_text("HALF = 0.5\n", encoding="utf-8")
-    broken = text.replace(
-        "margin = log_ratio[0::2] - ", "margin = HALF * 2 * log_ratio[0::2] - 0 * "
-    )
+    broken = text.replace("return values[0::2] - ", "return HALF * 2 * values[0::2] - 0 * ")
     broken = broken.replace("import torch\n", "import torch\nfrom helper import HALF\n", 1)
     assert broken != text
     (tmp_path / "my_dpo.py").write_text(broken, encoding="utf-8")
@@ -1107,7 +1101,7 @@ def test_boolean_flags(
 def simpo_with_the_reference_read(data: Any, logprobs: Any) -> Any:
     """SimPO as it comes out of DPO, with the reference's line left in."""
     weighted_sums(data, "ref_logprobs")
-    return simpo(data, logprobs)
+    return dpo.simpo_loss(data, logprobs)
 
 
 def test_a_reference_without_effect_is_a_note() -> None:
@@ -1120,7 +1114,7 @@ def test_a_reference_without_effect_is_a_note() -> None:
 
 def test_a_flag_that_config_lacks_is_a_note_after_a_pass(tmp_path: Path, capsys: Any) -> None:
     text = (Path(dpo.__file__)).read_text(encoding="utf-8")
-    text = text.replace("*, beta: float\n", "*, beta: float, gamma: float = 0.0\n")
+    text = text.replace("*, beta: float)", "*, beta: float, gamma: float = 0.0)")
     copy = tmp_path / "my_dpo.py"
     copy.write_text(text, encoding="utf-8")
     assert main([f"{copy}:dpo_loss", "--gamma", "0.5"]) == 0

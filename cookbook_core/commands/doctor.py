@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -32,7 +33,7 @@ def examine_file(
 
     Args:
         target: `file.py:name` or `package.module:name`; without a name, the file's one function
-            called `..._loss`.
+            called `..._loss`, or of several the one that --loss or Config.loss names.
         words: flags with the loss's further arguments, such as ["--beta", "0.1"].
         loss_type_input: see `doctor.examine`.
     Returns:
@@ -40,7 +41,8 @@ def examine_file(
     Raises:
         ConfigError: the loss cannot be imported, or a flag is unknown or has no valid value.
     """
-    loss_fn, module = load(target)
+    choice = re.search(r"--loss[ =](\w+)", " ".join(words))
+    loss_fn, module = load(target, choice[1] if choice else "")
     flags = parse_flags(words, booleans(loss_fn, module))
     loss_fn, config = bind(loss_fn, module, flags)
     size = getattr(config, "group_size", 1)
@@ -54,8 +56,10 @@ def examine_file(
     return report
 
 
-def load(target: str) -> tuple[LossFn, ModuleType]:
+def load(target: str, choice: str = "") -> tuple[LossFn, ModuleType]:
     """Import the loss that `file.py:name` or `package.module:name` names, and its module.
+
+    choice: without a name and with several losses, NAME of NAME_loss; "" takes Config.loss.
 
     Raises:
         ConfigError: no such file, module or function, or the import fails.
@@ -69,6 +73,9 @@ def load(target: str) -> tuple[LossFn, ModuleType]:
         raise ConfigError(place, "cannot be imported", got=got, fix=fix) from error
     own = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__]
     losses = [k for k in own if k.endswith("_loss")]
+    if not name and len(losses) > 1:
+        choice = choice or getattr(getattr(module, "Config", None), "loss", "")
+        losses = [loss for loss in losses if loss == f"{choice}_loss"] or losses
     if not name and len(losses) == 1:
         name = losses[0]
     if not callable(getattr(module, name, None)):
