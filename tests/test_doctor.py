@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from cookbook_core import (
     align_weights,
+    chat,
     check_alignment,
     datum_from_prompt_completion,
     tinker,
@@ -37,7 +38,7 @@ from cookbook_core.data import load_rows
 from cookbook_core.doctor import Report, examine
 from cookbook_core.doctor.examples import example_data
 from cookbook_core.errors import ConfigError
-from recipes import bradley_terry, dpo, grpo, sft, token_set_kl
+from recipes import bradley_terry, dpo, grpo, kto, sft, token_set_kl
 
 ROOT = Path(__file__).parents[1]
 Loss = Callable[[Any, Any], Any]
@@ -46,6 +47,7 @@ RECIPES: dict[str, Loss] = {
     "sft": sft.sft_loss,
     **{name: partial(loss, beta=0.1) for name, loss in dpo.LOSSES.items()},
     **dpo.REFERENCE_FREE,
+    "kto": partial(kto.kto_loss, beta=0.1, z0=0.2),
     "grpo": partial(grpo.grpo_loss, config=grpo.Config()),
     "bradley_terry": bradley_terry.bradley_terry_loss,
     "token_set_kl": partial(token_set_kl.token_set_kl_loss, mass_coef=0.1),
@@ -120,7 +122,7 @@ def float32_only(data: Any, logprobs: Any) -> Any:
     return -torch.stack(dots).mean(), {}
 
 
-def kto(data: Any, logprobs: Any) -> Any:
+def kto_of_the_batch(data: Any, logprobs: Any) -> Any:
     """KTO, Ethayarajh et al. 2024: single examples, a detached KL of the batch."""
     reward = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
     anchor = reward.detach().mean().clamp(min=0)
@@ -179,7 +181,7 @@ HEALTHY: dict[str, Loss] = {
             groups_of_4,
             own_function,
             float32_only,
-            kto,
+            kto_of_the_batch,
             gspo,
             distil,
             worst_two,
@@ -230,6 +232,8 @@ def recipe_data(name: str, tokenizer: Any) -> list[tinker.Datum]:
         return sft.build_data(rows, tokenizer, 512, "last")[0]
     if name in dpo.LOSSES or name in dpo.REFERENCE_FREE:
         return with_ref(dpo.build_pairs(pairs, tokenizer, 512)[0])
+    if name == "kto":
+        return with_ref(kto.build_data(chat.labelled(2 * pairs, 0), tokenizer, 512)[0])
     if name == "bradley_terry":
         config = bradley_terry.Config()
         judge = bradley_terry.Judge(tokenizer, config.question, config.verdicts)
@@ -617,6 +621,18 @@ def pair_turned_round(data: Any, logprobs: Any) -> Any:
     return -F.logsigmoid(-0.1 * margins(data, logprobs)).mean(), {}
 
 
+@planted("sign", "good answers less likely or bad ones likelier")
+def thumbs_turned_round(data: Any, logprobs: Any) -> Any:
+    return -kto.kto_loss(data, logprobs, beta=0.1)[0], {}
+
+
+@planted("sign", "good answers less likely or bad ones likelier")
+def every_thumb_up(data: Any, logprobs: Any) -> Any:
+    reward = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
+    weighted_sums(data, "desirable")
+    return (1 - torch.sigmoid(0.1 * reward)).mean(), {}
+
+
 @planted("sign", "A minus sign is missing")
 def lost_minus(data: Any, logprobs: Any) -> Any:
     return weighted_sums(data, logprobs).mean(), {}
@@ -778,7 +794,8 @@ def words_of(report: Report, check: str) -> str:
         ("reinforce_with_baseline", "gradient", ".detach() or no_grad"),
         ("float32_only", "gradient", "float32 logprobs alone"),
         ("worst_two", "weights", "gradient on 32 of 75 weighted tokens, 0 of 30 prompt tokens"),
-        ("kto", "kl", "not a KL term"),
+        ("kto", "sign", "lifts good answers and lowers bad ones"),
+        ("kto", "step_0", "the loss is 0.5"),
         ("grpo k2", "kl", "behaves like k2: its expected gradient is that of KL(policy || ref)"),
         ("grpo k3_ratio", "kl", "behaves like ratio-weighted k3"),
         ("grpo k1_reward", "kl", "behaves like k1 as a reward penalty"),
@@ -921,6 +938,7 @@ COMMANDS = {
     "recipes.dpo": 0,
     "recipes/dpo.py --beta 0.5": 0,
     "recipes/dpo.py --loss rpo": 0,
+    "recipes/kto.py --undesirable_weight 1.3": 0,
     "recipes/grpo.py:grpo_loss": 0,
     "recipes/grpo.py --kl_estimator k1_no_regularisation": 1,
     "recipes/grpo.py --group_size=6 --clip=(0.9,1.3)": 0,
@@ -1110,6 +1128,32 @@ def test_a_reference_without_effect_is_a_note() -> None:
     notes = [f.what for f in report.findings if f.check == "step_0"]
     assert notes == ["ref_logprobs is read but without effect (a loss without reference?)"]
     assert "step_0" in {f.check for f in examine(RECIPES["dpo"]).findings if f.status == "ok"}
+
+
+OWN_DATA = """
+from cookbook_core import datum_from_prompt_completion, weighted_sums, with_inputs
+def table_loss(data, logprobs):
+    table = [d.loss_fn_inputs["table"].to_torch()[2] for d in data]  # (3,), not one per token
+    return -sum(t * s for t, s in zip(table, weighted_sums(data, logprobs))) / len(data), {}
+def example_data():
+    return [
+        with_inputs(datum_from_prompt_completion([1], [2, 3 + i]), table=[1.0, 2.0, 3.0 + i])
+        for i in range(4)
+    ]
+"""
+
+
+def test_a_file_can_bring_its_own_example_data(tmp_path: Path, capsys: Any) -> None:
+    """An input whose shape no name tells: examined on the file's datums, not on made ones."""
+    file = tmp_path / "mine.py"
+    file.write_text(OWN_DATA, encoding="utf-8")
+    assert main([str(file)]) == 0
+    assert "table_loss on 4 datums; it reads table" in capsys.readouterr().out
+    file.write_text(OWN_DATA.replace("range(4)", "rang(4)"), encoding="utf-8")
+    assert main([str(file)]) == 2
+    error = capsys.readouterr().err
+    assert "example_data(): failed" in error
+    assert "name 'rang' is not defined" in error
 
 
 def test_a_flag_that_config_lacks_is_a_note_after_a_pass(tmp_path: Path, capsys: Any) -> None:

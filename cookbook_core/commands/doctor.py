@@ -1,7 +1,9 @@
 """`cookbook doctor my_dpo.py:my_loss`: examine a loss on example datums.
 
-The file is imported, nothing in it is trained, and no model is loaded. Further arguments of the
-loss come from flags (--beta 0.1), else from the defaults of the file's Config, else from its own.
+The file is imported, nothing in it is trained, and no model is loaded. The datums come from its
+function example_data(), which takes no arguments, else they are made from what the loss reads.
+Further arguments of the loss come from flags (--beta 0.1), else from the defaults of the file's
+Config, else from its own.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from cookbook_core.custom_loss import LossFn, name_of
 from cookbook_core.doctor import Finding, Report, examine
 from cookbook_core.errors import ConfigError, nearest
 from cookbook_core.runs.config import without_bool_values
+from cookbook_core.types import Datum
 
 
 def examine_file(
@@ -46,7 +49,8 @@ def examine_file(
     flags = parse_flags(words, booleans(loss_fn, module))
     loss_fn, config = bind(loss_fn, module, flags)
     size = getattr(config, "group_size", 1)
-    report = examine(loss_fn, loss_type_input=loss_type_input, group_size=size)
+    data = _example_data(module)
+    report = examine(loss_fn, data, loss_type_input=loss_type_input, group_size=size)
     new = [flag for flag in flags if config is not None and not hasattr(config, flag)]
     if report.ok and new:
         what = f"{', '.join(new)}: no field of Config yet"
@@ -54,6 +58,21 @@ def examine_file(
         note = Finding("config", "note", what, fix=fix)
         report = dataclasses.replace(report, findings=(*report.findings, note))
     return report
+
+
+def _example_data(module: ModuleType) -> list[Datum] | None:
+    """The datums of the file's own `example_data()`; None where it has no such function.
+
+    Raises:
+        ConfigError: it raised.
+    """
+    make = getattr(module, "example_data", None)
+    try:
+        return make() if callable(make) else None
+    except Exception as error:
+        where, got = f"{module.__name__}.example_data()", f"{type(error).__name__}: {error}"
+        fix = "It takes no arguments and returns datums that the loss runs on."
+        raise ConfigError(where, "failed", got=got, fix=fix) from error
 
 
 def load(target: str, choice: str = "") -> tuple[LossFn, ModuleType]:

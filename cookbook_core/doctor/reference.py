@@ -55,6 +55,20 @@ def sign(case: Case) -> list[Finding]:
             rule = "sum(gradient * advantages) < 0"
             return [defect("sign", case.where, what, rule, f"{pull:+.3g}", fix)]
         return [Finding("sign", "ok", "descent lifts tokens with a positive advantage")]
+    if keys := case.keys("desirable"):
+        values = [datum.loss_fn_inputs[keys[0]].to_torch().any() for datum in case.data]
+        good, bad = (
+            sum(s for s, on in zip(sums, values, strict=True) if bool(on) == side)
+            for side in (True, False)
+        )
+        if good > 0 or bad < 0:
+            what = "descent makes good answers less likely or bad ones likelier"
+            fix = (
+                f'"{keys[0]}" is 1 on good answers: beta * (r - z0) there, its negative elsewhere.'
+            )
+            rule, got = "gradient < 0 on good, > 0 on bad", f"{good:+.3g} and {bad:+.3g}"
+            return [defect("sign", case.where, what, rule, got, fix)]
+        return [Finding("sign", "ok", "descent lifts good answers and lowers bad ones")]
     return _all_one_way(case, sums)
 
 
@@ -228,8 +242,8 @@ def kl(case: Case) -> list[Finding]:
     """
     import torch
 
-    if not case.keys("reference") or is_pairwise(case):
-        return []
+    if not case.keys("reference") or is_pairwise(case) or case.keys("desirable"):
+        return []  # a preference loss: its gradient is not 0 at the reference
     if not case.exact:
         return [not_checked("kl", "the loss takes float32 logprobs alone")]
     if any(lp.dim() != 1 for lp in case.logprobs):
