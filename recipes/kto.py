@@ -27,9 +27,9 @@ drawn at random. With pairs of your own, DPO learns more from the same rows.
     python -m recipes.kto --model Qwen/Qwen3-0.6B --dataset my_thumbs.jsonl
     python -m recipes.kto --shuffle_labels      # the null: nothing to learn
 
-What you should see: loss from 0.5 (exactly) to about 0.4; held-out AUC, the share of (good, bad)
-couples whose good answer has the larger r, from 0.5 (all ties) to above 0.95. With --shuffle_labels
-it stays near 0.5. More steps overfit: AUC falls again while the training loss goes on falling.
+What you should see: held-out AUC, the share of (good, bad) couples whose good answer has the larger
+r, from 0.5 (all ties) to above 0.95; with --shuffle_labels it stays near 0.5. The loss is no guide:
+it starts at exactly 0.5 and moves by less than 0.01, because z0 rises with r.
 """
 
 import random

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cookbook_core.chat.conversations import check_messages
+from cookbook_core.data.files import Row
 from cookbook_core.data.rows import PlacedRow, naming
 from cookbook_core.errors import DataError
 
@@ -72,7 +73,7 @@ def _check_prompt(prompt: Any, shared: list[dict[str, Any]]) -> None:
         raise DataError("prompt", what, expected="one of those turns", got=repr(prompt), fix=fix)
 
 
-def labelled(rows: Sequence[Mapping[str, Any]], seed: int) -> list[PlacedRow]:
+def labelled(rows: Sequence[Mapping[str, Any]], seed: int) -> list[Row]:
     """Bring rows into the form prompt, completion, label, with a label that is True where good.
 
     Args:
@@ -85,7 +86,8 @@ def labelled(rows: Sequence[Mapping[str, Any]], seed: int) -> list[PlacedRow]:
         DataError: a label that is none of these, labels that are all one kind, or a pair that
             `split_pair` refuses; names the row.
     """
-    draw, made = random.Random(seed), []
+    draw = random.Random(seed)
+    made: list[Row] = []
     for row in rows:
         with naming(row):
             if "label" in row:
@@ -102,8 +104,8 @@ def labelled(rows: Sequence[Mapping[str, Any]], seed: int) -> list[PlacedRow]:
         made.append(PlacedRow(getattr(row, "where", ""), values))
     kinds = {row["label"] for row in made}
     if len(kinds) == 1:
-        ends = [f"{row.where}, " if row.where else "" for row in (made[0], made[-1])]
-        where = f"{ends[0].removesuffix(', ')} to {ends[1]}column label" if ends[0] else "label"
+        first, last = (getattr(row, "where", "") for row in (rows[0], rows[-1]))
+        where = f"{first} to {last}, column label" if first else "label"
         got, fix = f"{len(made)} x {kinds.pop()}", "Add rows of the other kind; or use recipes/sft."
         what, rule = "the same in all rows", "good and bad answers"
         raise DataError(where, what, expected=rule, got=got, fix=fix)

@@ -66,7 +66,7 @@ def _example_data(module: ModuleType) -> list[Datum] | None:
     Raises:
         ConfigError: it raised.
     """
-    make = getattr(module, "example_data", None)
+    make: Any = getattr(module, "example_data", None)
     try:
         return make() if callable(make) else None
     except Exception as error:
