@@ -34,7 +34,7 @@ def failing(grad: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("the backward broke")
 
 
-def poisoned(self: Scorer, batch: Any) -> list[torch.Tensor]:
+def poisoned(self: Scorer, batch: Any) -> torch.Tensor:
     tokens = {token for datum in batch.data for token in datum.model_input.to_ints()}
     if FAILS in tokens:
         raise RuntimeError("the forward broke")
@@ -42,8 +42,7 @@ def poisoned(self: Scorer, batch: Any) -> list[torch.Tensor]:
         raise torch.OutOfMemoryError("out of memory")
     found = score_batch(self, batch)
     if FAILS_BACKWARD in tokens and torch.is_grad_enabled():
-        for lp in found:
-            lp.register_hook(failing)
+        found.register_hook(failing)
     return found
 
 

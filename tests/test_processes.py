@@ -328,8 +328,7 @@ def test_a_failure_here_ends_the_request_there(
 
     def broken_later(batch: Any) -> Any:
         found = score_batch(batch)
-        for lp in found:
-            lp.register_hook(follower.failing)
+        found.register_hook(follower.failing)
         return found
 
     for kind in (broken, broken_later):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cookbook_core import weighted_sums, with_inputs
+from cookbook_core.backend.local.scoring import attention, packing_check
+from cookbook_core.backend.local.scoring.scorer import Scorer
 from cookbook_core.tinker import (
     AdamParams,
     Datum,
@@ -292,3 +295,133 @@ def test_gradients_of_a_bfloat16_model_point_the_right_way(
         client.forward_backward(random_data(8), "cross_entropy").result(SECONDS)
         grads.append(torch.cat([g.flatten() for g in take_gradient(client).values()]))
     assert float(torch.nn.functional.cosine_similarity(*grads, dim=0)) > 0.99
+
+
+# ---- the check of packed rows -------------------------------------------------------------------
+
+
+def deep_model(device_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """28 layers in bfloat16, weights four times as large as they start: rounding adds up."""
+    config = AutoConfig.for_model(
+        "qwen3",
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=28,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data.mul_(4)
+    if device_blocks:
+        monkeypatch.setattr(packing_check, "SHORT", packing_check.LONG)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("device_blocks", [False, True])
+def test_rounding_in_a_deep_model_does_not_count_against_packing(
+    device_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a bound on the largest difference refused deep models in bfloat16."""
+    model = deep_model(device_blocks, monkeypatch)
+    ratios: list[float] = []
+    rms_ratio = packing_check.rms_ratio
+
+    def noted(*tensors: torch.Tensor) -> float:
+        ratios.append(rms_ratio(*tensors))
+        return ratios[-1]
+
+    monkeypatch.setattr(packing_check, "rms_ratio", noted)
+    scorer = Scorer(model, torch.device("cpu"))
+    assert scorer.packs
+    assert max(ratios) > 1e-3, "there is rounding to tolerate"
+
+
+class WrongBackward(torch.autograd.Function):
+    """The identity, whose gradient is halved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0] / 2
+
+
+class NoBackward(WrongBackward):
+    """As a kernel that needs more shared memory than the device has."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "out of resource: shared memory, Required: 114688, Hardware limit: 101376"
+        )
+
+
+def window_ignored(*args: Any, **options: Any) -> Any:
+    return attention.packed_attention(*args, **{**options, "sliding_window": None})
+
+
+def prefix_unseen(*args: Any, layout: Any, **options: Any) -> Any:
+    alone = [replace(s, above=(), subtree_stop=s.stop) for s in layout.segments]
+    return attention.packed_attention(*args, layout=replace(layout, segments=alone), **options)
+
+
+def through(function: Any) -> Any:
+    def wrong(*args: Any, **options: Any) -> Any:
+        out, _ = attention.packed_attention(*args, **options)
+        return function.apply(out), None
+
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (window_ignored, "hidden states differ by"),
+        (prefix_unseen, "hidden states differ by"),
+        (through(WrongBackward), "gradients differ by"),
+        (through(NoBackward), "RuntimeError: out of resource: shared memory"),
+    ],
+    ids=["window ignored", "prefix unseen", "wrong backward", "no backward"],
+)
+def test_a_wrong_attention_is_found_out(
+    wrong: Any,
+    reason: str,
+    dtype: torch.dtype,
+    model_folder: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Bug: the check had no gradient: a backward that failed surfaced in the first step."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder("mistral"), dtype=dtype)
+    model.eval().requires_grad_(False)
+    assert Scorer(model, torch.device("cpu")).packs
+    assert not caplog.records
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, wrong)
+    assert not Scorer(model, torch.device("cpu")).packs
+    (record,) = caplog.records
+    assert "MistralForCausalLM" in record.getMessage()
+    assert f"on cpu ({reason}" in record.getMessage()
+
+
+def test_running_out_of_memory_does_not_decide_how_a_model_is_scored(
+    model_folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded rows differ from packed ones in last bits: free memory must not choose."""
+
+    def full(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder("qwen3")).eval()
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Scorer(model, torch.device("cpu"))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from cookbook_core.backend.local.scoring.loss_operands import OperandsFollow
 from cookbook_core.backend.local.scoring.vocab_logprobs import VocabLogprobs
-from cookbook_core.errors import ConfigError, DatumError, LossError
+from cookbook_core.errors import ConfigError, DatumError, LossError, RequestError
 from cookbook_core.tinker import Datum, ServiceClient, TrainingClient
 from tests.oracles.logprobs import (
     adapter_of,
@@ -208,6 +209,92 @@ def test_an_entropy_bonus_against_plain_autograd(
     }
     assert found.result().loss == pytest.approx(loss.item(), rel=1e-12)
     assert_close(take_gradient(client), expected, 1e-9)
+
+
+# ---- operands on two devices --------------------------------------------------------------------
+
+META = torch.device("meta")
+
+
+def on_meta(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, device="meta", requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("use", "shape"),
+    [
+        (lambda x: torch.ones(6, 9) * x, (6, 9)),
+        (lambda x: x.gather(1, torch.zeros(6, 2, dtype=torch.long)), (6, 2)),
+        (lambda x: torch.nn.functional.cross_entropy(x, torch.zeros(6, dtype=torch.long)), ()),
+        (lambda x: torch.where(torch.ones(6, 9) > 0, x, torch.zeros(6, 9)), (6, 9)),
+        (lambda x: torch.stack([x[0], torch.ones(9)]), (2, 9)),
+        (lambda x: torch.cat((torch.ones(1, 9), x)), (7, 9)),
+        (lambda x: torch.nn.functional.kl_div(input=x, target=torch.ones(6, 9)), ()),
+        (lambda x: x * 0.5 + torch.tensor(3.0), (6, 9)),
+    ],
+)
+def test_operands_of_the_cpu_follow_the_logprobs_to_the_device(use: Any, shape: Any) -> None:
+    """A stand-in without values, as there is no accelerator; the whole path, lazy rows included."""
+    lazy = VocabLogprobs(on_meta(6, 4), lambda h: h @ torch.empty(4, 9, device="meta"), 9)
+    plain = on_meta(6, 9)
+    with OperandsFollow(META):
+        for x in (lazy, plain):
+            out = use(x)
+            assert (tuple(out.shape), out.device, out.requires_grad) == (shape, META, True)
+
+
+def test_without_it_torch_refuses() -> None:
+    with pytest.raises(RuntimeError, match="device"):
+        torch.ones(6, 9) * on_meta(6, 9)
+
+
+def test_an_operation_in_place_stays_where_its_tensor_is() -> None:
+    index = torch.zeros(6, dtype=torch.long)
+    with OperandsFollow(META):
+        total = torch.empty(6, device="meta")
+        assert total.add_(torch.ones(6)) is total
+        total += torch.ones(6)
+        total[index > 0] = torch.ones(6)
+        assert total.device == META
+
+
+def test_errors_of_another_kind_are_as_torch_raises_them() -> None:
+    with OperandsFollow(META):
+        with pytest.raises(RuntimeError, match="must match the size"):
+            torch.ones(3) + torch.ones(4)
+        with pytest.raises(IndexError, match="out of bounds"):
+            torch.ones(3)[5]
+        with pytest.raises(TypeError, match="argument"):
+            torch.softmax()
+        assert torch.ones(2).numpy().tolist() == [1.0, 1.0]
+
+
+def test_a_loss_that_runs_out_of_memory_says_so(
+    make_service, model_folder, random_data, caplog
+) -> None:
+    """Not as a fault of the loss; nothing is accumulated, and fewer graphs are kept later."""
+    client = connect(make_service, model_folder("qwen3"), False, "float32")
+    data, engine = candidates(random_data), engine_of(client)
+    calls: list[int] = []
+
+    def hungry(data: list[Datum], logprobs: list[Any]) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee docs.")
+        return indexed_loss(data, logprobs)
+
+    form = "vocab_logprobs"
+    engine.limits.graph_tokens = 10**9
+    with pytest.raises(RequestError) as error:
+        client.forward_backward_custom(data, hungry, loss_type_input=form).result(SECONDS)
+    assert str(error.value).startswith("hungry(): ran out of memory. Expected a loss whose tensors")
+    assert "got CUDA out of memory. Tried to allocate 9 GiB. Nothing was" in str(error.value)
+    assert len(calls) == 1
+    assert adapter_of(client).grads is None
+    longest = max(d.model_input.length for d in data)
+    assert engine.limits.limits(longest).graph_tokens < sum(d.model_input.length for d in data)
+    client.forward_backward_custom(data, hungry, loss_type_input=form).result(SECONDS)
+    assert len(take_gradient(client)) > 0
 
 
 # ---- errors -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -18,9 +19,10 @@ import torch
 
 from cookbook_core.backend.local.model.adapters import Adapter, AdapterBank
 from cookbook_core.backend.local.model.loading import BaseModel
-from cookbook_core.backend.local.model.memory import total_bytes
+from cookbook_core.backend.local.model.memory import is_out_of_memory, total_bytes
 from cookbook_core.backend.local.sampling.sampler import TOKEN_BUDGET, sample_batch
 from cookbook_core.backend.local.scoring.backward import BatchScores, ScoredBatch
+from cookbook_core.backend.local.scoring.loss_operands import OperandsFollow
 from cookbook_core.backend.local.scoring.memory_limits import MemoryLimits
 from cookbook_core.backend.local.scoring.scorer import Scorer
 from cookbook_core.backend.sampling_requests import SampleRequest
@@ -32,6 +34,7 @@ from cookbook_core.custom_loss import (
     evaluate,
     merge_metrics,
 )
+from cookbook_core.errors import LossError, RequestError
 from cookbook_core.types import Datum, ForwardBackwardOutput, SampleResponse, TensorData
 
 MERGE_FROM = 16
@@ -58,9 +61,10 @@ class Engine:
     ) -> ForwardBackwardOutput:
         """Accumulate the gradient of `loss_fn`; on any error nothing is accumulated."""
         with self.score_with_graph(adapter, data, loss_type_input) as scored:
-            result = differentiate(
-                loss_fn, data, scored.logprobs, view=scored.view, params=scored.loss_params
-            )
+            with self._in_loss(data, scored):
+                result = differentiate(
+                    loss_fn, data, scored.logprobs, view=scored.view, params=scored.loss_params
+                )
             grads = _sum(scored.pull_back(result.grads), result.param_grads)
         tokens = sum(datum.model_input.length for datum in data)
         backend_metrics = {"passes": float(scored.passes), "tokens": float(tokens)}
@@ -68,6 +72,34 @@ class Engine:
         output = _output(logprobs, result, backend_metrics)  # refuses reserved metric names
         adapter.accumulate(grads)
         return output
+
+    @contextmanager
+    def _in_loss(self, data: Sequence[Datum], scored: BatchScores) -> Iterator[None]:
+        """Inside, the loss runs.
+
+        Raises:
+            RequestError: it ran out of memory. It runs once, so this is not for us to repeat.
+        """
+        device = self.base.device
+        follow = OperandsFollow(device) if scored.view and device.type != "cpu" else None
+        try:
+            with follow or contextlib.nullcontext():
+                yield
+        except LossError as error:
+            cause = error.__cause__
+            if cause is None or not is_out_of_memory(cause):
+                raise
+            for each in (cause, error):
+                traceback.clear_frames(each.__traceback__)  # they reference the loss's tensors
+            self.limits.keep_fewer(data, scored.limits)
+            raise RequestError(
+                error.where,
+                "ran out of memory",
+                expected=f"a loss whose tensors fit into the memory of {device} beside the graph",
+                got=str(cause).partition("\n")[0],
+                fix="Nothing was accumulated. Call again (fewer graphs will be kept), pass fewer "
+                "datums, or index fewer rows of the vocabulary.",
+            ) from cause
 
     @contextmanager
     def score_with_graph(
@@ -115,13 +147,12 @@ class Engine:
         Returns:
             D tensors `(N,)` or `(N, K)`, nats, float32 or better, on the CPU.
         """
-        with self.bank.active(adapter), torch.no_grad():
-            scored = self.limits.fit(
+        with self.bank.active(adapter):
+            return self.limits.fit(
                 data,
                 lambda limits: self.scorer.score(data, limits.micro_batch_tokens),
                 datum_indices,
             )
-            return [lp.cpu() for lp in scored]
 
     def compute_logprobs(
         self, adapter: Adapter | None, data: Sequence[Datum]

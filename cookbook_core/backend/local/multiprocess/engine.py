@@ -204,6 +204,7 @@ class SharedScores:
         self._own, self._shares, self._request, self._group = own, shares, request, group
         self._device = device
         self.view, self.loss_params, self.passes = own.view, own.loss_params, own.passes
+        self.limits = own.limits
         answers = [[self._like_own(t) for t in answer.tensors] for answer in request.answers()]
         self.logprobs = _in_order(shares, [own.logprobs, *answers])
 

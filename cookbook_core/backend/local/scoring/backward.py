@@ -8,8 +8,14 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from cookbook_core.backend.local.scoring.memory_limits import Limits, MemoryLimits
-from cookbook_core.backend.local.scoring.scorer import MicroBatch, Scorer, in_order
+from cookbook_core.backend.local.scoring.memory_limits import Graph, Limits, MemoryLimits
+from cookbook_core.backend.local.scoring.micro_batches import MicroBatch
+from cookbook_core.backend.local.scoring.scorer import (
+    Scorer,
+    in_order,
+    logprob_cotangents,
+    logprobs_of_data,
+)
 from cookbook_core.backend.local.scoring.vocab_logprobs import VocabLogprobs
 from cookbook_core.custom_loss import LossTypeInput
 from cookbook_core.types import Datum
@@ -21,6 +27,7 @@ class BatchScores(Protocol):
     """A scored batch whose gradient can be pulled back; see `ScoredBatch` for the attributes."""
 
     logprobs: list[torch.Tensor]
+    limits: Limits
     view: View | None
     loss_params: list[torch.Tensor]
     passes: int
@@ -39,7 +46,7 @@ class ScoredBatch:
 
     Args:
         scorer: scores micro-batches.
-        memory: decides how many graphs are kept.
+        memory: decides which graphs are kept.
         data: D checked datums.
         params: parameters to differentiate.
         loss_type_input: "logprobs", or "vocab_logprobs".
@@ -48,6 +55,7 @@ class ScoredBatch:
         logprobs: D detached tensors. For "logprobs" those of the target tokens, `(N,)` or `(N, K)`,
             nats, on the CPU. For "vocab_logprobs" hidden states `(N, H)` on the device; `view`
             makes logprobs `(N, V)` of them.
+        limits: those that the batch was scored with.
         view: see `logprobs`; None for "logprobs".
         loss_params: parameters that the loss depends on through `view`: a trained unembedding.
         passes: 1, or 2 where a micro-batch was scored twice.
@@ -66,14 +74,14 @@ class ScoredBatch:
         self._data, self._params, self._datum_indices = data, params, datum_indices
         self._batches: list[MicroBatch] = []
         self._micro_batch_tokens = 0
-        self._graphs: dict[int, list[torch.Tensor]] = {}
+        self._graphs: dict[int, torch.Tensor] = {}
         """By number of the micro-batch, scores with their graph."""
         self._whole_vocabulary = loss_type_input == "vocab_logprobs"
         self.passes = 1
         self.view: View | None = self._view if self._whole_vocabulary else None
         self.loss_params = list(params) if self._whole_vocabulary else []
-        scores = memory.fit(data, self._score_all, datum_indices, keeps_graphs=True)
-        self.logprobs = scores if self._whole_vocabulary else [lp.cpu() for lp in scores]
+        self.limits = memory.limits(max(datum.model_input.length for datum in data), params)
+        self.logprobs = self._fit(self._score_all)
 
     def pull_back(self, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Compute d loss / d params from d loss / d logprobs; uses the graphs up.
@@ -84,41 +92,53 @@ class ScoredBatch:
         Returns:
             One tensor per parameter, in its shape.
         """
-        run = partial(self._pull_back_all, grads)
-        return self._memory.fit(self._data, run, self._datum_indices, keeps_graphs=True)
+        return self._fit(partial(self._pull_back_all, grads))
+
+    def _fit(self, run: Callable[[Limits], list[torch.Tensor]]) -> list[torch.Tensor]:
+        # free memory is asked for once, before the first graph takes some of it
+        indices, params = self._datum_indices, self._params
+        return self._memory.fit(self._data, run, indices, params, self.limits)
 
     def _score_all(self, limits: Limits) -> list[torch.Tensor]:
         """Detached scores in the order of the data; the graphs that fit are kept."""
-        self._graphs = {}
+        self.limits, self._graphs = limits, {}
         batches = self._micro_batches(limits)
-        kept = limits.count_kept(batches)
-        self.passes = 1 if kept == len(batches) else 2
-        scored = []
-        for number, batch in enumerate(batches):
-            with torch.set_grad_enabled(number < kept):
-                scores = self._score(batch, limits)
-            if number < kept:
-                self._graphs[number] = scores
-            scored.append((batch, [s.detach() for s in scores]))
-        return in_order(scored)
+        plan = self._memory.plan(batches, limits)
+        self.passes = 2 if None in plan else 1
+        scores = []
+        for number, (batch, graph) in enumerate(zip(batches, plan, strict=True)):
+            own = self._score(batch, graph)
+            if graph is not None:
+                self._graphs[number] = own
+            scores.append(own.detach())
+        if not self._whole_vocabulary:
+            return logprobs_of_data(batches, scores)
+        pairs = zip(batches, scores, strict=True)
+        return in_order(batches, [self._scorer.hidden_of_data(b, own) for b, own in pairs])
 
     def _pull_back_all(self, grads: Sequence[torch.Tensor], limits: Limits) -> list[torch.Tensor]:
         batches = self._micro_batches(limits)
         graphs, self._graphs = self._graphs, {}  # released even if this attempt fails
-        total = [torch.zeros_like(p) for p in self._params]
+        cotangents = None
+        if not self._whole_vocabulary:
+            cotangents = logprob_cotangents(batches, grads, self._scorer.device)
+        totals: list[torch.Tensor | None] = [None] * len(self._params)
         for number, batch in enumerate(batches):
             scores = graphs.pop(number, None)
             if scores is None:
                 self.passes = 2
-                with torch.enable_grad():
-                    scores = self._score(batch, limits)
-            cotangents = [grads[i].to(s) for i, s in zip(batch.indices, scores, strict=True)]
-            own = torch.autograd.grad(scores, self._params, cotangents, allow_unused=True)
+                scores = self._score(batch, self._memory.graph_alone(batch, limits))
+            if cotangents is None:
+                own = self._scorer.hidden_cotangent(batch, [grads[i] for i in batch.indices])
+            else:
+                own = cotangents[number]
+            parts = torch.autograd.grad(scores, self._params, own, allow_unused=True)
             del scores
-            for whole, part in zip(total, own, strict=True):
-                if part is not None:
-                    whole += part
-        return total
+            _add(totals, parts)
+        return [
+            torch.zeros_like(p) if t is None else t
+            for t, p in zip(totals, self._params, strict=True)
+        ]
 
     def _micro_batches(self, limits: Limits) -> list[MicroBatch]:
         if limits.micro_batch_tokens != self._micro_batch_tokens:
@@ -127,9 +147,9 @@ class ScoredBatch:
             self._graphs = {}
         return self._batches
 
-    def _score(self, batch: MicroBatch, limits: Limits) -> list[torch.Tensor]:
+    def _score(self, batch: MicroBatch, graph: Graph | None) -> torch.Tensor:
         score = self._scorer.hidden_batch if self._whole_vocabulary else self._scorer.score_batch
-        with self._memory.recomputing(batch, limits):
+        with self._memory.making(graph, batch, self._params):
             return score(batch)
 
     def _view(self, hidden: torch.Tensor) -> VocabLogprobs:
@@ -137,4 +157,19 @@ class ScoredBatch:
         return VocabLogprobs(hidden, self._vocab_logprobs, vocab_size)
 
     def _vocab_logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._scorer.vocab_logprobs(hidden).cpu()
+        rows = self._scorer.vocab_logprobs(hidden)
+        # a Mac's CPU shares the memory, and mps lacks the float64 of other operands
+        return rows.cpu() if rows.device.type == "mps" else rows
+
+
+def _add(totals: list[torch.Tensor | None], parts: Sequence[torch.Tensor | None]) -> None:
+    """Add a micro-batch's gradients to the sums so far, in place; None is zero."""
+    sums, more = [], []
+    for i, (total, part) in enumerate(zip(totals, parts, strict=True)):
+        if total is None:
+            totals[i] = part
+        elif part is not None:
+            sums.append(total)
+            more.append(part)
+    if sums:
+        torch._foreach_add_(sums, more)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,35 +1,54 @@
 """Memory limits: which graphs are kept, which layers recomputed, what changes after running out.
 
-Two measures leave every result as it is, to the bit: a micro-batch whose graph is not kept is
-scored a second time in the backward (`backward.ScoredBatch`), and one whose graph does not fit by
-itself has its layers recomputed there (gradient checkpointing). They follow free memory. The size
-of a micro-batch moves last bits, since matrix products of another shape round differently: it is a
-constant of the device, and halved, with a warning, only where nothing else helps.
+Of each micro-batch the whole graph is kept, or a checkpointed one (the inputs of the layers, which
+are computed again in the backward), or none, and then the micro-batch is scored again in the
+backward. Results are the same to the bit, so this follows free memory. The size of a micro-batch
+moves last bits, since matrix products of another shape round differently: it is a function of the
+model, the device and its total memory, and halved, with a warning, only where nothing else helps.
+
+After running out of memory fewer graphs are kept; after some batches that succeed, more again. A
+halved micro-batch stays halved as long as the engine lives: to double it again would move last bits
+a second time, at a moment that depends on the memory's state.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cookbook_core.backend.local.model.loading import BaseModel
-from cookbook_core.backend.local.model.memory import one_pass_tokens
-from cookbook_core.backend.local.scoring.scorer import MicroBatch, Scorer
+from cookbook_core.backend.local.model.memory import (
+    GraphBytes,
+    count_graph_bytes,
+    estimate_graph_bytes,
+    is_out_of_memory,
+    release_cached,
+    tokens_that_fit,
+)
+from cookbook_core.backend.local.scoring.micro_batches import MicroBatch
+from cookbook_core.backend.local.scoring.scorer import Scorer
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.types import Datum
 
 T = TypeVar("T")
 
 MODES = ("auto", "on", "off")
+PATIENCE = 32
+"""Successful batches after which more graphs are kept again; twice as many after each failure."""
+GROWTH = 4
+"""A graph is counted again for a micro-batch this many times larger than the one counted last."""
+
+Graph: TypeAlias = Literal["whole", "checkpointed"]
+"""What is kept of a micro-batch's graph."""
 
 log = logging.getLogger(__name__)
 
@@ -45,18 +64,31 @@ def check_mode(mode: str) -> None:
 class Limits:
     """How much of a batch is in memory at a time, in tokens.
 
-    graph_tokens: most tokens whose graphs are kept between forward and backward, over all
+    graph_tokens: most tokens whose whole graphs are kept between forward and backward, over all
         micro-batches.
     micro_batch_tokens: most tokens per forward.
+    checkpointed: memory of a token's checkpointed graph, as a share of its whole graph.
     """
 
     graph_tokens: int
     micro_batch_tokens: int
+    checkpointed: float = 1.0
 
-    def count_kept(self, batches: Sequence[MicroBatch]) -> int:
-        """How many of the micro-batches, from the first on, have graphs that fit together."""
-        total = itertools.accumulate(batch.tokens for batch in batches)
-        return sum(1 for tokens in total if tokens <= self.graph_tokens)
+
+@dataclass
+class _Lowered:
+    """Limits after running out of memory.
+
+    graph_tokens: one limit lower than the other; the last applies.
+    micro_batch_tokens: None: as the scorer's.
+    successes: batches since the last change.
+    patience: successes after which the last of `graph_tokens` is taken off.
+    """
+
+    graph_tokens: list[int] = field(default_factory=list)
+    micro_batch_tokens: int | None = None
+    successes: int = 0
+    patience: int = PATIENCE
 
 
 class MemoryLimits:
@@ -65,37 +97,94 @@ class MemoryLimits:
     Args:
         base: the model.
         scorer: makes the micro-batches.
-        mode: gradient checkpointing: "on", "off", or "auto", for micro-batches whose graph does
-            not fit into free memory.
+        mode: gradient checkpointing: "on", "off", or "auto", for micro-batches whose whole graph
+            does not fit into free memory.
     """
 
     def __init__(self, base: BaseModel, scorer: Scorer, mode: str = "auto") -> None:
         self.base, self.scorer, self.mode = base, scorer, mode
         self.graph_tokens: int | None = None
         """See `Limits`; None takes what fits into free memory at each call."""
-        self._lowered: dict[int, Limits] = {}
-        """After running out of memory: limits by the length of the longest datum then."""
+        self._lowered: dict[int, _Lowered] = {}
+        """After running out of memory, by the length of the longest datum then."""
+        self._counted: dict[tuple[tuple[int, ...], Graph], tuple[int, float]] = {}
+        """By parameters and graph: tokens of the micro-batch counted, and bytes per token."""
+        layers = [m for m in base.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self._recomputes = bool(layers)
 
-    def limits(self, longest: int) -> Limits:
+    # ---- limits ----------------------------------------------------------------------------------
+
+    def limits(self, longest: int, params: Sequence[torch.Tensor] = ()) -> Limits:
         """Return the limits for a batch whose longest datum has `longest` tokens.
 
         Limits that were lowered for data of this length or shorter apply; those lowered for longer
         data do not.
+
+        Args:
+            longest: tokens.
+            params: the parameters whose gradients the batch's graphs are for.
         """
-        tokens = one_pass_tokens(self.base) if self.graph_tokens is None else self.graph_tokens
-        lowered = [limits for length, limits in self._lowered.items() if length <= longest]
+        size = self.graph_bytes(params)
+        tokens = self.graph_tokens
+        if tokens is None:
+            tokens = tokens_that_fit(self.base.device, size.whole)
+        lowered = [entry for length, entry in self._lowered.items() if length <= longest]
+        micro = self.scorer.micro_batch_tokens
         return Limits(
-            min([tokens, *(limits.graph_tokens for limits in lowered)]),
-            min([self.scorer.micro_batch_tokens, *(x.micro_batch_tokens for x in lowered)]),
+            min([tokens, *(entry.graph_tokens[-1] for entry in lowered if entry.graph_tokens)]),
+            min([micro, *(entry.micro_batch_tokens or micro for entry in lowered)]),
+            size.checkpointed / size.whole,
         )
+
+    def graph_bytes(self, params: Sequence[torch.Tensor]) -> GraphBytes:
+        """Bytes that graphs keep per token: counted, or estimated where none was kept so far."""
+        key = tuple(map(id, params))
+        estimate = estimate_graph_bytes(self.base.model)
+        whole = self._counted.get((key, "whole"), (0, estimate.whole))[1]
+        less = self._counted.get((key, "checkpointed"), (0, estimate.checkpointed))[1]
+        return GraphBytes(whole, min(less, whole))
+
+    def plan(self, batches: Sequence[MicroBatch], limits: Limits) -> list[Graph | None]:
+        """Decide what to keep of each micro-batch's graph; None: nothing.
+
+        First come checkpointed graphs of micro-batches whose whole graph does not fit by itself:
+        not kept, they would be computed three times. The rest is for the first micro-batches, whole
+        graphs before checkpointed ones.
+        """
+        large = [self.graph_alone(batch, limits) == "checkpointed" for batch in batches]
+        cost = {"whole": 1.0, "checkpointed": limits.checkpointed}
+        free = float(limits.graph_tokens)
+        plan: list[Graph | None] = [None] * len(batches)
+        for wanted in (True, False):
+            for number, batch in enumerate(batches):
+                if large[number] != wanted:
+                    continue
+                for graph in self._graphs(large[number]):
+                    if plan[number] is None and batch.tokens * cost[graph] <= free:
+                        free -= batch.tokens * cost[graph]
+                        plan[number] = graph
+        return plan
+
+    def _graphs(self, large: bool) -> Sequence[Graph]:
+        """The graphs that may be kept of a micro-batch, the best first."""
+        if self.mode == "off" or not self._recomputes:
+            return ("whole",)
+        return ("checkpointed",) if large else ("whole", "checkpointed")
+
+    def graph_alone(self, batch: MicroBatch, limits: Limits) -> Graph:
+        """The graph to make of a micro-batch while no other graph is kept."""
+        large = self.mode == "on" or (self.mode == "auto" and batch.tokens > limits.graph_tokens)
+        return "checkpointed" if large and self._recomputes else "whole"
+
+    # ---- running out of memory -------------------------------------------------------------------
 
     def fit(
         self,
         data: Sequence[Datum],
         run: Callable[[Limits], T],
         datum_indices: Sequence[int] | None = None,
-        *,
-        keeps_graphs: bool = False,
+        params: Sequence[torch.Tensor] | None = None,
+        limits: Limits | None = None,
     ) -> T:
         """`run(limits)`; where the device runs out of memory, again with lower limits.
 
@@ -103,42 +192,48 @@ class MemoryLimits:
             data: what `run` computes.
             run: the work.
             datum_indices: each datum's index in the caller's batch, for errors; None: 0 to D-1.
-            keeps_graphs: whether `run` keeps graphs, so that keeping fewer may help.
+            params: those whose gradients are computed with the graphs that `run` keeps; None: it
+                keeps none, so that keeping fewer cannot help.
+            limits: to start with; None: `self.limits`.
         Raises:
             DatumError: the longest datum does not fit by itself.
         """
         lengths = [datum.model_input.length for datum in data]
         longest = max(lengths)
-        limits = self.limits(longest)
+        limits = limits or self.limits(longest, params or ())
         before = limits
         while True:
             try:
                 result = run(limits)
                 break
-            except torch.OutOfMemoryError:
-                pass  # the traceback, which references the graphs, ends with this block
-            torch.cuda.empty_cache()  # does nothing where there is no CUDA
-            lowered = self._lower(limits, lengths, keeps_graphs)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # the traceback, which references the graphs, ended with that block
+            release_cached(self.base.device)
+            lowered = self._lower(limits, lengths, params is not None)
             if lowered is None:
                 at = lengths.index(longest)
                 raise self._too_long(datum_indices[at] if datum_indices else at, longest)
             limits = lowered
         if limits != before:
-            self._lowered[longest] = limits
+            self._keep_lowered(longest, before, limits)
+        elif params is not None:
+            self._grow(longest)
         return result
 
     def _lower(self, limits: Limits, lengths: list[int], keeps_graphs: bool) -> Limits | None:
         """The next lower limits, after a warning; None where there are none."""
-        longest, tokens = max(lengths), min(limits.graph_tokens, sum(lengths))
-        if keeps_graphs and tokens > 0:
-            fewer = tokens // 2 if tokens // 2 >= longest else 0
+        longest = max(lengths)
+        if keeps_graphs and limits.graph_tokens > 0:
+            fewer = self._fewer_graphs(limits, lengths)
             log.warning(
                 "out of memory: keeping the graphs of at most %d tokens instead of %d; the rest "
-                "is scored twice. Results are the same to the bit.",
+                "is computed twice. Results are the same to the bit.",
                 fewer,
-                tokens,
+                min(limits.graph_tokens, sum(lengths)),
             )
-            return Limits(fewer, limits.micro_batch_tokens)
+            return replace(limits, graph_tokens=fewer)
         smaller = limits.micro_batch_tokens // 2
         if smaller < longest:
             return None
@@ -148,27 +243,75 @@ class MemoryLimits:
             smaller,
             limits.micro_batch_tokens,
         )
-        return Limits(limits.graph_tokens, smaller)
+        return replace(limits, micro_batch_tokens=smaller)
+
+    def _fewer_graphs(self, limits: Limits, lengths: list[int]) -> int:
+        """The next lower limit of graph_tokens: half; all graphs checkpointed; none."""
+        longest, total = max(lengths), sum(lengths)
+        least = math.ceil(total * limits.checkpointed) if self._graphs(True) != ("whole",) else 0
+        tokens = min(limits.graph_tokens, least if self.mode == "on" else total)
+        if tokens // 2 >= longest:
+            return tokens // 2
+        return least if least < tokens else 0
+
+    def keep_fewer(self, data: Sequence[Datum], limits: Limits) -> None:
+        """Keep fewer graphs of later batches like this one: its loss ran out of memory."""
+        lengths = [datum.model_input.length for datum in data]
+        fewer = replace(limits, graph_tokens=self._fewer_graphs(limits, lengths))
+        self._keep_lowered(max(lengths), limits, fewer)
+
+    def _keep_lowered(self, longest: int, before: Limits, after: Limits) -> None:
+        """Apply lowered limits to later batches whose longest datum is of this length or longer."""
+        entry = self._lowered.setdefault(longest, _Lowered())
+        if after.micro_batch_tokens < before.micro_batch_tokens:
+            entry.micro_batch_tokens = after.micro_batch_tokens
+        if after.graph_tokens < before.graph_tokens:
+            entry.graph_tokens.append(after.graph_tokens)
+        entry.successes = 0
+
+    def _grow(self, longest: int) -> None:
+        """Count a batch that succeeded; after enough of them, keep more graphs again."""
+        for length, entry in self._lowered.items():
+            if length > longest or not entry.graph_tokens:
+                continue
+            entry.successes += 1
+            if entry.successes >= entry.patience:
+                entry.graph_tokens.pop()
+                entry.successes, entry.patience = 0, 2 * entry.patience
 
     def _too_long(self, index: int, length: int) -> DatumError:
         fix = "Shorten it, or use a smaller model or lora_rank."
         if self.mode == "off":
             fix = 'Set gradient_checkpointing="auto", or shorten it.'
+        fits = tokens_that_fit(self.base.device, self.graph_bytes(()).whole)
         return DatumError(
             f"data[{index}].model_input",
             "does not fit into memory",
-            expected=f"about {one_pass_tokens(self.base)} tokens or fewer in the memory now free",
+            expected=f"about {fits} tokens or fewer in the memory now free",
             got=length,
             fix=fix,
         )
 
+    # ---- making graphs ---------------------------------------------------------------------------
+
     @contextmanager
-    def recomputing(self, batch: MicroBatch, limits: Limits) -> Iterator[None]:
-        """Inside, the layers of a micro-batch whose graph does not fit are checkpointed."""
-        large = self.mode == "auto" and batch.tokens > limits.graph_tokens
-        on = torch.is_grad_enabled() and (large or self.mode == "on")
-        with recomputed(self.base.model, on=on):
+    def making(
+        self, graph: Graph | None, batch: MicroBatch, params: Sequence[torch.Tensor]
+    ) -> Iterator[None]:
+        """Inside, scoring a micro-batch makes this graph; its first ones are counted."""
+        model = self.base.model
+        with torch.set_grad_enabled(graph is not None), ExitStack() as stack:
+            stack.enter_context(recomputed(model, on=graph == "checkpointed"))
+            if graph is None:
+                yield
+                return
+            key = (tuple(map(id, params)), graph)
+            if batch.tokens < GROWTH * self._counted.get(key, (0, 0.0))[0]:
+                yield
+                return
+            count = stack.enter_context(count_graph_bytes(model))
             yield
+            self._counted[key] = batch.tokens, max(1, count()) / batch.tokens
 
 
 _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

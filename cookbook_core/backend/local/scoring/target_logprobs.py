@@ -18,11 +18,15 @@ backward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+from cookbook_core.backend.local.model.memory import is_out_of_memory
 
 CHUNK_ELEMENTS = 1 << 24
 """Largest number of logits alive at once where chunks are recomputed (64 MiB in float32)."""
@@ -47,6 +51,14 @@ class Head:
     def module(self) -> Any:
         """The model's output embedding as it is now, LoRA included."""
         return self.model.get_output_embeddings()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states `(N, H)` -> logits `(N, V)`, float32 or better, LoRA included."""
+        module = self.module
+        linear = _frozen_linear(module)
+        if linear is None:
+            return self.finish(at_least_float32(module(hidden)))
+        return self.finish(head_logits(hidden, linear.weight, linear.bias))
 
     def finish(self, z: torch.Tensor) -> torch.Tensor:
         """Raw logits `(..., V)` -> logits, elementwise."""
@@ -88,42 +100,124 @@ def find_head(model: Any) -> Head | None:
     return head if same else None
 
 
-def target_logprobs(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class Targets:
+    """Token ids for rows of hidden states, any number for each row, sorted by row.
+
+    ids: `(E,)` int64.
+    rows: `(E,)` int64, ascending: the row of each.
+    starts: `(N,)` int64: the first of each row's; every row has one.
+    bounds: the values of `starts`, and E, on the host.
+    """
+
+    ids: torch.Tensor
+    rows: torch.Tensor
+    starts: torch.Tensor
+    bounds: Sequence[int]
+
+    def of_rows(self, a: int, b: int) -> tuple[slice, torch.Tensor, torch.Tensor]:
+        """Where the targets of rows a to b are, their rows counted from a, and their ids."""
+        own = slice(int(self.bounds[a]), int(self.bounds[b]))
+        return own, self.rows[own] - a if a else self.rows[own], self.ids[own]
+
+
+def target_logprobs(head: Head, hidden: torch.Tensor, targets: Targets) -> torch.Tensor:
     """log p of the targets given hidden states.
 
     Args:
         head: see `find_head`.
         hidden: `(N, H)` last hidden states.
-        targets: `(N, K)` int64 token ids.
+        targets: E token ids.
     Returns:
-        `(N, K)` nats, float32 (float64 for float64 hidden states); gradient flows to `hidden` and
-        to any trained parameter of the head.
+        `(E,)` nats, float32 (float64 for float64 hidden states); gradient flows to `hidden` and to
+        any trained parameter of the head.
     """
-    module = head.module
-    frozen = getattr(module, "base_layer", module)  # below LoRA layers, active or not
-    if type(frozen) is not torch.nn.Linear or any(p.requires_grad for p in module.parameters()):
+    linear = _frozen_linear(head.module)
+    if linear is None:
         return _checkpointed(head, hidden, targets)
-    return _FrozenHead.apply(hidden, frozen.weight, frozen.bias, targets, head)
+    return _FrozenHead.apply(hidden, linear.weight, linear.bias, targets, head)
+
+
+def _frozen_linear(module: Any) -> torch.nn.Linear | None:
+    """The layer that alone computes the raw logits; None if it is trained or of another kind."""
+    linear = getattr(module, "base_layer", module)  # below LoRA layers, active or not
+    if type(linear) is not torch.nn.Linear or any(p.requires_grad for p in module.parameters()):
+        return None
+    return linear
+
+
+def head_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Raw logits z = W h + b of a linear head, float32 (float64 for float64 hidden states).
+
+    Where the device can, a product of 16-bit tensors is not rounded to 16 bits on its way to the
+    softmax: rounding a logit of 11 to bfloat16 moves logprobs by up to 2.5e-2 nats.
+
+    Args:
+        hidden: `(N, H)`; gradient flows here.
+        weight: `(V, H)`, frozen, or some of its rows.
+        bias: `(V,)`, frozen, or None.
+    Returns:
+        `(N, V)`.
+    """
+    if not _multiplies_into_float32(hidden.device, hidden.dtype):
+        return at_least_float32(torch.nn.functional.linear(hidden, weight, bias))
+    logits = _Float32Product.apply(hidden, weight)
+    return logits if bias is None else logits + bias
+
+
+class _Float32Product(torch.autograd.Function):
+    """`(N, H)`, `(V, H)` of 16 bits -> h W^T `(N, V)` in float32; W is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return _mm_into_float32(hidden, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (weight,) = ctx.saved_tensors
+        return grads[0].to(weight.dtype) @ weight, None
+
+
+def _mm_into_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+@cache
+def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has this product for the device: CUDA has, the CPU has not."""
+    if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    square = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        _mm_into_float32(square, square)
+    except (RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _rows_per_chunk(vocab_size: int) -> int:
     return max(1, CHUNK_ELEMENTS // vocab_size)
 
 
-def _checkpointed(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _checkpointed(head: Head, hidden: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Chunks of plain autograd, recomputed in the backward: exact for any head."""
-    module = head.module
 
-    def chunk(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.log_softmax(head.finish(at_least_float32(module(h))), dim=-1).gather(1, t)
+    def chunk(h: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(head.logits(h), dim=-1)[rows, ids]
 
-    n = _rows_per_chunk(module.weight.shape[0])
-    return torch.cat(
-        [
-            checkpoint(chunk, h, t, use_reentrant=False)
-            for h, t in zip(hidden.split(n), targets.split(n), strict=True)
-        ]
-    )
+    n = _rows_per_chunk(head.module.weight.shape[0])
+    pieces = []
+    for a in range(0, max(1, len(hidden)), n):
+        b = min(a + n, len(hidden))
+        pieces.append(
+            checkpoint(chunk, hidden[a:b], *targets.of_rows(a, b)[1:], use_reentrant=False)
+        )
+    return torch.cat(pieces)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -138,59 +232,78 @@ class _FrozenHead(torch.autograd.Function):
     """Target logprobs through a frozen linear head; keeps `(N, H)`, never `(N, V)`."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, head: Head) -> Any:
+    def forward(
+        ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Targets, head: Head
+    ) -> torch.Tensor:
         keep = ctx.needs_input_grad[0]
-        logprobs = torch.empty(
-            targets.shape, dtype=at_least_float32(hidden).dtype, device=hidden.device
-        )
-        slopes = torch.ones_like(logprobs)
+        dtype = at_least_float32(hidden).dtype
+        logprobs = torch.empty(targets.ids.shape, dtype=dtype, device=hidden.device)
+        slopes = torch.empty_like(logprobs)
         expected = torch.empty_like(hidden) if keep else hidden.new_empty(0)
         step = TILE.get(hidden.device.type, TILE["cuda"])[0]
         for a in range(0, len(hidden), step):
-            rows = slice(a, a + step)
-            own = _tiles(hidden[rows], weight, bias, targets[rows], head, keep)
-            logprobs[rows], slopes[rows] = own[:2]
+            b = min(a + step, len(hidden))
+            at, *own = targets.of_rows(a, b)
+            found = _tiles(hidden[a:b], weight, bias, own, head, keep)
+            logprobs[at], slopes[at] = found[:2]
             if keep:
-                expected[rows] = own[2]
-        ctx.save_for_backward(weight, targets, slopes, expected)
+                expected[a:b] = found[2]
+        ctx.save_for_backward(weight, targets.ids, targets.starts, slopes, expected)
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        weight, targets, slopes, expected = ctx.saved_tensors
+        weight, ids, starts, slopes, expected = ctx.saved_tensors
         (g,) = grads
-        g_top = (g * slopes).to(weight.dtype)
-        if targets.shape[1] == 1:
-            hidden_grad = weight[targets[:, 0]] * g_top
-        else:
-            hidden_grad = torch.einsum("nk,nkd->nd", g_top, weight[targets])
-        hidden_grad -= g.sum(1, keepdim=True).to(weight.dtype) * expected
+        # a bag is a row's targets: no (E, H) tensor, and sums in float32 on every device
+        hidden_grad = torch.nn.functional.embedding_bag(
+            ids, weight, starts, per_sample_weights=(g * slopes).to(weight.dtype), mode="sum"
+        )
+        hidden_grad -= sum_by_row(g[:, None], starts).to(weight.dtype) * expected
         return hidden_grad, None, None, None, None
+
+
+def sum_by_row(
+    values: torch.Tensor, starts: torch.Tensor, order: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum adjacent values, in their order on every device: no atomic additions.
+
+    Args:
+        values: `(E, H)`.
+        starts: `(U,)` int64: the first of each sum's values, ascending from 0.
+        order: `(E,)` int64: the values in the order that `starts` is about; None: as they are.
+    Returns:
+        `(U, H)`.
+    """
+    if order is None:
+        if len(starts) == len(values):
+            return values
+        order = torch.arange(len(values), device=values.device)
+    return torch.nn.functional.embedding_bag(order, values, starts, mode="sum")
 
 
 def _tiles(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    targets: torch.Tensor,
+    targets: Sequence[torch.Tensor],
     head: Head,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logprobs of the targets `(R, K)`, the slopes there, and e `(R, H)` if `keep`."""
+    """Logprobs of targets (rows `(E,)`, ids `(E,)`), the slopes there, and e `(R, H)` if `keep`."""
+    rows, ids = targets
     width = TILE.get(hidden.device.type, TILE["cuda"])[1]
     dtype = at_least_float32(hidden).dtype
-    top = torch.zeros(targets.shape, dtype=dtype, device=hidden.device)
+    top = torch.zeros(ids.shape, dtype=dtype, device=hidden.device)
     total = torch.zeros(len(hidden), 1, dtype=dtype, device=hidden.device)
     peak = torch.full_like(total, -torch.inf)
     expected = torch.zeros(hidden.shape if keep else (0,), dtype=dtype, device=hidden.device)
     for v in range(0, len(weight), width):
         tile = weight[v : v + width]
-        raw = torch.nn.functional.linear(
-            hidden, tile, None if bias is None else bias[v : v + width]
-        )
-        y = head.finish(at_least_float32(raw))
-        here = (targets >= v) & (targets < v + len(tile))
-        top = torch.where(here, y.gather(1, (targets - v).clamp(0, len(tile) - 1)), top)
+        raw = head_logits(hidden, tile, None if bias is None else bias[v : v + width])
+        y = head.finish(raw)
+        here = (ids >= v) & (ids < v + len(tile))
+        top = torch.where(here, y[rows, (ids - v).clamp(0, len(tile) - 1)], top)
         risen = torch.maximum(peak, y.amax(1, keepdim=True))
         shrink = (peak - risen).exp()
         peak = risen
@@ -202,9 +315,12 @@ def _tiles(
             expected.mul_(shrink)
             if tile.dtype == dtype:
                 expected.addmm_(p, tile)
+            elif _multiplies_into_float32(tile.device, tile.dtype):
+                expected.add_(_mm_into_float32(p.to(tile.dtype), tile))
             else:
                 expected.add_(p.to(tile.dtype) @ tile)
     slopes = head.slope(top)
     if not isinstance(slopes, torch.Tensor):
         slopes = torch.full_like(top, slopes)
-    return top - peak - total.log(), slopes, expected.div_(total) if keep else expected
+    logprobs = top - peak[rows, 0] - total.log()[rows, 0]
+    return logprobs, slopes, expected.div_(total) if keep else expected

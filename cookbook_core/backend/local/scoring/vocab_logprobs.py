@@ -36,6 +36,7 @@ class VocabLogprobs:
         self._hidden, self._to_logprobs = hidden, to_logprobs
         self._single: dict[int, torch.Tensor] = {}
         self.shape = torch.Size((len(hidden), vocab_size))
+        self.device = hidden.device
 
     def __len__(self) -> int:
         return len(self._hidden)

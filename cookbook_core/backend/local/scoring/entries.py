@@ -1,0 +1,93 @@
+"""Which states of a micro-batch are scored, and where the scores belong among the datums'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cookbook_core.datums import SCORE_MASK
+from cookbook_core.types import Datum
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The scores that the datums of a micro-batch want, sorted by row of the states.
+
+    A row of a shared prefix has an entry for each datum that shares it. It is computed once, and
+    as the entries of a row are adjacent, its gradient is their sum in one order on every device.
+
+    rows: `(U,)` int64, ascending, none twice: the rows that have entries.
+    starts: `(U,)` int64: the number of each row's first entry.
+    row_of: `(E,)` int64: each entry's index into `rows`.
+    targets: `(E,)` int64 token ids; empty where an entry is a whole row.
+    places: `(E,)` int64: the place of each entry among the datums' scores, flattened, in order.
+    shapes: of each datum's scores.
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+    row_of: np.ndarray
+    targets: np.ndarray
+    places: np.ndarray
+    shapes: list[tuple[int, ...]]
+
+    def spread(self, scores: torch.Tensor) -> list[torch.Tensor]:
+        """Scores `(E,)` on the CPU -> each datum's, in its shape; 0.0 where it has no entry."""
+        sizes = [int(np.prod(shape)) for shape in self.shapes]
+        flat = scores.new_zeros(sum(sizes))
+        flat[torch.from_numpy(self.places)] = scores
+        pieces = flat.split(sizes)
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    def collect(self, each: Sequence[torch.Tensor]) -> torch.Tensor:
+        """A tensor on the CPU for each datum, in the shape of its scores -> `(E,)`."""
+        return torch.cat([x.flatten() for x in each])[torch.from_numpy(self.places)]
+
+
+def target_entries(data: Sequence[Datum], rows: Sequence[torch.Tensor]) -> Entries:
+    """An entry for each target token; none where a datum's score_mask is 0.
+
+    Args:
+        data: D datums with target_tokens `(N,)` or `(N, K)`.
+        rows: of each datum `(N,)`: the row of the states of each of its positions.
+    """
+    at, targets, places, shapes, offset = [], [], [], [], 0
+    for datum, own in zip(data, rows, strict=True):
+        ids = datum.loss_fn_inputs["target_tokens"].to_numpy()
+        shapes.append(ids.shape)
+        wide = ids.reshape(len(ids), -1)
+        place = offset + np.arange(ids.size).reshape(wide.shape)
+        offset += ids.size
+        on: np.ndarray | slice = slice(None)
+        if (mask := datum.loss_fn_inputs.get(SCORE_MASK)) is not None:
+            on = mask.to_numpy() != 0
+        at.append(np.repeat(own.numpy()[on], wide.shape[1]))
+        targets.append(wide[on].flatten())
+        places.append(place[on].flatten())
+    return _sorted(np.concatenate(at), np.concatenate(targets), np.concatenate(places), shapes)
+
+
+def position_entries(rows: Sequence[torch.Tensor]) -> Entries:
+    """An entry for each position of each datum: a whole row of the states.
+
+    Args:
+        rows: as in `target_entries`.
+    """
+    at = torch.cat(list(rows)).numpy()
+    shapes = [tuple(own.shape) for own in rows]
+    return _sorted(at, np.empty(0, np.int64), np.arange(len(at)), shapes)
+
+
+def _sorted(
+    at: np.ndarray, targets: np.ndarray, places: np.ndarray, shapes: list[tuple[int, ...]]
+) -> Entries:
+    order = np.argsort(at, kind="stable")
+    at = at[order]
+    first = np.diff(at, prepend=-1) != 0
+    starts = np.flatnonzero(first)
+    row_of = np.cumsum(first) - 1
+    targets = targets[order] if len(targets) else targets
+    return Entries(at[starts], starts, row_of, targets, places[order], shapes)
