@@ -89,16 +89,23 @@ class TrainingBackend(Protocol):
     machine: dict[str, Any]
     """What results depend on besides seed and data, down to their last bits; JSON values."""
 
-    def forward(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[ForwardBackwardOutput]:
+    def forward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        loss_type_input: LossTypeInput = "logprobs",
+    ) -> Future[ForwardBackwardOutput]:
         """Compute logprobs and the loss; change neither gradients nor weights.
 
         Args:
             data: D datums with target_tokens `(N_i,)` or `(N_i, K)`, validated by the client.
             loss_fn: called one time with `data` and D logprob tensors in the shape of
                 target_tokens, in nats, on the CPU.
+            loss_type_input: as for `forward_backward`.
 
         Returns:
-            loss_fn_outputs[i]["logprobs"] in the shape of target_tokens, float32 or better;
+            loss_fn_outputs[i]["logprobs"] in the shape of target_tokens, float32 or better, none
+            for "vocab_logprobs";
             metrics "loss" and the loss's own.
 
         Raises:

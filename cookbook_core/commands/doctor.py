@@ -68,7 +68,7 @@ def _example_data(module: ModuleType) -> list[Datum] | None:
     """
     make: Any = getattr(module, "example_data", None)
     try:
-        return make() if callable(make) else None
+        return None if make is None else make()
     except Exception as error:
         where, got = f"{module.__name__}.example_data()", f"{type(error).__name__}: {error}"
         fix = "It takes no arguments and returns datums that the loss runs on."

@@ -152,8 +152,14 @@ class LocalTraining:
     def tokenizer(self) -> Any:
         return self._engine.base.tokenizer()
 
-    def forward(self, data: Sequence[Datum], loss_fn: LossFn) -> Future[ForwardBackwardOutput]:
-        return self._submit("forward", self._engine.forward, self._adapter, data, loss_fn)
+    def forward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        loss_type_input: LossTypeInput = "logprobs",
+    ) -> Future[ForwardBackwardOutput]:
+        args = self._adapter, data, loss_fn, loss_type_input
+        return self._submit("forward", self._engine.forward, *args)
 
     def forward_backward(
         self,

@@ -78,7 +78,7 @@ class ScoredBatch:
         """By number of the micro-batch, scores with their graph."""
         self._whole_vocabulary = loss_type_input == "vocab_logprobs"
         self.passes = 1
-        self.view: View | None = self._view if self._whole_vocabulary else None
+        self.view: View | None = partial(view_of, scorer) if self._whole_vocabulary else None
         self.loss_params = list(params) if self._whole_vocabulary else []
         self.limits = memory.limits(max(datum.model_input.length for datum in data), params)
         self.logprobs = self._fit(self._score_all)
@@ -152,14 +152,17 @@ class ScoredBatch:
         with self._memory.making(graph, batch, self._params):
             return score(batch)
 
-    def _view(self, hidden: torch.Tensor) -> VocabLogprobs:
-        vocab_size = self._scorer.model.get_input_embeddings().weight.shape[0]
-        return VocabLogprobs(hidden, self._vocab_logprobs, vocab_size)
 
-    def _vocab_logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = self._scorer.vocab_logprobs(hidden)
+def view_of(scorer: Scorer, hidden: torch.Tensor) -> VocabLogprobs:
+    """Hidden states of a datum `(N, H)` -> the logprobs `(N, V)` that they give, lazily by row."""
+
+    def to_logprobs(hidden: torch.Tensor) -> torch.Tensor:
+        rows = scorer.vocab_logprobs(hidden)
         # a Mac's CPU shares the memory, and mps lacks the float64 of other operands
         return rows.cpu() if rows.device.type == "mps" else rows
+
+    vocab_size = scorer.model.get_input_embeddings().weight.shape[0]
+    return VocabLogprobs(hidden, to_logprobs, vocab_size)
 
 
 def _add(totals: list[torch.Tensor | None], parts: Sequence[torch.Tensor | None]) -> None:
