@@ -146,14 +146,15 @@ def test_rows_become_datums_and_long_ones_are_counted():
 
 def test_learns_and_starts_at_the_identities(tmp_path):
     """Before the first step loss and AUC are 0.5 exactly; then good answers rise above bad ones,
-    which shuffled labels do not teach."""
+    which shuffled labels do not teach: AUC knows no size, so the size of the gap decides."""
     sizes = {"num_steps": 24, "eval_every": 24, "test_rows": 60}
     after = train(Config(**sizes, log_path=tmp_path / "run"))
     assert after["test_auc"] > 0.8
-    assert after["test_good_reward"] > after["test_bad_reward"]
+    assert after["test_good_reward"] > 0 > after["test_bad_reward"]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     untrained, first = map(json.loads, lines[:2])
     assert (untrained["test_loss"], untrained["test_auc"], untrained["test_z0"]) == (0.5, 0.5, 0.0)
     assert (first["loss"], first["auc"], first["z0"]) == (0.5, 0.5, 0.0)
     null = train(Config(**sizes, shuffle_labels=True, log_path=tmp_path / "null"))
-    assert null["test_auc"] < after["test_auc"] - 0.15
+    gaps = [each["test_good_reward"] - each["test_bad_reward"] for each in (null, after)]
+    assert abs(gaps[0]) < gaps[1] / 3
