@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 LossFn: TypeAlias = Callable[[list[Datum], "list[torch.Tensor]"], tuple[Any, Mapping[str, Any]]]
 """loss_fn(data, logprobs_list) -> (loss, metrics).
 
-logprobs_list[i]: log p of data[i]'s target_tokens in nats, same shape, `(N,)` or `(N, K)`; with
-loss_type_input="vocab_logprobs" log p of every token at every position, `(N, V)`.
+logprobs_list[i]: log p of data[i]'s target_tokens in nats, same shape, `(N,)` or `(N, K)`, on the
+CPU; with loss_type_input="vocab_logprobs" log p of every token at every position, `(N, V)`, on the
+model's device. There, other tensors that an operation needs follow from the CPU by themselves.
 loss: 0-d tensor that depends on them. metrics: floats or 0-d tensors by name.
 """
 

@@ -6,17 +6,21 @@ import logging
 import math
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from cookbook_core.backend.local.model import memory
 from cookbook_core.backend.local.scoring import memory_limits
 from cookbook_core.backend.local.scoring.memory_limits import Limits
 from cookbook_core.backend.local.scoring.micro_batches import MicroBatch
 from cookbook_core.errors import ConfigError, DatumError, RequestError
 from cookbook_core.tinker import ServiceClient, TrainingClient
+from tests.conftest import VOCAB
 from tests.oracles.logprobs import adapter_of, assert_close, engine_of, randomize, take_gradient
 from tests.test_gradient_parity import squared
 from tests.test_packing import SECONDS, family_data
@@ -158,6 +162,138 @@ def test_micro_batches_that_need_it_are_checkpointed_before_others_are_kept(
     limits.mode = "on"
     assert plan(300, 100, 100, 100) == [less, less, less]
     assert plan(29, 100, 100, 100) == [less, less, None]
+
+
+# ---- sizes --------------------------------------------------------------------------------------
+
+
+def shaped(arch: str, **sizes: int) -> Any:
+    """A model without values: shapes and dtype are what the sizes depend on."""
+    with torch.device("meta"):
+        config = AutoConfig.for_model(arch, vocab_size=1000, **sizes)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+SMALL = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+LARGE = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "device", "total", "expected"),
+    [
+        (SMALL, "cuda", 140 << 30, 16384),
+        (SMALL, "cuda", 80 << 30, 15360),
+        (LARGE, "cuda", 80 << 30, 3072),
+        (LARGE, "cuda", 24 << 30, 2048),  # checkpointed graphs, rather than tiny products
+        (LARGE, "cuda", 0, 2048),
+        (SMALL, "mps", 80 << 30, 4096),
+        (LARGE, "cpu", 80 << 30, 2048),
+    ],
+)
+def test_the_graph_of_a_micro_batch_fits(
+    sizes: dict[str, int],
+    device: str,
+    total: int,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bug: micro-batches of 16,384 tokens were above the limit of one pass on every card.
+
+    The size follows total memory, never free memory.
+    """
+    model = shaped("qwen3", num_attention_heads=32, num_key_value_heads=8, head_dim=128, **sizes)
+    monkeypatch.setattr(memory, "total_bytes", lambda _: total)
+    for free in (0, total):
+        monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
+        assert memory.micro_batch_tokens(model, torch.device(device)) == expected
+    weights = sum(p.nbytes for p in model.parameters())
+    if expected > memory.LEAST_MICRO_BATCH:
+        per_token = memory.estimate_graph_bytes(model).whole
+        assert expected * per_token < memory.SHARE * (total - weights)
+
+
+def test_the_size_of_a_micro_batch_is_part_of_the_machine(client: TrainingClient) -> None:
+    engine = engine_of(client)
+    machine = engine.machine(adapter_of(client))
+    assert machine["micro_batch_tokens"] == engine.scorer.micro_batch_tokens == 2048
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("arch", ["qwen3", "llama", "mistral", "granite", "gpt2"])
+def test_the_estimate_is_near_what_autograd_keeps(
+    arch: str, dtype: str, make_service: Callable[..., ServiceClient], tmp_path: Path
+) -> None:
+    """Before the first graph is counted: within 0.6 to 1.35 of the count."""
+    widths = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes: dict[str, int] = {**widths, **heads}
+    if arch == "gpt2":
+        sizes = {"n_embd": 64, "n_layer": 3, "n_head": 4}
+    config = AutoConfig.for_model(
+        arch, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True, **sizes
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / arch)
+    made = make_service(dtype=dtype).create_lora_training_client(
+        str(tmp_path / arch), rank=4, train_unembed=False
+    )
+    client = made.result(SECONDS)
+    limits, params = engine_of(client).limits, list(adapter_of(client).slot.params.values())
+    estimate = limits.graph_bytes(params)
+    for mode in ("off", "on"):
+        limits.mode, limits.graph_tokens = mode, 10**9
+        client.forward_backward_custom(family_data(), squared).result(SECONDS)
+    counted = limits.graph_bytes(params)
+    for guess, count in zip(estimate, counted, strict=True):
+        assert 0.6 < guess / count < 1.35
+    assert counted.checkpointed < 0.5 * counted.whole
+
+
+def test_a_graph_is_counted_once_and_again_for_much_larger_ones(client: TrainingClient) -> None:
+    data, limits = family_data(), engine_of(client).limits
+    counts: list[Any] = []
+    for some in (data[:1], data[:1], data[:3], data):
+        client.forward_backward_custom(some, squared).result(SECONDS)
+        counts.append(dict(limits._counted))
+    sizes = [next(iter(count.values()))[0] for count in counts]
+    assert sizes == [9, 9, 61, 61]  # not for 116
+
+
+def test_free_memory_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 100, raising=False)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 30, raising=False)
+    mps = torch.device("mps")
+    assert (memory.total_bytes(mps), memory.free_bytes(mps)) == (100, 70)
+
+
+def test_lowered_graph_limits_are_lifted_again(
+    client: TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After PATIENCE batches, then after twice as many; halved micro-batches stay halved."""
+    monkeypatch.setattr(memory_limits, "PATIENCE", 2)
+    data, engine = family_data(), engine_of(client)
+    longest = max(datum.model_input.length for datum in data)
+    engine.limits.graph_tokens, fails = 1000, [True]
+
+    def run(limits: Limits) -> int:
+        if fails[0] and limits.graph_tokens > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return limits.graph_tokens
+
+    def batch() -> int:
+        return engine.limits.fit(data, run, params=())
+
+    lowered = sum(datum.model_input.length for datum in data) // 2
+    assert lowered < 200
+    assert [batch() for _ in range(3)] == [lowered] * 3
+    assert engine.limits.limits(longest).graph_tokens == 1000  # to be tried again
+    assert [batch() for _ in range(4)] == [lowered] * 4
+    assert engine.limits.limits(longest).graph_tokens == lowered
+    fails[0] = False
+    assert [batch(), batch()] == [lowered, 1000]
+    assert [batch() for _ in range(9)] == [1000] * 9
+
+
+# ---- running out of memory ----------------------------------------------------------------------
 
 
 def test_an_unknown_mode_is_refused(make_service: Callable[..., ServiceClient]) -> None:

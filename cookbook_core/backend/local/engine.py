@@ -167,7 +167,7 @@ class Engine:
         Returns:
             D tensors `(N,)` or `(N, K)`, nats, float32 or better, on the CPU.
         """
-        with self.bank.active(adapter):
+        with self.bank.active(adapter), torch.no_grad():
             return self.limits.fit(
                 data,
                 lambda limits: self.scorer.score(data, limits.micro_batch_tokens),

@@ -115,6 +115,8 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     return _meminfo("MemAvailable")
 
 
@@ -129,6 +131,8 @@ def total_bytes(device: torch.device) -> int:
     """Total memory of the device; the CPU's is divided among the run's processes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):
+        return torch.mps.recommended_max_memory()
     return _meminfo("MemTotal")
 
 

@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 MODES = ("auto", "on", "off")
 PATIENCE = 32
-"""Successful batches after which more graphs are kept again; twice as many after each failure."""
+"""Batches that succeed before more graphs are kept again; twice as many before the next time."""
 GROWTH = 4
 """A graph is counted again for a micro-batch this many times larger than the one counted last."""
 
@@ -88,7 +88,7 @@ class _Lowered:
     graph_tokens: list[int] = field(default_factory=list)
     micro_batch_tokens: int | None = None
     successes: int = 0
-    patience: int = PATIENCE
+    patience: int = field(default_factory=lambda: PATIENCE)
 
 
 class MemoryLimits:

@@ -55,18 +55,18 @@ class Scorer:
     def score(
         self, data: Sequence[Datum], micro_batch_tokens: int | None = None
     ) -> list[torch.Tensor]:
-        """Logprobs of every datum's target_tokens, in order, without a graph.
+        """Logprobs of every datum's target_tokens, in order.
 
         Args:
             data: D checked datums with target_tokens `(N,)` or `(N, K)`. Where a datum has a
                 "score_mask", positions at which that is 0 are not computed and read 0.0.
             micro_batch_tokens: most tokens of a forward; None takes the device's.
         Returns:
-            D tensors on the CPU, nats, shape of target_tokens, float32 or better.
+            D tensors on the CPU, nats, shape of target_tokens, float32 or better; they carry the
+            graph when gradients are enabled.
         """
         batches = self.batches(data, micro_batch_tokens)
-        with torch.no_grad():
-            return logprobs_of_data(batches, [self.score_batch(batch) for batch in batches])
+        return logprobs_of_data(batches, [self.score_batch(batch) for batch in batches])
 
     def hidden(
         self, data: Sequence[Datum], micro_batch_tokens: int | None = None
@@ -205,7 +205,7 @@ def logprobs_of_data(
     batches: Sequence[MicroBatch], scores: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """What `score_batch` gave for each micro-batch -> each datum's, on the CPU, after one copy."""
-    flat = torch.cat([own.detach() for own in scores]).cpu()
+    flat = torch.cat(list(scores)).cpu()
     pieces = flat.split([len(own) for own in scores])
     return in_order(
         batches, [b.targets.spread(own) for b, own in zip(batches, pieces, strict=True)]

@@ -50,17 +50,22 @@ class VocabLogprobs:
             first = int(first)
         if isinstance(first, int) and not isinstance(first, bool):
             row = self._row(first)
-            return row[rest] if rest else row
+            return row[tuple(self._index(key) for key in rest)] if rest else row
         if isinstance(first, slice):
             rows: Any = slice(None)
             logprobs = self._to_logprobs(self._hidden[first])
         elif isinstance(first, (list, range, torch.Tensor)) or hasattr(first, "__array__"):
             index = torch.arange(len(self))[torch.as_tensor(first).cpu()]
             wanted, rows = index.unique(return_inverse=True)
-            logprobs = self._to_logprobs(self._hidden[wanted.to(self._hidden.device)])
+            logprobs = self._to_logprobs(self._hidden[wanted.to(self.device)])
+            rows = rows.to(self.device)
         else:  # None, ..., a bool
             return self.dense()[key]
-        return logprobs[(rows, *rest)]
+        return logprobs[(rows, *(self._index(key) for key in rest))]
+
+    def _index(self, key: Any) -> Any:
+        """An index tensor of the CPU on the device, where the backward needs it again."""
+        return key.to(self.device) if isinstance(key, torch.Tensor) else key
 
     def _row(self, at: int) -> torch.Tensor:
         if not -len(self) <= at < len(self):
