@@ -1,4 +1,4 @@
-"""Makes the example datasets of the five recipes, as JSON lines, from a seed.
+"""Makes the example datasets of the recipes, as JSON lines, from a seed.
 
 Run it to write them:  python scripts/tiny_data.py --out cookbook_core/assets/data
 Columns follow TRL. Held-out prompts are never training prompts, of the dataset or of the base.
@@ -86,6 +86,18 @@ def multiple_choice_rows(
     return rows
 
 
+def keep_rows(rng: random.Random, count: int) -> list[Row]:
+    """Returns prompts of two skills the base has, sums and reversed word lists, for sft --keep."""
+    prompts: dict[str, None] = {}
+    while len(prompts) < count:
+        if rng.random() < 0.5:
+            prompt = f"compute {rng.randint(0, 59)} + {rng.randint(0, 9)}"
+        else:
+            prompt = f"reverse: {' '.join(rng.sample(words.LIST_WORDS, rng.randint(2, 4)))}"
+        prompts[prompt] = None
+    return [{"prompt": prompt} for prompt in prompts]
+
+
 def as_messages(rows: list[Row]) -> list[Row]:
     """Joins prompt and completion in one `messages` column."""
     return [
@@ -122,6 +134,7 @@ def build(seed: int = SEED) -> dict[str, list[Row]]:
     seen = set()
     tables["multiple_choice_test"] = multiple_choice_rows(rng, facts[:25], 150, seen)
     tables["multiple_choice_train"] = multiple_choice_rows(rng, facts[25:], 1000, seen)
+    tables["keep"] = keep_rows(random.Random(f"{seed}/keep"), 500)
     return tables
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from cookbook_core import (
     align_weights,
+    chat,
     check_alignment,
     datum_from_prompt_completion,
     tinker,
@@ -37,14 +38,16 @@ from cookbook_core.data import load_rows
 from cookbook_core.doctor import Report, examine
 from cookbook_core.doctor.examples import example_data
 from cookbook_core.errors import ConfigError
-from recipes import bradley_terry, dpo, grpo, sft, token_set_kl
+from recipes import bradley_terry, dpo, grpo, kto, sft, token_set_kl
 
 ROOT = Path(__file__).parents[1]
 Loss = Callable[[Any, Any], Any]
 
 RECIPES: dict[str, Loss] = {
     "sft": sft.sft_loss,
-    "dpo": partial(dpo.dpo_loss, beta=0.1),
+    **{name: partial(loss, beta=0.1) for name, loss in dpo.LOSSES.items()},
+    **dpo.REFERENCE_FREE,
+    "kto": partial(kto.kto_loss, beta=0.1, z0=0.2),
     "grpo": partial(grpo.grpo_loss, config=grpo.Config()),
     "bradley_terry": bradley_terry.bradley_terry_loss,
     "token_set_kl": partial(token_set_kl.token_set_kl_loss, mass_coef=0.1),
@@ -119,14 +122,7 @@ def float32_only(data: Any, logprobs: Any) -> Any:
     return -torch.stack(dots).mean(), {}
 
 
-def ipo(data: Any, logprobs: Any) -> Any:
-    """IPO: another preference loss with a reference, Azar et al. 2023."""
-    logratio = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
-    margin = logratio[0::2] - logratio[1::2]
-    return ((margin - 5.0) ** 2).mean(), {"logratio_margin": margin.mean()}
-
-
-def kto(data: Any, logprobs: Any) -> Any:
+def kto_of_the_batch(data: Any, logprobs: Any) -> Any:
     """KTO, Ethayarajh et al. 2024: single examples, a detached KL of the batch."""
     reward = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
     anchor = reward.detach().mean().clamp(min=0)
@@ -143,13 +139,6 @@ def gspo(data: Any, logprobs: Any) -> Any:
         advantage = given(d, "advantages").squeeze()
         terms.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
     return torch.stack(terms).mean(), {"ratio": ratio}
-
-
-def simpo(data: Any, logprobs: Any) -> Any:
-    """Length-normalised pairs without a reference, Meng et al. 2024: the margin need not be 0."""
-    means = [weighted_mean(lp, weights_of(d)) for d, lp in zip(data, logprobs, strict=True)]
-    margin = torch.stack(means[0::2]) - torch.stack(means[1::2])
-    return -F.logsigmoid(2 * margin - 0.5).mean(), {"reward_margin": margin.mean()}
 
 
 def distil(data: Any, logprobs: Any) -> Any:
@@ -192,10 +181,8 @@ HEALTHY: dict[str, Loss] = {
             groups_of_4,
             own_function,
             float32_only,
-            ipo,
-            kto,
+            kto_of_the_batch,
             gspo,
-            simpo,
             distil,
             worst_two,
         )
@@ -243,8 +230,10 @@ def recipe_data(name: str, tokenizer: Any) -> list[tinker.Datum]:
     if name == "sft":
         rows = load_rows("tiny/sft", ("prompt", "completion"))[:12]
         return sft.build_data(rows, tokenizer, 512, "last")[0]
-    if name == "dpo":
+    if name in dpo.LOSSES or name in dpo.REFERENCE_FREE:
         return with_ref(dpo.build_pairs(pairs, tokenizer, 512)[0])
+    if name == "kto":
+        return with_ref(kto.build_data(chat.labelled(2 * pairs, 0), tokenizer, 512)[0])
     if name == "bradley_terry":
         config = bradley_terry.Config()
         judge = bradley_terry.Judge(tokenizer, config.question, config.verdicts)
@@ -632,6 +621,18 @@ def pair_turned_round(data: Any, logprobs: Any) -> Any:
     return -F.logsigmoid(-0.1 * margins(data, logprobs)).mean(), {}
 
 
+@planted("sign", "good answers less likely or bad ones likelier")
+def thumbs_turned_round(data: Any, logprobs: Any) -> Any:
+    return -kto.kto_loss(data, logprobs, beta=0.1)[0], {}
+
+
+@planted("sign", "good answers less likely or bad ones likelier")
+def every_thumb_up(data: Any, logprobs: Any) -> Any:
+    reward = weighted_sums(data, logprobs) - weighted_sums(data, "ref_logprobs")
+    weighted_sums(data, "desirable")
+    return (1 - torch.sigmoid(0.1 * reward)).mean(), {}
+
+
 @planted("sign", "A minus sign is missing")
 def lost_minus(data: Any, logprobs: Any) -> Any:
     return weighted_sums(data, logprobs).mean(), {}
@@ -644,6 +645,15 @@ def rewards_descended(data: Any, logprobs: Any) -> Any:
         ratio = (lp - given(d, "sampling_logprobs")).clamp(-20, 20).exp()
         total = total + (ratio * given(d, "advantages") * weights_of(d)).sum()
     return total, {}
+
+
+@planted("step_0", "swapping the pairs changes the loss")
+def rpo_with_the_reference_added(data: Any, logprobs: Any) -> Any:
+    """A further term on the chosen does not excuse the reference's sign."""
+    policy = weighted_sums(data, logprobs)
+    added = policy + weighted_sums(data, "ref_logprobs")
+    loss = -F.logsigmoid(0.1 * (added[0::2] - added[1::2])).mean()
+    return loss - 0.1 * policy[0::2].mean(), {}
 
 
 @planted("step_0", "swapping the pairs changes the loss")
@@ -774,7 +784,8 @@ def words_of(report: Report, check: str) -> str:
         ("cross_entropy", "reduction", "a sum over the batch: given twice, 2 times the loss"),
         ("entropy bonus", "reduction", "neither a sum nor a mean over the batch"),
         ("dpo", "step_0", "the loss is ln 2, reward_margin 0, margin 0"),
-        ("ipo", "step_0", "the loss is 25, logratio_margin 0"),
+        ("ipo", "step_0", "the loss is 25, reward_margin 0, margin 0"),
+        ("rpo", "step_0", "apart from a term of the policy alone margin 0"),
         ("grpo", "step_0", "ratio_max 1"),
         ("dpo", "sign", "lifts chosen over rejected"),
         ("grpo", "sign", "positive advantage"),
@@ -783,7 +794,8 @@ def words_of(report: Report, check: str) -> str:
         ("reinforce_with_baseline", "gradient", ".detach() or no_grad"),
         ("float32_only", "gradient", "float32 logprobs alone"),
         ("worst_two", "weights", "gradient on 32 of 75 weighted tokens, 0 of 30 prompt tokens"),
-        ("kto", "kl", "not a KL term"),
+        ("kto", "sign", "lifts good answers and lowers bad ones"),
+        ("kto", "step_0", "the loss is 0.5"),
         ("grpo k2", "kl", "behaves like k2: its expected gradient is that of KL(policy || ref)"),
         ("grpo k3_ratio", "kl", "behaves like ratio-weighted k3"),
         ("grpo k1_reward", "kl", "behaves like k1 as a reward penalty"),
@@ -925,6 +937,8 @@ COMMANDS = {
     "recipes.dpo:dpo_loss": 0,
     "recipes.dpo": 0,
     "recipes/dpo.py --beta 0.5": 0,
+    "recipes/dpo.py --loss rpo": 0,
+    "recipes/kto.py --undesirable_weight 1.3": 0,
     "recipes/grpo.py:grpo_loss": 0,
     "recipes/grpo.py --kl_estimator k1_no_regularisation": 1,
     "recipes/grpo.py --group_size=6 --clip=(0.9,1.3)": 0,
@@ -987,9 +1001,7 @@ def test_a_copied_and_broken_recipe_from_another_folder(tmp_path: Path) -> None:
     """The way people work: cp recipes/dpo.py my_dpo.py, change the loss, ask the doctor."""
     text = (ROOT / "recipes" / "dpo.py").read_text(encoding="utf-8")
     (tmp_path / "helper.py").write_text("HALF = 0.5\n", encoding="utf-8")
-    broken = text.replace(
-        "margin = log_ratio[0::2] - ", "margin = HALF * 2 * log_ratio[0::2] - 0 * "
-    )
+    broken = text.replace("return values[0::2] - ", "return HALF * 2 * values[0::2] - 0 * ")
     broken = broken.replace("import torch\n", "import torch\nfrom helper import HALF\n", 1)
     assert broken != text
     (tmp_path / "my_dpo.py").write_text(broken, encoding="utf-8")
@@ -1107,7 +1119,7 @@ def test_boolean_flags(
 def simpo_with_the_reference_read(data: Any, logprobs: Any) -> Any:
     """SimPO as it comes out of DPO, with the reference's line left in."""
     weighted_sums(data, "ref_logprobs")
-    return simpo(data, logprobs)
+    return dpo.simpo_loss(data, logprobs)
 
 
 def test_a_reference_without_effect_is_a_note() -> None:
@@ -1118,9 +1130,35 @@ def test_a_reference_without_effect_is_a_note() -> None:
     assert "step_0" in {f.check for f in examine(RECIPES["dpo"]).findings if f.status == "ok"}
 
 
+OWN_DATA = """
+from cookbook_core import datum_from_prompt_completion, weighted_sums, with_inputs
+def table_loss(data, logprobs):
+    table = [d.loss_fn_inputs["table"].to_torch()[2] for d in data]  # (3,), not one per token
+    return -sum(t * s for t, s in zip(table, weighted_sums(data, logprobs))) / len(data), {}
+def example_data():
+    return [
+        with_inputs(datum_from_prompt_completion([1], [2, 3 + i]), table=[1.0, 2.0, 3.0 + i])
+        for i in range(4)
+    ]
+"""
+
+
+def test_a_file_can_bring_its_own_example_data(tmp_path: Path, capsys: Any) -> None:
+    """An input whose shape no name tells: examined on the file's datums, not on made ones."""
+    file = tmp_path / "mine.py"
+    file.write_text(OWN_DATA, encoding="utf-8")
+    assert main([str(file)]) == 0
+    assert "table_loss on 4 datums; it reads table" in capsys.readouterr().out
+    file.write_text(OWN_DATA.replace("range(4)", "rang(4)"), encoding="utf-8")
+    assert main([str(file)]) == 2
+    error = capsys.readouterr().err
+    assert "example_data(): failed" in error
+    assert "name 'rang' is not defined" in error
+
+
 def test_a_flag_that_config_lacks_is_a_note_after_a_pass(tmp_path: Path, capsys: Any) -> None:
     text = (Path(dpo.__file__)).read_text(encoding="utf-8")
-    text = text.replace("*, beta: float\n", "*, beta: float, gamma: float = 0.0\n")
+    text = text.replace("*, beta: float)", "*, beta: float, gamma: float = 0.0)")
     copy = tmp_path / "my_dpo.py"
     copy.write_text(text, encoding="utf-8")
     assert main([f"{copy}:dpo_loss", "--gamma", "0.5"]) == 0

@@ -202,6 +202,7 @@ def test_the_whole_vocabulary(sides: Connect, train_unembed: bool) -> None:
     both, data = sides(train_unembed=train_unembed), grouped(2, 2, 18)
     form = "vocab_logprobs"
     both.agree(lambda c: c.forward_backward_custom(data, entropy, loss_type_input=form))
+    both.agree(lambda c: c.forward(data, entropy, loss_type_input=form))
     both.agree(lambda c: c.forward_backward_custom(data, squared))
     assert_close(*map(take_gradient, both.each()), EXACT)
 

@@ -37,7 +37,7 @@ LAYERS = (
     "errors",
     "storage",
     "types",
-    "datums alignment custom_loss token_set builtin_losses",
+    "datums alignment custom_loss token_set builtin_losses regularise",
     "data chat",
     "backend",
     "tinker",

@@ -12,7 +12,7 @@ import torch
 from cookbook_core.backend.local.scoring.loss_operands import OperandsFollow
 from cookbook_core.backend.local.scoring.vocab_logprobs import VocabLogprobs
 from cookbook_core.errors import ConfigError, DatumError, LossError, RequestError
-from cookbook_core.tinker import Datum, ServiceClient, TrainingClient
+from cookbook_core.tinker import AdamParams, Datum, ServiceClient, TrainingClient
 from tests.oracles.logprobs import (
     adapter_of,
     assert_close,
@@ -209,6 +209,85 @@ def test_an_entropy_bonus_against_plain_autograd(
     }
     assert found.result().loss == pytest.approx(loss.item(), rel=1e-12)
     assert_close(take_gradient(client), expected, 1e-9)
+
+
+# ---- without a gradient -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "train_unembed"), [("qwen3", True), ("gpt2", False), ("bert", False)]
+)
+def test_forward_gives_the_training_loss_and_rows_and_accumulates_nothing(
+    make_service, model_folder, random_data, arch, train_unembed
+):
+    """The rows that a loss keeps are constants, equal to those of the target_tokens' scoring."""
+    client = connect(make_service, model_folder(arch), train_unembed, "float64")
+    data, kept = candidates(random_data), []
+
+    def keeping(data: list[Datum], logprobs: list[Any]) -> Any:
+        kept.extend(lp[:] for lp in logprobs)
+        return indexed_loss(data, logprobs)
+
+    form = "vocab_logprobs"
+    output = client.forward(data, keeping, loss_type_input=form).result(SECONDS)
+    assert output.loss_fn_outputs == []
+    assert not any(rows.requires_grad for rows in kept)
+    with pytest.raises(RequestError, match="no gradient"):
+        client.optim_step(AdamParams(1e-3)).result(SECONDS)
+    wide = [Datum(d.model_input, {"target_tokens": [IDS] * d.model_input.length}) for d in data]
+    scored = client.forward(wide, zero).result(SECONDS)
+    for rows, out in zip(kept, scored.loss_fn_outputs, strict=True):
+        torch.testing.assert_close(rows[:, IDS], out["logprobs"].to_torch(), rtol=0, atol=1e-12)
+    trained = client.forward_backward_custom(data, indexed_loss, loss_type_input=form)
+    assert output.loss == pytest.approx(trained.result(SECONDS).loss, rel=1e-12)
+    assert output.metrics["kl"] == output.loss
+
+
+def test_forward_computes_only_the_rows_that_are_indexed(make_service, model_folder, random_data):
+    client = connect(make_service, model_folder("qwen3"), False, "float32")
+    scorer, rows = engine_of(client).scorer, []
+    vocab_logprobs = scorer.vocab_logprobs
+    scorer.vocab_logprobs = lambda hidden: rows.append(len(hidden)) or vocab_logprobs(hidden)
+    data = candidates(random_data)
+    client.forward(data, indexed_loss, loss_type_input="vocab_logprobs").result(SECONDS)
+    assert sum(rows) == len(data)
+
+
+def zero(data: list[Datum], logprobs: list[torch.Tensor]) -> Any:
+    return torch.zeros(()), {}
+
+
+def test_forward_with_a_loss_of_ones_own(make_service, model_folder, random_data):
+    client = connect(make_service, model_folder("qwen3"), False, "float64")
+    data = random_data(3)
+
+    def squared(data: list[Datum], logprobs: list[torch.Tensor]) -> Any:
+        return sum((lp**2).sum() for lp in logprobs), {"count": len(data)}
+
+    output = client.forward(data, squared).result(SECONDS)
+    scored = client.forward(data, "cross_entropy").result(SECONDS)
+    for own, builtin in zip(output.loss_fn_outputs, scored.loss_fn_outputs, strict=True):
+        assert own["logprobs"].tolist() == builtin["logprobs"].tolist()
+    backward = client.forward_backward_custom(data, squared).result(SECONDS)
+    assert (output.loss, output.metrics["count"]) == (pytest.approx(backward.loss), 3.0)
+
+
+def test_forward_refuses_what_does_not_go_together(make_service, model_folder, random_data):
+    client = connect(make_service, model_folder("qwen3"), False, "float32")
+    data = random_data(2)
+    with pytest.raises(ConfigError, match=r"loss_type_input: only for your own loss"):
+        client.forward(data, "cross_entropy", loss_type_input="vocab_logprobs")
+    with pytest.raises(ConfigError, match=r"loss_fn_config: only for built-in losses.*partial"):
+        client.forward(data, zero, {"clip_low_threshold": 0.8})
+    with pytest.raises(ConfigError, match=r"loss_type_input: unknown.*hidden"):
+        client.forward(data, zero, loss_type_input="hidden")  # pyright: ignore[reportArgumentType]
+
+    def broken(data: list[Datum], logprobs: list[Any]) -> Any:
+        raise KeyError("label")
+
+    with pytest.raises(LossError, match=r"broken\(\).*label"):
+        client.forward(data, broken, loss_type_input="vocab_logprobs").result(SECONDS)
+    client.forward(data, zero).result(SECONDS)  # usable afterwards
 
 
 # ---- operands on two devices --------------------------------------------------------------------

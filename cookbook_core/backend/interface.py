@@ -90,7 +90,11 @@ class TrainingBackend(Protocol):
     """What results depend on besides seed and data, down to their last bits; JSON values."""
 
     def forward(
-        self, data: Sequence[Datum], loss_fn: LossFn, keep_graph: bool = False
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        loss_type_input: LossTypeInput = "logprobs",
+        keep_graph: bool = False,
     ) -> Future[ForwardBackwardOutput]:
         """Compute logprobs and the loss; change neither gradients nor weights.
 
@@ -98,12 +102,14 @@ class TrainingBackend(Protocol):
             data: D datums with target_tokens `(N_i,)` or `(N_i, K)`, validated by the client.
             loss_fn: called one time with `data` and D logprob tensors in the shape of
                 target_tokens, in nats, on the CPU.
+            loss_type_input: as for `forward_backward`.
             keep_graph: a forward_backward of the same tokens may follow, as of clients that
                 compute their loss themselves; once one has, such pairs need one forward where
                 memory allows. No effect at a service.
 
         Returns:
-            loss_fn_outputs[i]["logprobs"] in the shape of target_tokens, float32 or better;
+            loss_fn_outputs[i]["logprobs"] in the shape of target_tokens, float32 or better, none
+            for "vocab_logprobs";
             metrics "loss" and the loss's own.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Conversations to tokens and loss weights: validation, pairs, the chat template, rendering."""
+"""Conversations to tokens and loss weights: validation, preferences, the template, rendering."""
 
 from cookbook_core.chat.conversations import (
     Message,
@@ -7,7 +7,7 @@ from cookbook_core.chat.conversations import (
     check_messages,
     last_text,
 )
-from cookbook_core.chat.pairs import PAIRS, split_pair
+from cookbook_core.chat.pairs import LABELLED, PAIRS, labelled, split_pair
 from cookbook_core.chat.rendering import (
     Boundary,
     render_completion,
@@ -18,12 +18,14 @@ from cookbook_core.chat.rendering import (
 from cookbook_core.data.rows import naming
 
 __all__ = [
+    "LABELLED",
     "PAIRS",
     "Boundary",
     "Message",
     "before_last_answer",
     "check_answer",
     "check_messages",
+    "labelled",
     "last_text",
     "naming",
     "render_completion",

@@ -1,15 +1,22 @@
-"""Preference pairs: a prompt with a chosen and a rejected answer, in either of TRL's forms."""
+"""Preferences in TRL's forms: chosen and rejected answers, and single answers, good or bad."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cookbook_core.chat.conversations import check_messages
+from cookbook_core.data.files import Row
+from cookbook_core.data.rows import PlacedRow, naming
 from cookbook_core.errors import DataError
 
 PAIRS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 """Columns of preference pairs: with the prompt, or of whole conversations (`split_pair`)."""
+LABELLED = (("prompt", "completion", "label"), *PAIRS)
+"""Columns of single answers with a label; or of pairs, for `labelled` to draw one answer of."""
+
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def split_pair(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,3 +71,42 @@ def _check_prompt(prompt: Any, shared: list[dict[str, Any]]) -> None:
         what = "does not match the turns shared by chosen and rejected"
         fix = "Remove the column prompt, or cut the shared turns from chosen and rejected."
         raise DataError("prompt", what, expected="one of those turns", got=repr(prompt), fix=fix)
+
+
+def labelled(rows: Sequence[Mapping[str, Any]], seed: int) -> list[Row]:
+    """Bring rows into the form prompt, completion, label, with a label that is True where good.
+
+    Args:
+        rows: with a column label: true or false, 1 or 0, or either as text (from a .csv). Or
+            preference pairs, each of which keeps its chosen or its rejected answer.
+        seed: of the draw between chosen and rejected.
+    Returns:
+        New rows in the same order, with their places.
+    Raises:
+        DataError: a label that is none of these, labels that are all one kind, or a pair that
+            `split_pair` refuses; names the row.
+    """
+    draw = random.Random(seed)
+    made: list[Row] = []
+    for row in rows:
+        with naming(row):
+            if "label" in row:
+                text = str(row["label"]).strip().lower()
+                if text not in _LABELS:
+                    rule, fix = "true or false", "Write true for a good answer, false for a bad."
+                    got = f"{row['label']!r:.80}"
+                    raise DataError("label", "unknown", expected=rule, got=got, fix=fix)
+                values = {**row, "label": _LABELS[text]}
+            else:
+                pair, good = split_pair(row), draw.random() < 0.5
+                answer = pair["chosen" if good else "rejected"]
+                values = {"prompt": pair["prompt"], "completion": answer, "label": good}
+        made.append(PlacedRow(getattr(row, "where", ""), values))
+    kinds = {row["label"] for row in made}
+    if len(kinds) == 1:
+        first, last = (getattr(row, "where", "") for row in (rows[0], rows[-1]))
+        where = f"{first} to {last}, column label" if first else "label"
+        got, fix = f"{len(made)} x {kinds.pop()}", "Add rows of the other kind; or use recipes/sft."
+        what, rule = "the same in all rows", "good and bad answers"
+        raise DataError(where, what, expected=rule, got=got, fix=fix)
+    return made

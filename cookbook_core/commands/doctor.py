@@ -1,7 +1,9 @@
 """`cookbook doctor my_dpo.py:my_loss`: examine a loss on example datums.
 
-The file is imported, nothing in it is trained, and no model is loaded. Further arguments of the
-loss come from flags (--beta 0.1), else from the defaults of the file's Config, else from its own.
+The file is imported, nothing in it is trained, and no model is loaded. The datums come from its
+function example_data(), which takes no arguments, else they are made from what the loss reads.
+Further arguments of the loss come from flags (--beta 0.1), else from the defaults of the file's
+Config, else from its own.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -23,6 +26,7 @@ from cookbook_core.custom_loss import LossFn, name_of
 from cookbook_core.doctor import Finding, Report, examine
 from cookbook_core.errors import ConfigError, nearest
 from cookbook_core.runs.config import without_bool_values
+from cookbook_core.types import Datum
 
 
 def examine_file(
@@ -32,7 +36,7 @@ def examine_file(
 
     Args:
         target: `file.py:name` or `package.module:name`; without a name, the file's one function
-            called `..._loss`.
+            called `..._loss`, or of several the one that --loss or Config.loss names.
         words: flags with the loss's further arguments, such as ["--beta", "0.1"].
         loss_type_input: see `doctor.examine`.
     Returns:
@@ -40,11 +44,13 @@ def examine_file(
     Raises:
         ConfigError: the loss cannot be imported, or a flag is unknown or has no valid value.
     """
-    loss_fn, module = load(target)
+    choice = re.search(r"--loss[ =](\w+)", " ".join(words))
+    loss_fn, module = load(target, choice[1] if choice else "")
     flags = parse_flags(words, booleans(loss_fn, module))
     loss_fn, config = bind(loss_fn, module, flags)
     size = getattr(config, "group_size", 1)
-    report = examine(loss_fn, loss_type_input=loss_type_input, group_size=size)
+    data = _example_data(module)
+    report = examine(loss_fn, data, loss_type_input=loss_type_input, group_size=size)
     new = [flag for flag in flags if config is not None and not hasattr(config, flag)]
     if report.ok and new:
         what = f"{', '.join(new)}: no field of Config yet"
@@ -54,8 +60,25 @@ def examine_file(
     return report
 
 
-def load(target: str) -> tuple[LossFn, ModuleType]:
+def _example_data(module: ModuleType) -> list[Datum] | None:
+    """The datums of the file's own `example_data()`; None where it has no such function.
+
+    Raises:
+        ConfigError: it raised.
+    """
+    make: Any = getattr(module, "example_data", None)
+    try:
+        return None if make is None else make()
+    except Exception as error:
+        where, got = f"{module.__name__}.example_data()", f"{type(error).__name__}: {error}"
+        fix = "It takes no arguments and returns datums that the loss runs on."
+        raise ConfigError(where, "failed", got=got, fix=fix) from error
+
+
+def load(target: str, choice: str = "") -> tuple[LossFn, ModuleType]:
     """Import the loss that `file.py:name` or `package.module:name` names, and its module.
+
+    choice: without a name and with several losses, NAME of NAME_loss; "" takes Config.loss.
 
     Raises:
         ConfigError: no such file, module or function, or the import fails.
@@ -69,6 +92,9 @@ def load(target: str) -> tuple[LossFn, ModuleType]:
         raise ConfigError(place, "cannot be imported", got=got, fix=fix) from error
     own = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__]
     losses = [k for k in own if k.endswith("_loss")]
+    if not name and len(losses) > 1:
+        choice = choice or getattr(getattr(module, "Config", None), "loss", "")
+        losses = [loss for loss in losses if loss == f"{choice}_loss"] or losses
     if not name and len(losses) == 1:
         name = losses[0]
     if not callable(getattr(module, name, None)):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 Role: TypeAlias = Literal[
-    "reference", "sampling", "logprobs", "advantages", "weights", "probs", "reward", ""
+    "reference", "sampling", "logprobs", "advantages", "weights", "desirable", "probs", "reward", ""
 ]
 MAX_CELLS = 20_000_000  # logprobs of a whole vocabulary: 160 MB in float64
 _ROLES: tuple[tuple[Role, str], ...] = (
@@ -34,6 +34,7 @@ _ROLES: tuple[tuple[Role, str], ...] = (
     ("logprobs", r".*logp"),
     ("advantages", r"adv"),
     ("weights", r".*(weight|mask)"),
+    ("desirable", r"desirable"),
     ("probs", r".*(prob|dist|label|share)"),
     ("reward", r".*(reward|return|score|rating)"),
 )

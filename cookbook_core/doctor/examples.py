@@ -79,7 +79,9 @@ def _fill(
             if missing and not (any(role_of(k) == "probs" for k in missing) and not sets):
                 fields |= {key: role_of(key) != "reward" for key in missing}
                 continue
-            single = {key for key in fields if role_of(key) in ("reward", "advantages", "")}
+            single = {
+                key for key in fields if role_of(key) in ("reward", "advantages", "desirable", "")
+            }
             if not missing and single and not flipped:
                 flipped = True
                 fields = {key: not on if key in single else on for key, on in fields.items()}
@@ -124,11 +126,13 @@ def _extra(i: int, fields: dict[str, bool], on: np.ndarray) -> dict[str, Any]:
         "logprobs": near,
         "advantages": advantage * on,
         "weights": on.astype(float),
+        "desirable": (i % 2 == 0) * on.astype(float),
         "reward": np.full(len(on), float(i % 2 == 0)),
         "": rng.uniform(0.1, 1.0, size=len(on)) * on,
         "probs": near,
     }
-    alone = {"advantages": advantage, "reward": float(i % 2 == 0), "": 0.1 + i / COUNT}
+    good = float(i % 2 == 0)
+    alone = {"advantages": advantage, "desirable": good, "reward": good, "": 0.1 + i / COUNT}
     return {
         key: values[role_of(key)] if per_token else [alone[role_of(key)]]
         for key, per_token in fields.items()

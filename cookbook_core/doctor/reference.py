@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +55,20 @@ def sign(case: Case) -> list[Finding]:
             rule = "sum(gradient * advantages) < 0"
             return [defect("sign", case.where, what, rule, f"{pull:+.3g}", fix)]
         return [Finding("sign", "ok", "descent lifts tokens with a positive advantage")]
+    if keys := case.keys("desirable"):
+        values = [datum.loss_fn_inputs[keys[0]].to_torch().any() for datum in case.data]
+        good, bad = (
+            sum(s for s, on in zip(sums, values, strict=True) if bool(on) == side)
+            for side in (True, False)
+        )
+        if good > 0 or bad < 0:
+            what = "descent makes good answers less likely or bad ones likelier"
+            fix = (
+                f'"{keys[0]}" is 1 on good answers: beta * (r - z0) there, its negative elsewhere.'
+            )
+            rule, got = "gradient < 0 on good, > 0 on bad", f"{good:+.3g} and {bad:+.3g}"
+            return [defect("sign", case.where, what, rule, got, fix)]
+        return [Finding("sign", "ok", "descent lifts good answers and lowers bad ones")]
     return _all_one_way(case, sums)
 
 
@@ -104,6 +119,30 @@ def _identity(name: str, case: Case, reference: bool) -> float | None:
     return 1.0 if re.search(r"(^|_)ratio(_|$)", name) else None
 
 
+def _as_log_ratio(case: Case, keys: Sequence[str]) -> bool:
+    """Whether the reference enters only as policy - reference, beside terms of the policy alone.
+
+    Then L(p + t, q + t) - L(p, q) is the same for every reference q, as in DPO with a further
+    negative log-likelihood of the chosen. p, t, q: one number per token.
+
+    keys: the inputs with the reference's logprobs.
+    """
+    import torch
+
+    rng = np.random.default_rng(2)
+    t, s = ([torch.tensor(-rng.random(lp.shape)).to(lp) for lp in case.logprobs] for _ in range(2))
+
+    def loss(moves: Sequence[torch.Tensor], gaps: Sequence[torch.Tensor]) -> float:
+        policy = [lp + move for lp, move in zip(case.logprobs, moves, strict=True)]
+        side = [(lp + gap).numpy() for lp, gap in zip(policy, gaps, strict=True)]
+        data = case.with_side_data(lambda key, i, _: side[i] if key in keys else None)
+        return case.run(data, policy).loss
+
+    none = [lp * 0 for lp in case.logprobs]
+    changes = [loss(t, gaps) - loss(none, gaps) for gaps in (none, s)]
+    return case.same(*changes, scale=max(1.0, case.steepest))
+
+
 def step_0(case: Case) -> list[Finding]:
     """While policy, reference and sampler are equal: margin 0, ratio 1, KL 0."""
     reference = [] if _without_effect(case) else case.keys("reference")
@@ -132,12 +171,15 @@ def step_0(case: Case) -> list[Finding]:
     if is_pairwise(case) and reference:
         order = np.arange(len(data)).reshape(-1, 2)[:, ::-1].reshape(-1)
         swapped = case.run([data[j] for j in order], [case.logprobs[j] for j in order]).loss
-        if not case.same(swapped, result.loss):
+        if case.same(swapped, result.loss):
+            identities.append("margin 0")
+        elif _as_log_ratio(case, reference):
+            identities.append("apart from a term of the policy alone margin 0")
+        else:
             what = f"swapping the pairs changes the loss where {names} equal the policy's"
             fix = "margin = (chosen - ref_chosen) - (rejected - ref_rejected)."
             rule = f"{result.loss:.6g} either way"
             findings.append(defect("step_0", case.where, what, rule, f"{swapped:.6g}", fix))
-        identities.append("margin 0")
     shown = "ln 2" if case.same(result.loss, math.log(2)) else f"{result.loss:.4g}"
     words = f"with the policy's own {names} the loss is {shown}"
     return findings or [Finding("step_0", "ok", ", ".join([words, *dict.fromkeys(identities)]))]
@@ -200,8 +242,8 @@ def kl(case: Case) -> list[Finding]:
     """
     import torch
 
-    if not case.keys("reference") or is_pairwise(case):
-        return []
+    if not case.keys("reference") or is_pairwise(case) or case.keys("desirable"):
+        return []  # a preference loss: its gradient is not 0 at the reference
     if not case.exact:
         return [not_checked("kl", "the loss takes float32 logprobs alone")]
     if any(lp.dim() != 1 for lp in case.logprobs):

@@ -56,25 +56,49 @@ class TrainingClient:
     # ---- losses ----------------------------------------------------------------------------------
 
     def forward(
-        self, data: list[Datum], loss_fn: str, loss_fn_config: LossConfig = None
+        self,
+        data: list[Datum],
+        loss_fn: str | LossFn,
+        loss_fn_config: LossConfig = None,
+        *,
+        loss_type_input: LossTypeInput | None = None,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Compute logprobs and the value of a built-in loss, without gradient or side effects.
+        """Compute logprobs and the value of a loss, without gradient or side effects.
 
         Args:
             data: datums with target_tokens `(N,)` or `(N, K)`.
-            loss_fn: "cross_entropy", "importance_sampling", "ppo", "cispo" or "dro".
-            loss_fn_config: the loss's options, e.g. {"clip_low_threshold": 0.8}.
+            loss_fn: "cross_entropy", "importance_sampling", "ppo", "cispo" or "dro"; or, not in the
+                SDK, your own loss as for `forward_backward_custom`, called under torch.no_grad().
+            loss_fn_config: a built-in loss's options, e.g. {"clip_low_threshold": 0.8}.
+            loss_type_input: what your own loss takes: see `forward_backward_custom`. A loss that
+                keeps its rows of "vocab_logprobs" hands them out: they are constants. Services
+                refuse "vocab_logprobs".
 
         Returns:
-            loss_fn_outputs[i]["logprobs"]: shape of data[i]'s target_tokens, nats.
+            loss_fn_outputs[i]["logprobs"]: shape of data[i]'s target_tokens, nats; none for
+            "vocab_logprobs".
             metrics: "loss" and the loss's own.
 
         Raises:
             DatumError, ConfigError: at once, before anything is queued.
+            LossError: from the future, if your own loss raises or is not finite.
         """
-        loss = builtin_loss(loss_fn, loss_fn_config)
+        if callable(loss_fn):
+            loss_type = check_loss(loss_fn, loss_type_input)
+            if loss_fn_config is not None:
+                fix = "Bind your loss's arguments with functools.partial."
+                raise ConfigError("loss_fn_config", "only for built-in losses", fix=fix)
+            loss, own = self._custom(data, loss_fn, loss_type)
+            return self._future("forward", self._backend.forward(own, loss, loss_type))
+        if loss_type_input not in (None, "logprobs"):
+            rule, got = '"logprobs" for a built-in loss', repr(loss_type_input)
+            fix = "Pass your own function as loss_fn."
+            raise ConfigError(
+                "loss_type_input", "only for your own loss", expected=rule, got=got, fix=fix
+            )
+        builtin = builtin_loss(loss_fn, loss_fn_config)
         own = self._own(data, needed_inputs(loss_fn))
-        return self._future("forward", self._backend.forward(list(own), loss))
+        return self._future("forward", self._backend.forward(list(own), builtin))
 
     def forward_backward(
         self, data: list[Datum], loss_fn: str, loss_fn_config: LossConfig = None
@@ -119,12 +143,9 @@ class TrainingClient:
                 accumulated then.
         """
         loss_type = check_loss(loss_fn, loss_type_input)
-        own = self._own(data, ("target_tokens",) if loss_type == "logprobs" else ())
-        if own is not data:
-            loss_fn = loss_on(data, loss_fn)
-        return self._gradient(
-            "forward_backward_custom", self._backend.forward_backward(list(own), loss_fn, loss_type)
-        )
+        loss, own = self._custom(data, loss_fn, loss_type)
+        backward = self._backend.forward_backward(own, loss, loss_type)
+        return self._gradient("forward_backward_custom", backward)
 
     def optim_step(
         self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
@@ -302,6 +323,13 @@ class TrainingClient:
         size = model.vocab_size
         check_data(data, vocab_size=size, max_context_length=model.max_context_length, needs=needs)
         return data
+
+    def _custom(
+        self, data: list[Datum], loss_fn: LossFn, loss_type: LossTypeInput
+    ) -> tuple[LossFn, list[Datum]]:
+        """A custom loss that gets the caller's own objects, and the batch, validated."""
+        own = self._own(data, ("target_tokens",) if loss_type == "logprobs" else ())
+        return (loss_fn if own is data else loss_on(data, loss_fn)), list(own)
 
     def _gradient(self, label: str, future: Future[T]) -> APIFuture[T]:
         wrapped = self._future(label, future)

@@ -9,10 +9,13 @@ from functools import partial
 import pytest
 import torch
 
-from cookbook_core import datum_from_prompt_completion, tinker, with_inputs
+from cookbook_core import clients, datum_from_prompt_completion, tinker, with_inputs
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import DatumError
-from recipes.dpo import Config, build_pairs, dpo_loss, train
+from recipes.dpo import LOSSES, REFERENCE_FREE, Config, build_pairs, dpo_loss, train
+
+ALL = {**LOSSES, **REFERENCE_FREE}
+LN2, LOG1P_E, LOG1P_1_E = math.log(2), math.log1p(math.e), math.log1p(math.exp(-1))
 
 
 def pair(ref_chosen=(-1.0, -1.0), ref_rejected=(-1.0, -1.0)):
@@ -62,6 +65,82 @@ def test_gradient_lifts_chosen_lowers_rejected_and_spares_the_prompt():
     assert rejected.tolist() == pytest.approx([0.0, 0.0, 0.05])
 
 
+AT_STEP_0 = {
+    "dpo": LN2,  # -log sigmoid(0)
+    "ipo": 1.0,  # (0 - 1 / (2 * 0.5))^2
+    "cdpo": LN2,  # 0.9 ln 2 + 0.1 ln 2
+    "simpo": LOG1P_E,  # -log sigmoid(2 * (-1 + 1) - 1) = log(1 + e)
+    "orpo": 1 + 0.1 * LN2,  # log p per token is -1, the log odds ratio 0
+    "rpo": LN2 + 0.1,  # ln 2 + 0.1 * 1
+}
+ODDS = [q / (1 - q) for q in (math.exp(-1.5), math.exp(-2.5))]
+LATER = {
+    "dpo": LOG1P_1_E,
+    "ipo": (2 - 1) ** 2,
+    "cdpo": 0.9 * LOG1P_1_E + 0.1 * LOG1P_E,
+    "simpo": LOG1P_1_E,  # -log sigmoid(2 * (-1.5 + 2.5) - 1)
+    "orpo": 1.5 + 0.1 * math.log1p(ODDS[1] / ODDS[0]),
+    "rpo": LOG1P_1_E + 0.1 * 1.5,
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_loss_by_hand(name):
+    """beta = 0.5. At step 0 the policy is the reference: -1 nat for each of two tokens of chosen
+    and rejected. Later chosen -1 - 2 = -3 and rejected -4 - 1 = -5: margin 2, per token 1."""
+    loss_fn = partial(LOSSES[name], beta=0.5) if name in LOSSES else REFERENCE_FREE[name]
+    start, metrics = loss_fn(pair(), [torch.tensor([-1.0, -1.0])] * 2)
+    assert start.item() == pytest.approx(AT_STEP_0[name], abs=1e-6)
+    assert (metrics["accuracy"], metrics["reward_margin"]) == (0.5, 0.0)
+    later, metrics = loss_fn(pair(), [torch.tensor([-1.0, -2.0]), torch.tensor([-4.0, -1.0])])
+    assert later.item() == pytest.approx(LATER[name], abs=1e-6)
+    assert metrics["accuracy"] == 1.0
+
+
+SLOPES = {  # d loss / d log p of the one response token of chosen and of rejected, at step 0
+    "dpo": (-0.05, 0.05),  # beta / 2
+    "ipo": (-10.0, 10.0),  # 2 * 1 / (2 beta)
+    "cdpo": (-0.04, 0.04),  # (0.9 - 0.1) * beta / 2
+    "simpo": (-2 / (1 + math.exp(-1)), 2 / (1 + math.exp(-1))),  # scale * sigmoid(gamma)
+    "orpo": (-1 - 0.05 / (1 - math.exp(-1)), 0.05 / (1 - math.exp(-1))),
+    "rpo": (-0.15, 0.05),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_gradient_lifts_chosen_and_lowers_rejected(name):
+    data = [
+        with_inputs(datum_from_prompt_completion([1, 7, 8], tokens), ref_logprobs=[-1.0] * 3)
+        for tokens in ([2], [3])
+    ]
+    loss_fn = partial(LOSSES[name], beta=0.1) if name in LOSSES else REFERENCE_FREE[name]
+    grads = differentiate(loss_fn, data, [torch.full((3,), -1.0)] * 2).grads
+    assert [g.tolist() for g in grads] == [pytest.approx([0, 0, slope]) for slope in SLOPES[name]]
+
+
+@pytest.mark.parametrize(("name", "margin"), [("ipo", 1.0), ("cdpo", math.log(9) / 0.5)])
+def test_ipo_and_cdpo_stop_at_a_finite_margin(name, margin):
+    """IPO at 1 / (2 beta); cDPO where sigmoid(beta * margin) is 0.9, the share of right labels."""
+    logprobs = [torch.tensor([-1.0 + margin, -1.0]), torch.tensor([-1.0, -1.0])]
+    grads = differentiate(partial(LOSSES[name], beta=0.5), pair(), logprobs).grads
+    assert torch.cat(grads).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_loss_refuses_what_it_cannot_pair_or_align(name):
+    loss_fn = partial(LOSSES[name], beta=0.1) if name in LOSSES else REFERENCE_FREE[name]
+    with pytest.raises(ValueError, match=r"data\[2\].*got 3 datums"):
+        loss_fn([*pair(), pair()[0]], [torch.full((2,), -1.0)] * 3)
+    with pytest.raises(DatumError, match=r'data\[0\].*"weights"'):
+        loss_fn(pair(), [torch.full((3,), -1.0), torch.full((2,), -1.0)])
+    bare = [datum_from_prompt_completion([1], [2, 3])] * 2
+    if name in LOSSES:
+        with pytest.raises(DatumError, match=r'data\[0\].*"ref_logprobs"'):
+            loss_fn(bare, [torch.full((2,), -1.0)] * 2)
+    else:
+        loss_fn(bare, [torch.full((2,), -1.0)] * 2)
+
+
 def test_errors_say_where():
     data = pair()
     logprobs = [torch.zeros(2), torch.zeros(2)]
@@ -108,3 +187,13 @@ def test_learns_and_starts_at_the_identities(tmp_path):
     assert (first["reward_margin"], first["loss"]) == (0.0, pytest.approx(math.log(2), abs=1e-6))
     # the learning rate falls linearly to the run's end, so only step 0 is common to both
     assert histories[0][1]["grad_norm"] == histories[1][1]["grad_norm"]
+
+
+@pytest.mark.parametrize("name", REFERENCE_FREE)
+def test_losses_without_reference_neither_save_nor_score_one(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(clients, "add_ref_logprobs", None)
+    monkeypatch.setattr(clients, "frozen_copy", None)
+    sizes = {"num_steps": 2, "batch_size": 4, "test_rows": 4, "eval_every": 2}
+    after = train(Config(loss=name, **sizes, log_path=tmp_path / "run"))
+    assert not list((tmp_path / "run").rglob("reference"))
+    assert after["test_loss"] > 0

@@ -9,7 +9,7 @@ import torch
 
 from cookbook_core import datum_from_tokens_weights, tinker
 from cookbook_core.custom_loss import differentiate
-from cookbook_core.errors import ConfigError, DatumError
+from cookbook_core.errors import ConfigError, DataError, DatumError
 from cookbook_core.runs import RunFlags
 from recipes.sft import Config, build_data, question_and_answer, sft_loss, train
 
@@ -66,6 +66,72 @@ def test_learns(tmp_path):
     saved = start.save_weights_for_sampler("start").result().path
     weights = "adapter_model.safetensors"
     assert (folder / weights).read_bytes() != (tmp_path / saved / weights).read_bytes()
+
+
+SMALL = {"batch_size": 4, "keep_batch": 4, "test_rows": 6, "eval_every": 3, "max_tokens": 8}
+
+
+def test_keep_replays_the_answers_of_the_start_and_leaves_the_loss_as_it_was(tmp_path):
+    """keep_weight 0 trains as plain sft does: the loss never gets the kept answers."""
+    rows = {}
+    for name, keep in (("plain", {}), ("measured", {"keep": "tiny/keep", "keep_weight": 0.0})):
+        config = Config(num_steps=3, **SMALL, **keep, log_path=str(tmp_path / name))
+        train(config)
+        lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows[name] = [json.loads(line) for line in lines]
+    steps = {name: [r for r in found if "loss" in r] for name, found in rows.items()}
+    losses = {name: [r["loss"] for r in found] for name, found in steps.items()}
+    assert losses["measured"] == pytest.approx(losses["plain"], rel=1e-4)
+    first = steps["measured"][0]
+    assert first["replay"] > 0
+    assert (first["replay_share"], first["replay_grad"]) == (0.0, 0.0)
+    assert rows["measured"][0]["test_kept"] == 1.0
+    answers = json.loads((tmp_path / "measured" / "progress.json").read_text(encoding="utf-8"))
+    assert len(answers["values"]["kept"]) == 494  # 500 prompts, 6 held out
+
+
+def test_keep_is_not_forgotten_while_the_new_is_learnt(tmp_path):
+    sizes = {"num_steps": 30, "eval_every": 30, "test_rows": 30, "max_tokens": 20}
+    kept = {
+        weight: train(
+            Config(**sizes, keep="tiny/keep", keep_weight=weight, log_path=tmp_path / str(weight))
+        )
+        for weight in (0.0, 1.0)
+    }
+    assert kept[1.0]["test_kept"] > kept[0.0]["test_kept"] + 0.15
+    assert kept[1.0]["test_loss"] < 2.0  # 6.5 untrained
+
+
+def test_an_interrupted_run_that_keeps_resumes_as_uninterrupted(tmp_path, monkeypatch):
+    """The answers are sampled one time, before the first step, and read back."""
+    config = {"num_steps": 4, **SMALL, "keep": "tiny/keep"}
+    whole = train(Config(**config, log_path=str(tmp_path / "whole")))
+    step, calls = tinker.TrainingClient.optim_step, []
+
+    def killed(self, params):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(self, params)
+
+    monkeypatch.setattr(tinker.TrainingClient, "optim_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(Config(**config, log_path=str(tmp_path / "cut")), RunFlags(save_every=2))
+    monkeypatch.setattr(tinker.TrainingClient, "optim_step", step)
+    assert train(Config(**config, log_path=str(tmp_path / "cut"))) == whole
+
+
+def test_prompts_to_keep_are_named_when_they_are_wrong(tmp_path):
+    path = tmp_path / "old.jsonl"
+    rows = [{"prompt": "What?"}] * 8 + [{"prompt": [{"role": "assistant", "content": "I"}]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(DataError, match=r"^old.jsonl:9, column prompt\[0\]: an assistant message"):
+        train(Config(num_steps=1, **SMALL, keep=str(path), log_path=str(tmp_path / "run")))
+    path.write_text('{"text": "What?"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"columns are missing.*prompt or messages"):
+        train(Config(num_steps=1, **SMALL, keep=str(path), log_path=str(tmp_path / "run")))
+    with pytest.raises(ConfigError, match=r"Config.keep_weight.*>= 0"):
+        Config(keep_weight=-1.0)
 
 
 def test_rows_that_are_all_too_long_name_the_flag_and_move_no_run(tmp_path):

@@ -304,6 +304,8 @@ def test_bad_input_is_refused_before_anything_is_sent(fake, remote, model_folder
         client.forward_backward([tinker.Datum(good.model_input)], "cross_entropy")
     with pytest.raises(ConfigError, match="target tokens only"):
         client.forward_backward_custom([good], squared, loss_type_input="vocab_logprobs")
+    with pytest.raises(ConfigError, match=r"target tokens only.*train locally"):
+        client.forward([good], squared, loss_type_input="vocab_logprobs")
     assert not fake.sent("forward_backward")
 
 

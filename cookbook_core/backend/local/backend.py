@@ -195,16 +195,24 @@ class LocalTraining:
         return self._adapter.step
 
     def forward(
-        self, data: Sequence[Datum], loss_fn: LossFn, keep_graph: bool = False
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        loss_type_input: LossTypeInput = "logprobs",
+        keep_graph: bool = False,
     ) -> Future[ForwardBackwardOutput]:
-        return self._submit("forward", self._forward, data, loss_fn, keep_graph)
+        return self._submit("forward", self._forward, data, loss_fn, loss_type_input, keep_graph)
 
     def _forward(
-        self, data: Sequence[Datum], loss_fn: LossFn, keep_graph: bool
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        loss_type_input: LossTypeInput,
+        keep_graph: bool,
     ) -> ForwardBackwardOutput:
-        if keep_graph:
+        if keep_graph and loss_type_input == "logprobs":
             return self._backend.kept.forward(self._engine, self._adapter, data, loss_fn)
-        return self._engine.forward(self._adapter, data, loss_fn)
+        return self._engine.forward(self._adapter, data, loss_fn, loss_type_input)
 
     def forward_backward(
         self,

@@ -22,7 +22,7 @@ from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.backend.local.model.memory import is_out_of_memory, total_bytes
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.sampler import sample_batch
-from cookbook_core.backend.local.scoring.backward import BatchScores, ScoredBatch
+from cookbook_core.backend.local.scoring.backward import BatchScores, ScoredBatch, view_of
 from cookbook_core.backend.local.scoring.loss_operands import OperandsFollow
 from cookbook_core.backend.local.scoring.memory_limits import MemoryLimits
 from cookbook_core.backend.local.scoring.scorer import Scorer
@@ -140,9 +140,15 @@ class Engine:
             )
 
     def forward(
-        self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn
+        self,
+        adapter: Adapter,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        loss_type_input: LossTypeInput = "logprobs",
     ) -> ForwardBackwardOutput:
         """Logprobs and the value of `loss_fn`, without a gradient."""
+        if loss_type_input == "vocab_logprobs":
+            return self._forward_vocabulary(adapter, data, loss_fn)
         logprobs = self.score(adapter, data)
         return _output(logprobs, evaluate(loss_fn, data, logprobs), {})
 
@@ -160,6 +166,20 @@ class Engine:
         with self.score_with_graph(adapter, data) as scored:
             result = evaluate(loss_fn, data, scored.logprobs)
         return _output(scored.logprobs, result, {}), scored
+
+    def _forward_vocabulary(
+        self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn
+    ) -> ForwardBackwardOutput:
+        """`forward` over the whole vocabulary; of several processes the first does all of it."""
+        device = self.base.device
+        follow = contextlib.nullcontext() if device.type == "cpu" else OperandsFollow(device)
+        with self.bank.active(adapter), torch.no_grad():
+            hidden = self.limits.fit(
+                data, lambda limits: self.scorer.hidden(data, limits.micro_batch_tokens)
+            )
+            views: list[Any] = [view_of(self.scorer, each) for each in hidden]
+            with follow:
+                return _output([], evaluate(loss_fn, data, views), {})
 
     def score(
         self,

@@ -73,9 +73,14 @@ class RemoteTraining:
     # ---- forward and backward --------------------------------------------------------------------
 
     def forward(
-        self, data: Sequence[Datum], loss_fn: LossFn, keep_graph: bool = False
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        loss_type_input: LossTypeInput = "logprobs",
+        keep_graph: bool = False,
     ) -> Future[ForwardBackwardOutput]:
         del keep_graph  # the service decides
+        refuse_vocabulary(loss_type_input)
 
         def answer(output: ForwardBackwardOutput) -> ForwardBackwardOutput:
             result = evaluate(loss_fn, data, logprobs_from_output(output, data))
@@ -90,14 +95,7 @@ class RemoteTraining:
         loss_fn: LossFn,
         loss_type_input: LossTypeInput = "logprobs",
     ) -> Future[ForwardBackwardOutput]:
-        if loss_type_input != "logprobs":
-            raise ConfigError(
-                "loss_type_input",
-                "services return logprobs of target tokens only",
-                expected='"logprobs"',
-                got=repr(loss_type_input),
-                fix="Name the tokens the loss needs as target_tokens (N, K), or train locally.",
-            )
+        refuse_vocabulary(loss_type_input)
         named = convert.named_loss(loss_fn, data)
         if named is not None:
             future = self._session.submit("forward_backward", lambda: self._one_pass(data, named))
@@ -275,6 +273,18 @@ def restore_training(
         lambda: getattr(session.connection.client(), label)(path),
         lambda client: RemoteTraining(session, client, None),
     )
+
+
+def refuse_vocabulary(loss_type_input: LossTypeInput) -> None:
+    """Raise ConfigError for a loss over the whole vocabulary, which no service returns."""
+    if loss_type_input != "logprobs":
+        raise ConfigError(
+            "loss_type_input",
+            "services return logprobs of target tokens only",
+            expected='"logprobs"',
+            got=repr(loss_type_input),
+            fix="Name the tokens the loss needs as target_tokens (N, K), or train locally.",
+        )
 
 
 def _succeeded(future: Future[Any]) -> bool:

@@ -78,7 +78,7 @@ class ScoredBatch:
         """By number of the micro-batch, scores with their graph."""
         self._whole_vocabulary = loss_type_input == "vocab_logprobs"
         self.passes = 1
-        self.view: View | None = partial(_view, scorer) if self._whole_vocabulary else None
+        self.view: View | None = partial(view_of, scorer) if self._whole_vocabulary else None
         self.loss_params = list(params) if self._whole_vocabulary else []
         self.limits = memory.limits(max(datum.model_input.length for datum in data), params)
         self.logprobs = self._fit(self._score_all)
@@ -153,17 +153,20 @@ class ScoredBatch:
             return score(batch)
 
 
-def _view(scorer: Scorer, hidden: torch.Tensor) -> VocabLogprobs:
-    """Logprobs of hidden states. No method: a batch that holds one of its own methods is freed by
-    the garbage collector alone, and its tensors with it."""
+def view_of(scorer: Scorer, hidden: torch.Tensor) -> VocabLogprobs:
+    """Hidden states of a datum `(N, H)` -> the logprobs `(N, V)` that they give, lazily by row.
 
-    def logprobs(rows: torch.Tensor) -> torch.Tensor:
+    No method of a batch: one that holds its own method is freed by the garbage collector alone, and
+    its tensors with it.
+    """
+
+    def to_logprobs(rows: torch.Tensor) -> torch.Tensor:
         found = scorer.vocab_logprobs(rows)
         # a Mac's CPU shares the memory, and mps lacks the float64 of other operands
         return found.cpu() if found.device.type == "mps" else found
 
     vocab_size = scorer.model.get_input_embeddings().weight.shape[0]
-    return VocabLogprobs(hidden, logprobs, vocab_size)
+    return VocabLogprobs(hidden, to_logprobs, vocab_size)
 
 
 def _add(totals: list[torch.Tensor | None], parts: Sequence[torch.Tensor | None]) -> None:

@@ -68,6 +68,15 @@ class Scorer:
         batches = self.batches(data, micro_batch_tokens)
         return logprobs_of_data(batches, [self.score_batch(batch) for batch in batches])
 
+    def hidden(
+        self, data: Sequence[Datum], micro_batch_tokens: int | None = None
+    ) -> list[torch.Tensor]:
+        """Like `score`, but the input of `vocab_logprobs` for every position: D x `(N, H)`."""
+        batches = self.batches(data, micro_batch_tokens)
+        with torch.no_grad():
+            each = [self.hidden_of_data(batch, self.hidden_batch(batch)) for batch in batches]
+        return in_order(batches, each)
+
     def batches(
         self, data: Sequence[Datum], micro_batch_tokens: int | None = None
     ) -> list[MicroBatch]:
