@@ -5,8 +5,7 @@
 Writes DIR/gpu.json and DIR/gpu.md after every number. Exit status 1 if a check failed, 0 otherwise:
 a missed goal, a skipped section or one that ran out of time is no failed check, and a section that
 raised leaves its traceback in the report. 2: no CUDA device and no --smoke. Nothing is downloaded:
-weights are random, made on the device from a seed. Sections are in the files named in SECTIONS'
-imports; `report` keeps the results, `card` is the device, `models` makes models and data.
+weights are random, made on the device from a seed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import os
 import signal
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,9 +31,8 @@ from benchmarks.gpu.choices import choices
 from benchmarks.gpu.correct import correct
 from benchmarks.gpu.decode import decode
 from benchmarks.gpu.machine import describe, machine, tests
-from benchmarks.gpu.memory import memory
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.train import larger, train
+from benchmarks.gpu.train import larger, memory, train
 from cookbook_core.backend.local.model import cuda
 
 SECTIONS: tuple[tuple[str, Callable[[Report, Card], None], int, int], ...] = (
@@ -66,8 +63,7 @@ def run(section: Callable[[Report, Card], None], report: Report, card: Card) -> 
     signal.setitimer(signal.ITIMER_REAL, max(report.left(), 0.1))
     status, error = "done", None
     try:
-        with warnings.catch_warnings():
-            section(report, card)
+        section(report, card)
     except OutOfTime:
         status = "stopped at its cap or at the deadline"
     except Exception as raised:
@@ -86,22 +82,13 @@ def stop_at_sigterm(report: Report) -> None:
 
 
 def listen(report: Report) -> None:
-    """Put the package's warnings into the report rather than on the screen."""
+    """Put warnings into the report rather than on the screen."""
     listener = logging.Handler(logging.WARNING)
     listener.emit = lambda record: report.heard.append(record.getMessage()[:300])
-    logger = logging.getLogger("cookbook_core")
-    logger.handlers, logger.propagate = [listener], False
-
-
-def device_of(name: str, smoke: bool) -> torch.device | None:
-    """The device to measure; None where there is none."""
-    if name == "sim":
-        from tests.simulated import device
-
-        device.load()
-    if name == "auto":
-        name = "cpu" if smoke else "cuda"
-    return torch.device(name) if name != "cuda" or torch.cuda.is_available() else None
+    logging.captureWarnings(True)  # into the logger "py.warnings"
+    for name in ("cookbook_core", "torch._dynamo", "py.warnings"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [listener], False
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="of the whole run")
     parser.add_argument("--only", default="", help="sections, separated by commas")
     parser.add_argument("--smoke", action="store_true", help="toy sizes on the CPU: no measurement")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or sim")
+    parser.add_argument("--device", help="cuda (default), cpu (default with --smoke) or sim")
     options = parser.parse_args(arguments)
     known = [name for name, *_ in SECTIONS]
     wanted = options.only.split(",") if options.only else known
@@ -120,14 +107,20 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(options.out, options.minutes, [s[0] for s in sections], options.smoke)
     stop_at_sigterm(report)
     listen(report)
-    device = device_of(options.device, options.smoke)
-    if device is None:
+    name = options.device or ("cpu" if options.smoke else "cuda")
+    if name == "cuda" and not torch.cuda.is_available():
         print("No CUDA device here. --smoke runs every section at toy size.", file=sys.stderr)
         return 2
+    if name == "sim":
+        from tests.simulated.device import load
+
+        load()
+    device = torch.device(name)
     cuda.prepare(device)  # as before the package loads a model, so that all sections run under it
     with tempfile.TemporaryDirectory(prefix="gpu_battery_", ignore_cleanup_errors=True) as folder:
         card = Card(device, options.smoke, Path(folder))
-        report.card, report.machine = card.name, describe(card)
+        report.machine = describe(card)
+        report.card = report.machine["device"]
         for name, section, need, cap in sections:
             left = report.left()
             report.begin(name, cap)

@@ -3,50 +3,47 @@
 from __future__ import annotations
 
 import argparse
-import statistics
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from benchmarks import trl_side, workloads
+from benchmarks.gpu import models as M
 from benchmarks.gpu.card import GIB, Card
-from benchmarks.gpu.models import build, connect, datums, named, plain_peft, sequences, train_step
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.train import step_rate
 from tests.oracles.logprobs import adapter_of
 
 
 def baselines(report: Report, card: Card) -> None:
-    config, lists = named(card, "0.6B"), sequences(*card.pick((16, 1024), (4, 16)))
-    with connect(card, config) as client:
-        adapter, data = adapter_of(client), datums(lists)
-        taken = card.seconds(lambda: train_step(client, data))
-        ours = report.number("ours", [sum(map(len, lists)) / t for t in taken], "tokens/s")
-        peak = card.peak(lambda: train_step(client, data)) / GIB
-        report.number("ours: peak", peak, "GiB")
-    best = 0.0
-    for checkpointing in (False, True):
-        name = f"plain peft loop, checkpointing {'on' if checkpointing else 'off'}"
-        if report.has_time(name, 15):
-            model = plain_peft(card, config, adapter)
-            rate, theirs = plain_loop(report, card, model, lists, checkpointing, name)
-            best = max(best, rate)
-            report.number(f"ours / {name}: peak", peak / theirs if theirs else 0.0, "")
-            del model
-    if best:
-        report.number("ours / the faster plain peft loop", ours / best, "x", (">=", 2.0))
-    if report.has_time("TRL", 40):
-        with_trl(report, card, config, adapter, lists, ours, peak)
+    config, lists = M.named(card, "0.6B"), M.sequences(*card.pick((16, 1024), (4, 16)))
+    with M.connect(card, config) as client:
+        adapter = adapter_of(client)
+        ours, peak = step_rate(report, card, client, "0.6B", lists)
+    loops = []
+    for how in ("off", "on"):
+        name = f"plain peft loop, checkpointing {how}"
+        run = partial(plain_loop, report, card, config, adapter, lists, name)
+        if found := report.attempt(name, run, 15):
+            loops.append(found[0])
+            report.number(f"ours / {name}: peak", peak / (found[1] or 1.0), "")
+    if loops:
+        report.number("ours / the faster plain peft loop", ours / max(loops), "x", (">=", 2.0))
+    run = partial(with_trl, report, card, config, adapter, lists, ours, peak)
+    report.attempt("TRL", run, 40, must=False)
 
 
 def plain_loop(
-    report: Report, card: Card, model: Any, lists: Any, checkpointing: bool, name: str
+    report: Report, card: Card, config: Any, adapter: Any, lists: Any, name: str
 ) -> tuple[float, float]:
     """As trainers run it: bfloat16 autocast, SDPA, padded rows, float32 LoRA, fused AdamW.
 
     As many rows at a time as fit. Returns tokens a second and the peak in GiB.
     """
-    model.train()
-    if checkpointing:
+    model = M.plain_peft(card, config, adapter).train()
+    if name.endswith("on"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     params = [p for p in model.parameters() if p.requires_grad]
@@ -75,23 +72,21 @@ def plain_loop(
             rows //= 2
         optimizer.zero_grad()
         card.free()
-    rate = report.number(name, [ids.numel() / t for t in card.seconds(step)], "tokens/s")
     report.note(f"{name}: {rows} of {len(ids)} rows at a time")
-    peak = card.peak(step) / GIB
-    report.number(f"{name}: peak", peak, "GiB")
-    return rate, peak
+    rate = report.rate(name, ids.numel(), card.seconds(step))
+    return rate, report.number(f"{name}: peak", card.peak(step) / GIB, "GiB")
 
 
 def with_trl(
     report: Report, card: Card, config: Any, adapter: Any, lists: Any, ours: float, peak: float
 ) -> None:
     """TRL's SFTTrainer on the same ids, with its checkpointing, where it is installed."""
-    try:
-        import datasets
-        import trl
-    except ImportError as error:
-        report.note(f"TRL: skipped: not installed ({error.name})")
+    if find_spec("trl") is None or find_spec("datasets") is None:
+        report.note("TRL: skipped: not installed")
         return
+    import datasets
+    import trl
+
     rows = card.pick(8, 2)
     options = trl_side.arguments(
         argparse.Namespace(steps=6, warmup=2),
@@ -103,7 +98,7 @@ def with_trl(
         use_cpu=not card.cuda,
     )
     trainer = trl.SFTTrainer(
-        model=build(config, card.device, card.pick(torch.bfloat16, torch.float32)),
+        model=M.build(config, card.device, card.pick(torch.bfloat16, torch.float32)),
         peft_config=adapter.slot.config,
         args=trl.SFTConfig(**options),
         train_dataset=datasets.Dataset.from_dict({"input_ids": lists}),
@@ -111,7 +106,7 @@ def with_trl(
     )
     taken: list[float] = []
     most = card.peak(lambda: taken.extend(trl_side.step_seconds(trainer, card.sync))) / GIB
-    rates, name = [sum(map(len, lists)) / t for t in taken[2:]], f"TRL {trl.__version__}"
-    report.number(f"{name}: peak", most, "GiB")
-    report.number("ours / TRL", ours / report.number(name, rates, "tokens/s"), "x", (">=", 2.5))
-    report.number("ours / TRL: peak", peak / most if most else 0.0, "", ("<=", 0.5))
+    theirs = report.rate(f"TRL {trl.__version__}", sum(map(len, lists)), taken[2:])
+    report.number(f"TRL {trl.__version__}: peak", most, "GiB")
+    report.number("ours / TRL", ours / theirs, "x", (">=", 2.5))
+    report.number("ours / TRL: peak", peak / (most or 1.0), "", ("<=", 0.5))

@@ -22,24 +22,6 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 @dataclass
-class Profile:
-    """What one call did.
-
-    busy: share of the time from the first kernel to the last in which one ran.
-    kernels: on the device, copies included; milliseconds: of each, by name.
-    launches, graphs: calls of the host that start one kernel, or one captured graph.
-    waits: calls of the host that wait for the device.
-    """
-
-    busy: float = 0.0
-    kernels: float = 0
-    launches: float = 0
-    graphs: int = 0
-    waits: float = 0
-    milliseconds: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass
 class Card:
     """One device, and the size of the run on it.
 
@@ -61,32 +43,8 @@ class Card:
         """torch.cuda, or torch.sim for the simulated device; None on the CPU."""
         return None if self.device.type == "cpu" else getattr(torch, self.device.type)
 
-    @property
-    def simulated(self) -> Any:
-        """The module of the simulated device of the tests; None on other devices."""
-        if self.device.type != "sim":
-            return None
-        from tests.simulated import device
-
-        return device
-
-    @property
-    def name(self) -> str:
-        if not self.cuda:
-            return f"{self.device.type} (smoke: no measurement)"
-        return torch.cuda.get_device_name(self.device)
-
-    @property
-    def memory(self) -> float:
-        """Total memory in bytes; of other devices than CUDA's as much as one likes."""
-        if not self.cuda:
-            return float("inf")
-        return torch.cuda.get_device_properties(self.device).total_memory
-
     def pick(self, full: T, toy: T) -> T:
         return toy if self.smoke else full
-
-    # ---- time ------------------------------------------------------------------------------------
 
     def sync(self) -> None:
         if self.own:
@@ -128,8 +86,6 @@ class Card:
             self.rates[key] = 2 * m * k * n / statistics.median(taken)
         return self.rates[key]
 
-    # ---- memory ----------------------------------------------------------------------------------
-
     def allocated(self) -> int:
         self.sync()
         return self.own.memory_allocated() if self.own else 0
@@ -152,26 +108,43 @@ class Card:
     def within(self, limit: int) -> Iterator[None]:
         """Inside, allocations beyond `limit` bytes in all fail. No limit on the CPU."""
         self.free()
-        if self.simulated:
-            with self.simulated.limited_memory(limit - self.allocated()):
-                yield
-        elif self.cuda:
-            torch.cuda.set_per_process_memory_fraction(min(limit / self.memory, 1.0))
+        if self.cuda:
+            torch.cuda.set_per_process_memory_fraction(
+                min(limit / torch.cuda.mem_get_info()[1], 1.0)
+            )
             try:
                 yield
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0)
+        elif self.own:
+            from tests.simulated.device import limited_memory
+
+            with limited_memory(limit - self.allocated()):
+                yield
         else:
             yield
         self.free()
 
-    # ---- what ran --------------------------------------------------------------------------------
+    def within_a_third(self, peak: int) -> Any:
+        """Inside, only a third is left of what work of that peak takes beyond what is held now."""
+        held = self.allocated()
+        return self.within(held + int(0.33 * (peak - held)))
 
-    def profile(self, run: Callable[[], Any]) -> Profile:
-        """Profile one call; the work is done in other threads than this one."""
-        if self.simulated:
-            counts = self.simulated.count(run)
-            return Profile(0.0, counts.launches, counts.launches, 0, counts.waits)
+    def profile(self, run: Callable[[], Any]) -> tuple[Counter[str], Counter[str]]:
+        """Profile one call, whose work is done in other threads than this one.
+
+        Returns:
+            kernels on the device, copies included; launches and graphs, calls of the host that
+                start one kernel or one captured graph; waits, calls of the host that wait for the
+                device; busy, the share of time from the first kernel to the last in which one ran.
+            Milliseconds of each kernel.
+        """
+        if self.device.type == "sim":
+            from tests.simulated.device import count
+
+            seen = count(run)
+            each: Any = {"kernels": seen.launches, "launches": seen.launches, "waits": seen.waits}
+            return Counter(each), Counter()
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
@@ -182,24 +155,18 @@ class Card:
         with profile(activities=which, experimental_config=everywhere) as taken:
             run()
             self.sync()
-        seen, spans = Profile(), []
+        counts, spent, spans = Counter[str](), Counter[str](), []
         for event in taken.events():
             if event.device_type == kind and not getattr(event, "is_user_annotation", False):
                 begin, end = event.time_range.start, event.time_range.end
                 spans.append((begin, end))
-                seen.milliseconds[event.name[:70]] += (end - begin) / 1e3
-            seen.graphs += event.name.startswith("cudaGraphLaunch")
-            seen.launches += event.name.startswith(LAUNCHES)
-            seen.waits += event.name.startswith(WAITS)
-        seen.kernels, seen.busy = len(spans), _covered(spans)
-        return seen
-
-
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Share of the range of all spans that at least one covers."""
-    spans.sort()
-    covered, reach = 0.0, spans[0][0] if spans else 0.0
-    for begin, end in spans:
-        covered += max(end - max(begin, reach), 0.0)
-        reach = max(reach, end)
-    return covered / (reach - spans[0][0]) if spans and reach > spans[0][0] else 0.0
+                spent[event.name[:70]] += (end - begin) / 1e3
+            counts["graphs"] += event.name.startswith("cudaGraphLaunch")
+            counts["launches"] += event.name.startswith(LAUNCHES)
+            counts["waits"] += event.name.startswith(WAITS)
+        covered, first, reach = 0.0, *[min(spans, default=(0.0, 0.0))[0]] * 2
+        for begin, end in sorted(spans):
+            covered += max(end - max(begin, reach), 0.0)
+            reach = max(reach, end)
+        busy: Any = covered / (reach - first) if reach > first else 0.0
+        return counts | Counter(kernels=len(spans), busy=busy), spent

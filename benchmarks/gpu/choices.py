@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 
+from benchmarks.gpu import models as M
 from benchmarks.gpu.card import GIB, Card
 from benchmarks.gpu.decode import sample, sampler_of
-from benchmarks.gpu.models import connect, datums, named, score, sequences, train_step
 from benchmarks.gpu.report import Report
 from cookbook_core.backend.local.sampling import sampler as sampling
 from cookbook_core.backend.local.scoring import kernels, packing, target_logprobs
@@ -18,20 +19,18 @@ from tests.oracles.logprobs import engine_of
 
 
 def choices(report: Report, card: Card) -> None:
-    with report.attempt("attention kernels", must=False):
-        attention_kernels(report, card)
+    report.attempt("attention kernels", lambda: attention_kernels(report, card), must=False)
     on_bfloat16 = (micro_batches, lora_dtype, decode_graph, head_tiles)
     for dtype, compared in (("bfloat16", on_bfloat16), ("auto", (fused_layers,))):
-        with connect(card, named(card, "0.6B"), dtype) as client:
-            data = datums(sequences(*card.pick((16, 1024), (4, 16))))
+        with M.connect(card, M.named(card, "0.6B"), dtype) as client:
+            data = M.datums(M.sequences(*card.pick((16, 1024), (4, 16))))
             for compare in compared:
-                if report.has_time(compare.__name__, 8):
-                    with report.attempt(compare.__name__, must=False):
-                        compare(report, card, client, data)
+                run = partial(compare, report, card, client, data)
+                report.attempt(compare.__name__, run, 8, must=False)
 
 
 def step(report: Report, card: Card, client: Any, data: Any, how: str) -> None:
-    taken = card.milliseconds(lambda: train_step(client, data))
+    taken = card.milliseconds(lambda: M.train_step(client, data))
     report.number(f"training step, {how}", taken, "ms")
 
 
@@ -40,7 +39,7 @@ def micro_batches(report: Report, card: Card, client: Any, data: Any) -> None:
         with mock.patch.object(engine_of(client).scorer, "micro_batch_tokens", tokens):
             how = f"micro-batches of {tokens} tokens"
             step(report, card, client, data, how)
-            peak = card.peak(lambda: train_step(client, data)) / GIB
+            peak = card.peak(lambda: M.train_step(client, data)) / GIB
             report.number(f"training step, {how}: peak", peak, "GiB")
 
 
@@ -60,7 +59,7 @@ def lora_dtype(report: Report, card: Card, client: Any, data: Any) -> None:
 
 def decode_graph(report: Report, card: Card, client: Any, _: Any) -> None:
     """Decoding steps as captured graphs, and launched kernel by kernel."""
-    prompts = sequences(*card.pick((32, 128), (2, 8)))
+    prompts = M.sequences(*card.pick((32, 128), (2, 8)))
     sampler, new = sampler_of(client), card.pick(64, 20)
     for how, captures in (
         ("kernel by kernel", lambda *_: False),
@@ -75,7 +74,7 @@ def head_tiles(report: Report, card: Card, client: Any, data: Any) -> None:
     """Scoring without a graph, by the size of a tile of logits."""
     for tile in ((2048, 8192), (4096, 8192), (4096, 16_384), (4096, 32_768)):
         with mock.patch.object(target_logprobs, "TILE", {"cpu": tile, "cuda": tile}):
-            taken = card.milliseconds(lambda: score(client, data))
+            taken = card.milliseconds(lambda: M.score(client, data))
             report.number(f"scoring, tiles of {tile[0]} rows x {tile[1]} tokens", taken, "ms")
 
 
@@ -99,7 +98,7 @@ def attention_kernels(report: Report, card: Card) -> None:
     )
     kind = kernels.Kind(card.device, q.dtype, heads, keys, width, width)
     for segments in (1, card.pick(64, 4)):
-        layout = packing.lay_out(sequences(segments, total // segments))
+        layout = packing.lay_out(M.sequences(segments, total // segments))
         for name in kernels.candidates(kind):
 
             def run(name: str = name, layout: Any = layout) -> None:
@@ -109,6 +108,5 @@ def attention_kernels(report: Report, card: Card) -> None:
             what = f"attention, {segments} segments, {name}"
             if obstacle := kernels.unmade_for(name, kind):
                 report.note(f"{what}: skipped: {obstacle}")
-            else:
-                with report.attempt(what, must=False):
-                    report.number(what, card.milliseconds(run), "ms")
+            elif taken := report.attempt(what, lambda run=run: card.milliseconds(run), must=False):
+                report.number(what, taken, "ms")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import contextlib
 import subprocess
 import sys
 import time
@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.gpu.card import GIB, Card
 from benchmarks.gpu.report import Report
+from cookbook_core.storage.manifest import versions
 
 TESTS = ("cuda", "cuda_attention", "cuda_settings", "fused_cuda", "fused_lora", "kernels", "flash",
          "flex", "scoring")  # fmt: skip
@@ -21,20 +22,15 @@ TESTS = ("cuda", "cuda_attention", "cuda_settings", "fused_cuda", "fused_lora", 
 
 def describe(card: Card) -> dict[str, Any]:
     """Card, driver and versions, for the head of the report."""
-    known: dict[str, Any] = {"device": card.name, "python": sys.version.split()[0]}
-    for package in ("torch", "triton", "transformers", "peft", "numpy", "liger-kernel"):
-        try:
+    known: dict[str, Any] = {"device": f"{card.device} (smoke: no measurement)", **versions()}
+    for package in ("triton", "liger-kernel"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
             known[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            known[package] = "absent"
     if card.cuda:
+        known["device"] = torch.cuda.get_device_name()
         free, total = torch.cuda.mem_get_info()
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            asked = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-            known["driver"] = asked.stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            known["driver"] = "unknown"
+        query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+        known["driver"] = subprocess.getoutput(query)
         known["compute capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
         known["CUDA of torch"] = torch.version.cuda
         known["memory"] = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
@@ -66,7 +62,7 @@ def machine(report: Report, card: Card) -> None:
 
     taken = [t / many * 1e6 for t in card.seconds(launch)]
     report.number("add of one number, launched one by one", taken, "us")
-    there, back = [], []
+    there, back = [], list[float]()
     for _ in range(card.pick(500, 5)):
         card.sync()
         began = time.perf_counter()
@@ -76,8 +72,8 @@ def machine(report: Report, card: Card) -> None:
         moved.item()
         there.append((middle - began) * 1e6)
         back.append((time.perf_counter() - middle) * 1e6)
-    report.number("4 bytes to the device", statistics.median(there), "us")
-    report.number("4 bytes from the device", statistics.median(back), "us")
+    report.number("4 bytes to the device", there, "us")
+    report.number("4 bytes from the device", back, "us")
 
 
 def tests(report: Report, card: Card) -> None:

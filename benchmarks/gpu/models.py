@@ -121,9 +121,6 @@ def train_step(client: Any, data: list[Datum], loss: Any = "cross_entropy") -> f
     return backward.result(SECONDS).metrics["passes"]
 
 
-# ---- datums --------------------------------------------------------------------------------------
-
-
 def datums(lists: Sequence[Sequence[int]]) -> list[Datum]:
     """Every token after the first is a target, and the first the last; weights are equal."""
     weight, made = 1.0 / sum(map(len, lists)), []
@@ -143,9 +140,6 @@ def families(prompts: int, group: int, prompt: int, answer: int) -> list[list[in
     """As GRPO has them: `group` sequences on each of `prompts` prompts."""
     stems, tails = sequences(prompts, prompt, seed=1), sequences(prompts * group, answer, seed=2)
     return [stems[i // group] + tail for i, tail in enumerate(tails)]
-
-
-# ---- arithmetic ----------------------------------------------------------------------------------
 
 
 def training_flops(config: Any, lists: Sequence[list[int]]) -> float:

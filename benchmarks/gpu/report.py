@@ -5,7 +5,6 @@ Both files are rewritten after every number, so a run that is killed leaves all 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -13,23 +12,16 @@ import statistics
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 
 class Report:
-    """The results of one run.
+    """The results of one run of `minutes`; in a smoke run goals are listed and not judged.
 
-    Args:
-        folder: where gpu.json and gpu.md go.
-        minutes: of the whole run.
-        sections: names of all sections, in order.
-        smoke: goals are listed and not judged.
-    Attributes:
-        card: name of the device, beside every number.
-        machine: versions and the like.
-        heard: warnings of the package, added to the notes of the section that ends next.
+    card: name of the device, beside every number. machine: versions and the like.
+    heard: warnings, added to the notes of the section that ends next.
     """
 
     def __init__(self, folder: Path, minutes: float, sections: list[str], smoke: bool) -> None:
@@ -43,14 +35,8 @@ class Report:
         self.now, self._section_ends = sections[0], math.inf
         folder.mkdir(parents=True, exist_ok=True)
 
-    # ---- what sections call ----------------------------------------------------------------------
-
     def number(
-        self,
-        name: str,
-        value: float | Sequence[float],
-        unit: str,
-        goal: tuple[str, float] | None = None,
+        self, name: str, value: Any, unit: str, goal: tuple[str, float] | None = None
     ) -> float:
         """Keep a number, or of several the median, the smallest and the largest.
 
@@ -58,8 +44,8 @@ class Report:
         """
         values = [value] if isinstance(value, (int, float)) else value
         middle = float(statistics.median(values))
-        row: dict[str, Any] = {"name": name, "unit": unit, "card": self.card}
-        row["value"] = middle if math.isfinite(middle) else None  # JSON has no NaN
+        kept = middle if math.isfinite(middle) else None  # JSON has no NaN
+        row: dict[str, Any] = {"name": name, "value": kept, "unit": unit, "card": self.card}
         if len(values) > 1:
             row |= {"smallest": min(values), "largest": max(values), "repeats": len(values)}
         if goal is not None:
@@ -69,10 +55,14 @@ class Report:
         self._keep("numbers", row)
         return middle
 
-    def check(self, name: str, ok: Any, got: Any = "", bound: str = "") -> None:
+    def rate(self, name: str, amount: float, seconds: Sequence[float]) -> float:
+        """Keep how many tokens a second that is."""
+        return self.number(name, [amount / t for t in seconds], "tokens/s")
+
+    def check(self, name: str, ok: Any, got: Any = "", bound: Any = "") -> None:
         """Keep a check; one that failed makes the exit status 1."""
         got = f"{got:.3g}" if isinstance(got, float) else str(got)
-        self._keep("checks", {"name": name, "ok": bool(ok), "got": got, "bound": bound})
+        self._keep("checks", {"name": name, "ok": bool(ok), "got": got, "bound": str(bound)})
 
     def at_most(self, name: str, got: float, bound: float) -> None:
         """Check that a number is within its bound; NaN is not."""
@@ -81,11 +71,18 @@ class Report:
     def note(self, text: str) -> None:
         self._keep("notes", text)
 
-    @contextlib.contextmanager
-    def attempt(self, what: str, *, must: bool = True) -> Iterator[None]:
-        """Inside, an exception ends the block alone; with `must` it is a failed check."""
+    def attempt(
+        self, what: str, part: Callable[[], Any], seconds: float = 0, *, must: bool = True
+    ) -> Any:
+        """Run a part of a section if `seconds` are left for it (in a smoke run: any).
+
+        An exception ends the part alone; with `must` it is a failed check.
+        """
+        if self.left() < (0 if self.smoke else seconds):
+            self.note(f"{what}: skipped: {seconds:.0f} s needed, {max(self.left(), 0):.0f} s left")
+            return None
         try:
-            yield
+            return part()
         except Exception as error:
             if must:
                 self.check(what, False, f"{type(error).__name__}: {error}"[:300], "no exception")
@@ -94,15 +91,6 @@ class Report:
     def left(self) -> float:
         """Seconds until the deadline or, within a section, until its end."""
         return min(self.deadline, self._section_ends) - time.monotonic()
-
-    def has_time(self, what: str, seconds: float) -> bool:
-        """Whether `seconds` are left (in a smoke run: any); notes what is left out if not."""
-        enough = self.left() >= (0 if self.smoke else seconds)
-        if not enough:
-            self.note(f"{what}: skipped: {seconds:.0f} s needed, {max(self.left(), 0):.0f} s left")
-        return enough
-
-    # ---- what the main program calls -------------------------------------------------------------
 
     def begin(self, section: str, cap: float) -> None:
         self.now, self._began = section, time.monotonic()
@@ -145,8 +133,10 @@ class Report:
             lines += [f"## {name}: {section['status']}{seconds}", ""]
             rows = [_cells(r) for r in section["numbers"]]
             lines += _table("what,value,unit,goal,met,card", rows)
-            results = {True: "ok", False: "**failed**"}
-            rows = [[c["name"], results[c["ok"]], c["got"], c["bound"]] for c in section["checks"]]
+            rows = [
+                [c["name"], "ok" if c["ok"] else "**failed**", c["got"], c["bound"]]
+                for c in section["checks"]
+            ]
             lines += _table("check,result,got,bound", rows)
             lines += [f"- {note.splitlines()[0]}" for note in section["notes"] if note]
             if "error" in section:
