@@ -84,9 +84,10 @@ class Report:
         try:
             return part()
         except Exception as error:
+            text = f"{type(error).__name__}: {error}"[:300]
             if must:
-                self.check(what, False, f"{type(error).__name__}: {error}"[:300], "no exception")
-            self.note(f"{what}: " + "".join(traceback.format_exception(error))[-2000:])
+                self.check(what, False, text, "no exception")
+            self.note(f"{what}: {text}\n" + "".join(traceback.format_exception(error))[-2000:])
 
     def left(self) -> float:
         """Seconds until the deadline or, within a section, until its end."""
