@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -130,10 +131,30 @@ def make_trainer(options: argparse.Namespace) -> Any:
     return trl.GRPOTrainer(reward_funcs=reward, args=config, train_dataset=data, **common)
 
 
+def step_seconds(trainer: Any, sync: Callable[[], Any] = lambda: None) -> list[float]:
+    """Train; return the seconds of each step. `sync` waits for the device."""
+    from transformers import TrainerCallback
+
+    ends = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            sync()
+            ends.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            sync()
+            ends.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    return [b - a for a, b in itertools.pairwise(ends)]
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     import datasets
     import torch
-    from transformers import PrinterCallback, TrainerCallback
+    from transformers import PrinterCallback
 
     datasets.disable_progress_bars()
     if options.threads:
@@ -144,16 +165,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         trainer_utils._use_triton = lambda device: True  # TRL skips rows if this is true
     trainer = make_trainer(options)
     trainer.remove_callback(PrinterCallback)
-    ends, losses, generated = [], [], []
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
-
-    trainer.add_callback(Clock())
+    losses, generated = [], []
     one_step = trainer.training_step
 
     def training_step(*args: Any, **more: Any) -> Any:
@@ -172,8 +184,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             return made
 
         trainer._generate_single_turn = timed
-    trainer.train()
-    seconds = [b - a for a, b in itertools.pairwise(ends)][options.warmup :]
+    seconds = step_seconds(trainer)[options.warmup :]
     assert len(seconds) == options.steps
     return {
         "seconds": seconds,

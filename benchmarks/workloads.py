@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MODELS = {
     "small": {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096},
@@ -39,8 +40,7 @@ def build_model(name: str) -> str:
     if (folder / "tokenizer.json").exists():
         return str(folder)
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     shape = MODELS[name]
     torch.manual_seed(0)
@@ -57,13 +57,21 @@ def build_model(name: str) -> str:
         bos_token_id=None,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
-    words = {word_of(i): i for i in range(shape["vocab_size"])}
+    tokenizer(shape["vocab_size"]).save_pretrained(folder)
+    return str(folder)
+
+
+def tokenizer(vocab_size: int) -> Any:
+    """A tokenizer of one word per token id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word_of(i): i for i in range(vocab_size)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<2>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<0>", eos_token="<1>", unk_token="<2>"
-    ).save_pretrained(folder)
-    return str(folder)
+    )
 
 
 def word_of(i: int) -> str:

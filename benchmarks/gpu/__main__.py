@@ -4,20 +4,18 @@
 
 Writes DIR/gpu.json and DIR/gpu.md after every number. Exit status 1 if a check failed, 0 otherwise:
 a missed goal, a skipped section or one that ran out of time is no failed check, and a section that
-raised leaves its traceback in the report. 2: no CUDA device and no --smoke.
+raised leaves its traceback in the report. 2: no CUDA device and no --smoke. Nothing is downloaded:
+weights are random, made on the device from a seed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,9 +31,9 @@ from benchmarks.gpu.choices import choices
 from benchmarks.gpu.correct import correct
 from benchmarks.gpu.decode import decode
 from benchmarks.gpu.machine import describe, machine, tests
-from benchmarks.gpu.memory import memory
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.train import larger, train
+from benchmarks.gpu.train import larger, memory, train
+from cookbook_core.backend.local.model import cuda
 
 SECTIONS: tuple[tuple[str, Callable[[Report, Card], None], int, int], ...] = (
     # name, function, seconds it needs to be begun, seconds after which it is stopped
@@ -61,18 +59,17 @@ def run(section: Callable[[Report, Card], None], report: Report, card: Card) -> 
     def stop(*_: Any) -> None:
         raise OutOfTime
 
-    before = signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, max(report.left(), 0.1))
+    status, error = "done", None
     try:
         section(report, card)
-        status, error = "done", None
     except OutOfTime:
-        status, error = "stopped at its cap or at the deadline", None
+        status = "stopped at its cap or at the deadline"
     except Exception as raised:
         status, error = f"raised {type(raised).__name__}", raised
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
     report.end(status, error)
 
 
@@ -85,35 +82,13 @@ def stop_at_sigterm(report: Report) -> None:
 
 
 def listen(report: Report) -> None:
-    """Put the package's warnings into the report rather than on the screen."""
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            report.heard.append(record.getMessage()[:300])
-
-    logging.getLogger("cookbook_core").handlers = [Listener(logging.WARNING)]
-    logging.getLogger("cookbook_core").propagate = False
-
-
-def device_of(name: str, smoke: bool) -> torch.device | None:
-    """The device to measure; None where there is none."""
-    if name == "sim":
-        from tests.simulated import device
-
-        device.load()
-    if name != "auto":
-        return torch.device(name)
-    if smoke:
-        return torch.device("cpu")
-    return torch.device("cuda") if torch.cuda.is_available() else None
-
-
-def prepare(device: torch.device) -> None:
-    """What the package sets up before it loads a model, so that all sections run under it."""
-    with contextlib.suppress(ImportError):
-        from cookbook_core.backend.local.model import cuda
-
-        cuda.prepare(device)
+    """Put warnings into the report rather than on the screen."""
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: report.heard.append(record.getMessage()[:300])
+    logging.captureWarnings(True)  # into the logger "py.warnings"
+    for name in ("cookbook_core", "torch._dynamo", "py.warnings"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [listener], False
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -122,38 +97,40 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="of the whole run")
     parser.add_argument("--only", default="", help="sections, separated by commas")
     parser.add_argument("--smoke", action="store_true", help="toy sizes on the CPU: no measurement")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or sim")
+    parser.add_argument("--device", help="cuda (default), cpu (default with --smoke) or sim")
     options = parser.parse_args(arguments)
-    wanted = [name for name in options.only.split(",") if name]
-    unknown = set(wanted) - {name for name, *_ in SECTIONS}
-    if unknown:
-        parser.error(f"unknown sections {sorted(unknown)}; known: {[n for n, *_ in SECTIONS]}")
-    sections = [each for each in SECTIONS if not wanted or each[0] in wanted]
-    report = Report(options.out, options.minutes, [name for name, *_ in sections])
-    report.smoke = options.smoke
+    known = [name for name, *_ in SECTIONS]
+    wanted = options.only.split(",") if options.only else known
+    if unknown := set(wanted) - set(known):
+        parser.error(f"unknown sections {sorted(unknown)}; known: {known}")
+    sections = [each for each in SECTIONS if each[0] in wanted]
+    report = Report(options.out, options.minutes, [s[0] for s in sections], options.smoke)
     stop_at_sigterm(report)
     listen(report)
-    device = device_of(options.device, options.smoke)
-    if device is None:
+    name = options.device or ("cpu" if options.smoke else "cuda")
+    if name == "cuda" and not torch.cuda.is_available():
         print("No CUDA device here. --smoke runs every section at toy size.", file=sys.stderr)
         return 2
-    prepare(device)
-    card = Card(device, options.smoke, Path(tempfile.mkdtemp(prefix="gpu_battery_")))
-    try:
-        report.card, report.machine = card.name, describe(card)
+    if name == "sim":
+        from tests.simulated.device import load
+
+        load()
+    device = torch.device(name)
+    cuda.prepare(device)  # as before the package loads a model, so that all sections run under it
+    with tempfile.TemporaryDirectory(prefix="gpu_battery_", ignore_cleanup_errors=True) as folder:
+        card = Card(device, options.smoke, Path(folder))
+        report.machine = describe(card)
+        report.card = report.machine["device"]
         for name, section, need, cap in sections:
             left = report.left()
             report.begin(name, cap)
-            if left < (1 if options.smoke else need):
+            if left < card.pick(need, 1):
                 report.end(f"skipped: {max(left, 0):.0f} s left")
                 continue
             print(f"{name} ...", flush=True)
-            with warnings.catch_warnings():
-                run(section, report, card)
+            run(section, report, card)
             card.free()
             print(f"{name}: {report.sections[name]['status']}", flush=True)
-    finally:
-        shutil.rmtree(card.folder, ignore_errors=True)
     failed = report.failed_checks()
     print(f"{len(failed)} failed checks", *failed, sep="\n", flush=True)
     return 1 if failed else 0

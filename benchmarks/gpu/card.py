@@ -6,20 +6,17 @@ import contextlib
 import gc
 import statistics
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest import mock
 
 import torch
 
-from benchmarks.gpu.report import NotHere
-
 T = TypeVar("T")
 
+GIB = 2**30
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
@@ -28,7 +25,6 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 class Card:
     """One device, and the size of the run on it.
 
-    device: torch's.
     smoke: toy sizes, so that every line runs on the CPU in seconds.
     folder: for checkpoints and configurations; removed at the end.
     """
@@ -43,34 +39,12 @@ class Card:
         return self.device.type == "cuda"
 
     @property
-    def name(self) -> str:
-        if not self.cuda:
-            return f"{self.device.type} (smoke: no measurement)"
-        return torch.cuda.get_device_properties(self.device).name
-
-    @property
-    def memory(self) -> int:
-        """Total memory in bytes; 0 where it is not CUDA's."""
-        return torch.cuda.get_device_properties(self.device).total_memory if self.cuda else 0
-
-    @property
     def own(self) -> Any:
         """torch.cuda, or torch.sim for the simulated device; None on the CPU."""
         return None if self.device.type == "cpu" else getattr(torch, self.device.type)
 
-    @property
-    def simulated(self) -> Any:
-        """The module of the simulated device of the tests; None on other devices."""
-        if self.device.type != "sim":
-            return None
-        from tests.simulated import device
-
-        return device
-
     def pick(self, full: T, toy: T) -> T:
         return toy if self.smoke else full
-
-    # ---- time ------------------------------------------------------------------------------------
 
     def sync(self) -> None:
         if self.own:
@@ -81,23 +55,22 @@ class Card:
 
         Requests run in the worker's thread, on the default stream as the events do.
         """
-        repeats, warm = self.pick(repeats, 1), self.pick(warm, 1)
-        for _ in range(warm):
-            run()
         taken = []
-        for _ in range(repeats):
+        for i in range(self.pick(warm + repeats, 2)):
             self.sync()
-            if not self.cuda:
-                began = time.perf_counter()
+            began = time.perf_counter()
+            if self.cuda:
+                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                first.record()
                 run()
-                taken.append(time.perf_counter() - began)
-                continue
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            run()
-            last.record()
-            last.synchronize()
-            taken.append(first.elapsed_time(last) / 1e3)
+                last.record()
+                last.synchronize()
+                spent = first.elapsed_time(last) / 1e3
+            else:
+                run()
+                spent = time.perf_counter() - began
+            if i >= self.pick(warm, 1):
+                taken.append(spent)
         return taken
 
     def milliseconds(self, run: Callable[[], Any]) -> list[float]:
@@ -113,8 +86,6 @@ class Card:
             self.rates[key] = 2 * m * k * n / statistics.median(taken)
         return self.rates[key]
 
-    # ---- memory ----------------------------------------------------------------------------------
-
     def allocated(self) -> int:
         self.sync()
         return self.own.memory_allocated() if self.own else 0
@@ -122,143 +93,80 @@ class Card:
     def peak(self, run: Callable[[], Any]) -> int:
         """Most bytes that torch's allocator had in use during the call."""
         self.free()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        elif self.simulated:
-            self.simulated.forget_peak()
+        if self.own:
+            self.own.reset_peak_memory_stats()
         run()
         self.sync()
         return self.own.max_memory_allocated() if self.own else 0
 
     def free(self) -> None:
         gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
+        if self.own:
+            self.own.empty_cache()
 
     @contextlib.contextmanager
-    def within(self, limit: int, *, known: bool) -> Iterator[None]:
-        """Inside, allocations beyond `limit` bytes in all fail.
-
-        known: torch reports free and total memory as on a smaller card; otherwise the package
-            believes in more memory than there is, and has to recover from running out.
-        """
-        if not self.cuda:
-            more = limit - self.allocated()
-            sim = self.simulated
-            with sim.limited_memory(more) if sim else contextlib.nullcontext():
+    def within(self, limit: int) -> Iterator[None]:
+        """Inside, allocations beyond `limit` bytes in all fail. No limit on the CPU."""
+        self.free()
+        if self.cuda:
+            torch.cuda.set_per_process_memory_fraction(
+                min(limit / torch.cuda.mem_get_info()[1], 1.0)
+            )
+            try:
                 yield
-            return
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0)
+        elif self.own:
+            from tests.simulated.device import limited_memory
+
+            with limited_memory(limit - self.allocated()):
+                yield
+        else:
+            yield
         self.free()
 
-        def free_of_total(*_: Any) -> tuple[int, int]:
-            return max(limit - torch.cuda.memory_reserved(), 0), limit
+    def within_a_third(self, peak: int) -> Any:
+        """Inside, only a third is left of what work of that peak takes beyond what is held now."""
+        held = self.allocated()
+        return self.within(held + int(0.33 * (peak - held)))
 
-        smaller = _Smaller(torch.cuda.get_device_properties(self.device), limit)
-        torch.cuda.set_per_process_memory_fraction(min(limit / self.memory, 1.0))
-        try:
-            with contextlib.ExitStack() as said:
-                if known:
-                    for name, answer in (
-                        ("mem_get_info", free_of_total),
-                        ("get_device_properties", lambda *_: smaller),
-                    ):
-                        said.enter_context(mock.patch.object(torch.cuda, name, answer))
-                yield
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-            self.free()
+    def profile(self, run: Callable[[], Any]) -> tuple[Counter[str], Counter[str]]:
+        """Profile one call, whose work is done in other threads than this one.
 
-    # ---- what ran --------------------------------------------------------------------------------
+        Returns:
+            kernels on the device, copies included; launches and graphs, calls of the host that
+                start one kernel or one captured graph; waits, calls of the host that wait for the
+                device; busy, the share of time from the first kernel to the last in which one ran.
+            Milliseconds of each kernel.
+        """
+        if self.device.type == "sim":
+            from tests.simulated.device import count
 
-    def profile(self, run: Callable[[], Any]) -> Profile:
-        """Profile one call; the work is done in other threads than this one."""
-        if self.simulated:
-            counts = self.simulated.count(run)
-            return Profile(0.0, counts.launches, counts.launches, 0, counts.waits)
+            seen = count(run)
+            each: Any = {"kernels": seen.launches, "launches": seen.launches, "waits": seen.waits}
+            return Counter(each), Counter()
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
         kind = DeviceType.CUDA if self.cuda else DeviceType.CPU
         which = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])]
-        self.sync()
         everywhere = _ExperimentalConfig(profile_all_threads=True)
+        self.sync()
         with profile(activities=which, experimental_config=everywhere) as taken:
             run()
             self.sync()
-        seen = Profile()
-        spans = []
+        counts, spent, spans = Counter[str](), Counter[str](), []
         for event in taken.events():
             if event.device_type == kind and not getattr(event, "is_user_annotation", False):
                 begin, end = event.time_range.start, event.time_range.end
                 spans.append((begin, end))
-                seen.kernels += 1
-                seen.milliseconds[event.name[:70]] += (end - begin) / 1e3
-            elif event.name.startswith("cudaGraphLaunch"):
-                seen.graphs += 1
-            elif event.name.startswith(LAUNCHES):
-                seen.launches += 1
-            elif event.name.startswith(WAITS):
-                seen.waits += 1
-        seen.busy = _covered(spans)
-        return seen
-
-    def syncs(self, run: Callable[[], Any]) -> int:
-        """Number of operations in a call that wait for the device (torch's sync debug mode)."""
-        if not self.cuda:
-            if self.simulated:
-                return int(self.simulated.count(run).waits)
-            run()
-            return 0
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                run()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        return sum("synchronizing" in str(w.message) for w in caught)
-
-
-class _Smaller:
-    """A device's properties, but for its memory."""
-
-    def __init__(self, real: Any, total_memory: int) -> None:
-        self.real, self.total_memory = real, total_memory
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
-
-
-@dataclass
-class Profile:
-    """busy: share of the time from the first kernel to the last in which one ran.
-
-    kernels: on the device, copies included. launches, graphs: calls of the host that start one
-    kernel, or one captured graph. waits: calls of the host that wait for the device.
-    """
-
-    busy: float = 0.0
-    kernels: int = 0
-    launches: int = 0
-    graphs: int = 0
-    waits: int = 0
-    milliseconds: Counter[str] = field(default_factory=Counter)
-
-
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Share of the range of all spans that at least one covers."""
-    spans.sort()
-    covered, reach = 0.0, spans[0][0] if spans else 0.0
-    for begin, end in spans:
-        covered += max(end - max(begin, reach), 0.0)
-        reach = max(reach, end)
-    return covered / (reach - spans[0][0]) if spans and reach > spans[0][0] else 0.0
-
-
-@contextlib.contextmanager
-def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside, owner.name is value; NotHere if there is no such attribute."""
-    if not hasattr(owner, name):
-        raise NotHere(f"{getattr(owner, '__name__', type(owner).__name__)} has no {name}")
-    with mock.patch.object(owner, name, value):
-        yield
+                spent[event.name[:70]] += (end - begin) / 1e3
+            counts["graphs"] += event.name.startswith("cudaGraphLaunch")
+            counts["launches"] += event.name.startswith(LAUNCHES)
+            counts["waits"] += event.name.startswith(WAITS)
+        covered, first, reach = 0.0, *[min(spans, default=(0.0, 0.0))[0]] * 2
+        for begin, end in sorted(spans):
+            covered += max(end - max(begin, reach), 0.0)
+            reach = max(reach, end)
+        busy: Any = covered / (reach - first) if reach > first else 0.0
+        return counts | Counter(kernels=len(spans), busy=busy), spent

@@ -20,8 +20,8 @@ from __future__ import annotations
 from benchmarks.gpu.models import SHAPES, qwen3, training_flops
 
 CARDS = {  # bytes/s; operations/s in products of the widths of 0.6B, 1.7B, 8B
-    "H100": (2.5e12, dict(zip(SHAPES, (400e12, 500e12, 620e12), strict=True))),
-    "RTX 4090": (0.85e12, dict(zip(SHAPES, (125e12, 135e12, 145e12), strict=True))),
+    "H100": (2.5e12, (400e12, 500e12, 620e12)),
+    "RTX 4090": (0.85e12, (125e12, 135e12, 145e12)),
 }
 VERSIONS = {  # LoRA's bytes by in and out; share left of elementwise bytes
     "LoRA in float32 (before)": (30, 56, 1.0),
@@ -31,30 +31,18 @@ VERSIONS = {  # LoRA's bytes by in and out; share left of elementwise bytes
     "and rotary embedding fused too": (12, 8, 0.25),
 }
 
-
-def microseconds(size: str, card: str, version: str) -> tuple[float, float]:
-    """Microseconds of a token, and operations a second."""
-    config, (bandwidth, rates) = qwen3(SHAPES[size]), CARDS[card]
-    by_in, by_out, left = VERSIONS[version]
-    h, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    q, k = config.num_attention_heads * 128, config.num_key_value_heads * 128
-    lora = by_in * (5 * h + q + inner) + by_out * (q + 2 * k + 2 * h + 2 * inner)
-    elementwise = left * (314 * h + 143 * (q + k))
-    moved = layers * (lora + elementwise) + 38 * config.vocab_size
-    flops = training_flops(config, [list(range(1024))]) / 1024
-    seconds = flops / rates[size] + moved / bandwidth
-    return seconds * 1e6, flops / seconds
-
-
-def main() -> None:
-    for card in CARDS:
-        for version in VERSIONS:
-            cells = []
-            for size in SHAPES:
-                taken, rate = microseconds(size, card, version)
-                cells.append(f"{size} {1e3 / taken:.1f}k tokens/s ({rate / 1e12:.0f} TFLOP/s)")
-            print(f"{card}, {version}: {', '.join(cells)}")
-
-
 if __name__ == "__main__":
-    main()
+    for card, (bandwidth, rates) in CARDS.items():
+        for version, (by_in, by_out, left) in VERSIONS.items():
+            cells = []
+            for (size, shape), rate in zip(SHAPES.items(), rates, strict=True):
+                h, inner, layers, heads, kv_heads, width, vocab, _ = shape
+                q, k = heads * width, kv_heads * width
+                lora = by_in * (5 * h + q + inner) + by_out * (q + 2 * k + 2 * h + 2 * inner)
+                moved = layers * (lora + left * (314 * h + 143 * (q + k))) + 38 * vocab
+                flops = training_flops(qwen3(shape), [list(range(1024))]) / 1024
+                taken = flops / rate + moved / bandwidth
+                cells.append(
+                    f"{size} {1e-3 / taken:.1f}k tokens/s ({flops / taken / 1e12:.0f} TFLOP/s)"
+                )
+            print(f"{card}, {version}: {', '.join(cells)}")
