@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import setuptools  # noqa: F401  before anything imports the standard library's distutils
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as torch_flex

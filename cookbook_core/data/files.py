@@ -120,7 +120,8 @@ def _parse_json(name: str, first_line: int, text: str) -> Any:
         where = f"{name}:{first_line + error.lineno - 1}"
         near = text[max(0, error.pos - 20) : error.pos + 20]
         what = f"broken JSON, {error.msg.removesuffix(' starting at')} at column {error.colno}"
-        fix = "Write one JSON object per line." if name.endswith(".jsonl") else ""
+        form = "object per line" if name.endswith(".jsonl") else "array of objects"
+        fix = f"Write one JSON {form}."
         raise DataError(where, what, got=repr(near), fix=fix) from error
     except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
         where, near = f"{name}:{first_line}", f"{text[:40]!r}..."

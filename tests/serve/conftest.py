@@ -8,6 +8,8 @@ import pytest
 
 from tests.serve.running import Running, Wire
 
+collect_ignore = ["dpo_program.py", "sdk_program.py"]  # programs that tests start beside an SDK
+
 
 @pytest.fixture(scope="module")
 def running(model_folder, tmp_path_factory) -> Iterator[Running]:
