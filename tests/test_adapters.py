@@ -171,5 +171,27 @@ def test_a_graph_does_not_outlive_the_use_of_its_adapter(model_folder, make_serv
         torch.autograd.grad(loss, params)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_graph_kept_beyond_its_block_gives_the_same_gradient(
+    model_folder, make_service, dtype: str
+) -> None:
+    """As `cookbook serve` keeps it, while no other adapter is used and no weight changes."""
+    service, data = make_service(dtype=dtype), make_random_data(3)
+    client = service.create_lora_training_client(model_folder(), rank=4, seed=0).result(60)
+    randomize(client)
+    engine, adapter = engine_of(client), adapter_of(client)
+
+    def square(data, logprobs):
+        return sum(lp.square().sum() for lp in logprobs), {}
+
+    engine.forward_with_graph(adapter, data, square)  # the first is counted, by hooks
+    _, scored = engine.forward_with_graph(adapter, data, square)
+    output = engine.forward_backward(adapter, data, square, kept=scored)
+    assert output.metrics["passes"] == 1.0
+    kept, adapter.grads = adapter.grads, None
+    engine.forward_backward(adapter, data, square)
+    assert all(map(torch.equal, kept, adapter.grads))
+
+
 def scores_of(client: tinker.TrainingClient, data: list[tinker.Datum]) -> torch.Tensor:
     return torch.cat(clients.score(client, data))
