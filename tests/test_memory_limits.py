@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cookbook_core.backend.local.model import memory
+from cookbook_core.backend.local.sampling.cache_budget import slot_bytes
 from cookbook_core.backend.local.scoring import memory_limits
 from cookbook_core.backend.local.scoring.memory_limits import Limits
 from cookbook_core.backend.local.scoring.micro_batches import MicroBatch
@@ -210,6 +211,13 @@ def test_the_graph_of_a_micro_batch_fits(
     if expected > memory.LEAST_MICRO_BATCH:
         per_token = memory.estimate_graph_bytes(model).whole
         assert expected * per_token < memory.SHARE * (total - weights)
+
+
+def test_a_model_without_attention_has_sizes_too() -> None:
+    """State-space configurations name no heads."""
+    model = shaped("mamba", hidden_size=64, num_hidden_layers=2)
+    assert memory.micro_batch_tokens(model, torch.device("cpu")) == 2048
+    assert slot_bytes(model.config, torch.float32) == 2 * 2 * 64 * 4
 
 
 def test_the_size_of_a_micro_batch_is_part_of_the_machine(client: TrainingClient) -> None:

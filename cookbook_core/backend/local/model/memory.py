@@ -83,13 +83,23 @@ def estimate_graph_bytes(model: Any) -> GraphBytes:
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or hidden // heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
+    heads, keys, width = attention_shape(config)
     numbers = 5 * hidden + 4 * inner + 3 * width * (heads + keys)
     size = model.dtype.itemsize
     norms = 1.15 if size < 4 else 1.0  # computed in float32
     return GraphBytes(layers * numbers * size * norms, (layers + 3) * hidden * size)
+
+
+def attention_shape(config: Any) -> tuple[int, int, int]:
+    """Number of heads, of key heads, and head_dim; a model without attention counts as one head."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    return heads, keys, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of a model's parameters."""
+    return sum(p.nbytes for p in model.parameters())
 
 
 def tokens_that_fit(device: torch.device, bytes_per_token: float) -> int:
@@ -104,8 +114,7 @@ def micro_batch_tokens(model: Any, device: torch.device) -> int:
     on it in their last bits. In steps of 1,024, so that cards of one kind agree.
     """
     most = MICRO_BATCH_TOKENS.get(device.type, MICRO_BATCH_TOKENS["mps"])
-    weights = sum(p.nbytes for p in model.parameters())
-    room = MICRO_BATCH_SHARE * (total_bytes(device) - weights)
+    room = MICRO_BATCH_SHARE * (total_bytes(device) - weight_bytes(model))
     fits = int(room / estimate_graph_bytes(model).whole) // 1024 * 1024
     return min(most, max(LEAST_MICRO_BATCH, fits))
 

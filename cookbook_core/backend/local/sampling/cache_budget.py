@@ -14,7 +14,12 @@ from typing import Any
 import torch
 
 from cookbook_core.backend.local.model.loading import BaseModel
-from cookbook_core.backend.local.model.memory import free_bytes, total_bytes
+from cookbook_core.backend.local.model.memory import (
+    attention_shape,
+    free_bytes,
+    total_bytes,
+    weight_bytes,
+)
 from cookbook_core.errors import RequestError
 
 CPU_TOKENS = 65_536
@@ -47,8 +52,8 @@ class CacheBudget:
         """The budget of a model, without adapters, on its device."""
         config = base.model.config.get_text_config(decoder=True)
         slot = slot_bytes(config, base.model.dtype)
-        model = sum(p.nbytes for p in base.model.parameters())
-        tokens = max(1, int(SHARE * (total_bytes(base.device) - model)) // slot)
+        room = total_bytes(base.device) - weight_bytes(base.model)
+        tokens = max(1, int(SHARE * room) // slot)
         if base.device.type == "cpu":
             tokens = min(tokens, CPU_TOKENS)
         return cls(tokens, slot, base.device)
@@ -89,7 +94,5 @@ def slot_bytes(config: Any, dtype: torch.dtype) -> int:
         config: of the language model.
         dtype: of the cache.
     """
-    queries = getattr(config, "num_attention_heads", None) or 1
-    heads = getattr(config, "num_key_value_heads", None) or queries
-    width = getattr(config, "head_dim", None) or config.hidden_size // queries
+    _, heads, width = attention_shape(config)
     return 2 * config.num_hidden_layers * heads * width * dtype.itemsize
