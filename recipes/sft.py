@@ -10,7 +10,7 @@ Paper: the objective is maximum likelihood; LoRA is Hu et al. 2021, arXiv 2106.0
 sequence packing by the recipe (the backend batches as it sees fit) and warm-up.
 
 With --keep PROMPTS it keeps what it had: the model answers PROMPTS as the run starts, and its own
-answers are trained on beside the new ones (replay), so that it goes on answering like that:
+answers are trained on beside the new ones (replay), so that it still answers like that:
 
     L + keep_weight * mean over the kept answers' tokens of - log p(token | before)
 
@@ -62,7 +62,7 @@ class Config:
     train_on: Literal["last", "all"] = "last"
     """Which assistant messages of a messages column are trained on."""
     keep: str = ""
-    """Dataset with a column prompt, or messages: what the model should go on answering as it does
+    """Dataset with a column prompt, or messages: what the model should still answer as it does
     when the run starts. Empty: nothing is kept."""
     keep_weight: runs.NonNegativeFloat = 1.0
     """Weight of the kept answers' loss; 0 only measures what is forgotten."""

@@ -145,6 +145,16 @@ def test_kernels_that_compute_something_else_are_refused(
     assert [m.split(":")[0] for m in caplog.messages[1:]] == ["Qwen3MLP"]
 
 
+def out_of_memory(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_full_device_decides_nothing(model_folder: Callable[..., str], install: Install) -> None:
+    install(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        fused_cuda.fuse(load(model_folder(), torch.bfloat16))
+
+
 def test_without_liger_the_norms_are_torch_s(
     model_folder: Callable[..., str], install: Install, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -276,8 +276,8 @@ def test_free_memory_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lowered_graph_limits_are_lifted_again(
     client: TrainingClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After PATIENCE batches, then after twice as many; halved micro-batches stay halved."""
-    monkeypatch.setattr(memory_limits, "PATIENCE", 2)
+    """After GROW_AFTER batches, then after twice as many; halved micro-batches stay halved."""
+    monkeypatch.setattr(memory_limits, "GROW_AFTER", 2)
     data, engine = family_data(), engine_of(client)
     longest = max(datum.model_input.length for datum in data)
     engine.limits.graph_tokens, fails = 1000, [True]

@@ -163,7 +163,7 @@ def test_a_number_that_never_comes_ends_the_waiting(running, client, monkeypatch
     late = client.post("forward_backward", scoring(model, 1, data))
     assert late.status_code == 422
     assert "its turn has passed" in late.json()["detail"]
-    client.call("forward_backward", scoring(model, 5, data))  # read: the client may go on
+    client.call("forward_backward", scoring(model, 5, data))  # read: the client may continue
     assert "metrics" in client.call("optim_step", adam(model, 6))
 
 

@@ -95,10 +95,8 @@ class Engine:
         Raises:
             RequestError: it ran out of memory. It runs once, so this is not for us to repeat.
         """
-        device = self.base.device
-        follow = OperandsFollow(device) if scored.view and device.type != "cpu" else None
         try:
-            with follow or contextlib.nullcontext():
+            with self._operands_follow() if scored.view else contextlib.nullcontext():
                 yield
         except LossError as error:
             cause = error.__cause__
@@ -110,11 +108,17 @@ class Engine:
             raise RequestError(
                 error.where,
                 "ran out of memory",
-                expected=f"a loss whose tensors fit into the memory of {device} beside the graph",
+                expected=f"a loss whose tensors fit into the memory of {self.base.device} beside "
+                "the graph",
                 got=str(cause).partition("\n")[0],
                 fix="Nothing was accumulated. Call again (fewer graphs will be kept), pass fewer "
                 "datums, or index fewer rows of the vocabulary.",
             ) from cause
+
+    def _operands_follow(self) -> AbstractContextManager[object]:
+        """Inside, a loss over the vocabulary may mix in tensors of the CPU."""
+        device = self.base.device
+        return contextlib.nullcontext() if device.type == "cpu" else OperandsFollow(device)
 
     @contextmanager
     def score_with_graph(
@@ -171,14 +175,12 @@ class Engine:
         self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn
     ) -> ForwardBackwardOutput:
         """`forward` over the whole vocabulary; of several processes the first does all of it."""
-        device = self.base.device
-        follow = contextlib.nullcontext() if device.type == "cpu" else OperandsFollow(device)
         with self.bank.active(adapter), torch.no_grad():
             hidden = self.limits.fit(
                 data, lambda limits: self.scorer.hidden(data, limits.micro_batch_tokens)
             )
             views: list[Any] = [view_of(self.scorer, each) for each in hidden]
-            with follow:
+            with self._operands_follow():
                 return _output([], evaluate(loss_fn, data, views), {})
 
     def score(

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from cookbook_core.backend.local.model.memory import is_out_of_memory
+from cookbook_core.backend.local.model.memory import is_out_of_memory, release_cached
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.decoder import Decoder, Prompt
 from cookbook_core.backend.local.sampling.draw import (
@@ -169,7 +169,7 @@ def _decode_all(decoder: Decoder, rows: list[Row], budget: CacheBudget) -> None:
         if _fits(decoder, wave):
             rows = rows[len(wave) :]
             continue
-        torch.cuda.empty_cache()  # does nothing where there is no CUDA
+        release_cached(decoder.device)
         budget.lower(len(wave), columns_of(wave))
         for row in wave:
             row.start()

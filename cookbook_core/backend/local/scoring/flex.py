@@ -122,7 +122,7 @@ def fused(q: Any, k: Any, v: Any, scale: float, mask: BlockMask, cap: Any) -> to
 def compile_fused(limit: int = RECOMPILE_LIMIT, **options: Any) -> Any:
     """`fused`, compiled anew for a kind of row but not for a length, at most `limit` times.
 
-    One graph more is an error (fullgraph) where torch would go on without a kernel. The limit is
+    One graph more is an error (fullgraph) where torch would continue without a kernel. The limit is
     this function's alone; before torch 2.13 the setting is changed around each call.
     """
     if "recompile_limit" in inspect.signature(torch.compile).parameters:

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from cookbook_core.backend.local.model.memory import is_out_of_memory
 from cookbook_core.backend.local.scoring import by_segment, flash, flex, pieces
 from cookbook_core.backend.local.scoring.packing import Layout, lay_out
+from cookbook_core.backend.local.scoring.packing_check import rms_ratio
 
 KERNELS: dict[str, ModuleType] = {
     "pieces": pieces,
@@ -185,15 +187,13 @@ def probe(name: str, kind: Kind) -> str | None:
     """
     try:
         found = _results(KERNELS[name], kind, kind.device, kind.dtype)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a compiler or a private operator raises
-        if "out of memory" in str(error).lower():
+        if is_out_of_memory(error):
             raise
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     want = _results(by_segment, kind, torch.device("cpu"), torch.float32)
     for what, x, y in zip(("output", "dq", "dk", "dv"), found, want, strict=True):
-        error = float((x.float().cpu() - y).square().mean().sqrt() / y.square().mean().sqrt())
+        error = rms_ratio(x.cpu(), y)
         if not error <= BOUND[kind.dtype]:
             return f"its {what} is wrong by {error:.0%}"
     return None

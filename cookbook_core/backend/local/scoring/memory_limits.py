@@ -42,7 +42,7 @@ from cookbook_core.types import Datum
 T = TypeVar("T")
 
 MODES = ("auto", "on", "off")
-PATIENCE = 32
+GROW_AFTER = 32
 """Batches that succeed before more graphs are kept again; twice as many before the next time."""
 GROWTH = 4
 """A graph is counted again for a micro-batch this many times larger than the one counted last."""
@@ -82,13 +82,13 @@ class _Lowered:
     graph_tokens: one limit lower than the other; the last applies.
     micro_batch_tokens: None: as the scorer's.
     successes: batches since the last change.
-    patience: successes after which the last of `graph_tokens` is taken off.
+    grow_after: successes after which the last of `graph_tokens` is taken off.
     """
 
     graph_tokens: list[int] = field(default_factory=list)
     micro_batch_tokens: int | None = None
     successes: int = 0
-    patience: int = field(default_factory=lambda: PATIENCE)
+    grow_after: int = field(default_factory=lambda: GROW_AFTER)
 
 
 class MemoryLimits:
@@ -275,9 +275,9 @@ class MemoryLimits:
             if length > longest or not entry.graph_tokens:
                 continue
             entry.successes += 1
-            if entry.successes >= entry.patience:
+            if entry.successes >= entry.grow_after:
                 entry.graph_tokens.pop()
-                entry.successes, entry.patience = 0, 2 * entry.patience
+                entry.successes, entry.grow_after = 0, 2 * entry.grow_after
 
     def _too_long(self, index: int, length: int) -> DatumError:
         fix = "Shorten it, or use a smaller model or lora_rank."

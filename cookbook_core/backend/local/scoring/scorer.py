@@ -71,10 +71,9 @@ class Scorer:
     def hidden(
         self, data: Sequence[Datum], micro_batch_tokens: int | None = None
     ) -> list[torch.Tensor]:
-        """Like `score`, but the input of `vocab_logprobs` for every position: D x `(N, H)`."""
+        """Like `score`, but the input of `vocab_logprobs` for every position: detached `(N, H)`."""
         batches = self.batches(data, micro_batch_tokens)
-        with torch.no_grad():
-            each = [self.hidden_of_data(batch, self.hidden_batch(batch)) for batch in batches]
+        each = [self.hidden_of_data(batch, self.hidden_batch(batch)) for batch in batches]
         return in_order(batches, each)
 
     def batches(
