@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,18 @@ def client(connect_to: Connect) -> TrainingClient:  # noqa: F811
     return made
 
 
+def falls_to(level: int) -> bool:
+    """Whether the memory in use comes down to `level` bytes.
+
+    Autograd's thread of the device frees its last operands just after the backward has returned, on
+    a busy machine noticeably after: a tensor that something still holds stays for good.
+    """
+    end = time.monotonic() + 10
+    while device.used_bytes() > level and time.monotonic() < end:
+        time.sleep(0.01)
+    return device.used_bytes() <= level
+
+
 def limited(run: Callable[[], Any], share: float, *, plain_error: bool = False) -> tuple[Any, Any]:
     """What `run` gives with all the memory it takes, and with `share` of that."""
     found: list[Any] = []
@@ -48,7 +61,7 @@ def limited(run: Callable[[], Any], share: float, *, plain_error: bool = False) 
     with limited_memory(int(share * taken), plain_error=plain_error):
         found.append(run())
     gc.collect()
-    assert device.used_bytes() <= before, "an attempt that failed left something behind"
+    assert falls_to(before), "an attempt that failed left something behind"
     return found[0], found[1]
 
 
@@ -97,17 +110,17 @@ def test_sampling(
 def test_a_batch_is_freed_with_its_result(form: str, client: TrainingClient) -> None:
     """Not at some later time, by the garbage collector, which knows nothing of device memory."""
     loss = squared if form == "logprobs" else over_the_vocabulary
-    used = []
+    states = 4 * 32 * sum(datum.model_input.length for datum in DATA)
     gc.collect()
     gc.disable()
     try:
-        for _ in range(6):
+        gradient_of(client, DATA, loss, form)
+        first = device.used_bytes()
+        for _ in range(5):
             gradient_of(client, DATA, loss, form)
-            used.append(device.used_bytes())
+        assert falls_to(first + states - 1)
     finally:
         gc.enable()
-    states = 4 * 32 * sum(datum.model_input.length for datum in DATA)
-    assert used[-1] - used[0] < states
 
 
 def test_a_batch_whose_loss_fails_is_freed(client: TrainingClient) -> None:
@@ -122,7 +135,7 @@ def test_a_batch_whose_loss_fails_is_freed(client: TrainingClient) -> None:
         client.forward_backward_custom(DATA, broken).result(SECONDS)
     gradient_of(client, DATA[:1])  # until the next call the error's traceback holds the graph
     gc.collect()
-    assert device.used_bytes() <= before
+    assert falls_to(before)
 
 
 def test_a_step_that_does_not_fit_changes_nothing(client: TrainingClient) -> None:
