@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from cookbook_core import chat, custom_loss
 from cookbook_core.custom_loss import LossFn, logprobs_from_output
-from cookbook_core.datums import with_inputs
-from cookbook_core.errors import ConfigError, LossError, RequestError
+from cookbook_core.datums import TEMPERATURE, datum_from_prompt_completion, with_inputs
+from cookbook_core.errors import ConfigError, DatumError, LossError, RequestError
 from cookbook_core.runs.run_folder import find_checkpoint, has_begun
 from cookbook_core.storage.paths import usable_path
 from cookbook_core.tinker import (
@@ -169,7 +169,8 @@ def rollout(
         prompts: P lists of token ids, such as `chat.render_prompt` returns.
         num_samples: completions per prompt.
         max_tokens: longest completion, tokens.
-        temperature: 0 takes the likeliest token each time.
+        temperature: 0 takes the likeliest token each time. Others than 1 change what the logprobs
+            are of: build datums with `sampled_datum`, which are scored at the same temperature.
         seed: fixes every completion; text such as f"{seed}/{step}" gives each step its own.
     Returns:
         P lists of num_samples sequences: token ids (train on these) and their logprobs, nats.
@@ -186,6 +187,35 @@ def rollout(
     inputs = [ModelInput.from_ints(prompt) for prompt in prompts]
     futures = sampler.sample_batch(inputs, num_samples, params)
     return [list(future.result().sequences) for future in futures]
+
+
+def sampled_datum(
+    prompt_tokens: Sequence[int], sequence: SampledSequence, **per_token: Any
+) -> Datum:
+    """Build a datum of a sampled completion, to be scored at the temperature it was sampled at.
+
+    Args:
+        prompt_tokens: the prompt it answers.
+        sequence: of `rollout` or of a sampler.
+        per_token: as for `datum_from_prompt_completion`.
+    Returns:
+        Datum with "weights" (1 on the completion), "sampling_logprobs" and "score_mask" `(N,)`, and
+        "temperature" `()` where that is not 1: its logprobs are then those of softmax(logits /
+        temperature), so that log p - sampling_logprobs is 0 before an update. A datum built in
+        another way is scored at 1, whatever its tokens were sampled at.
+    Raises:
+        DatumError: no token was sampled, or no logprobs came with them.
+    """
+    if sequence.logprobs is None:
+        where, fix = "sequence.logprobs", "Sample from a client that returns them."
+        raise DatumError(where, "missing", expected="one per token", fix=fix)
+    per_token = {"sampling_logprobs": sequence.logprobs, **per_token}
+    datum = datum_from_prompt_completion(
+        prompt_tokens, sequence.tokens, score_prompt=False, **per_token
+    )
+    if sequence.temperature == 1:
+        return datum
+    return with_inputs(datum, **{TEMPERATURE: sequence.temperature})
 
 
 def texts_of(tokenizer: Any, sequences: Sequence[SampledSequence]) -> list[str]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
+from cookbook_core.datums import TEMPERATURE
 from cookbook_core.errors import (
     ConfigError,
     CookbookError,
@@ -131,7 +132,7 @@ def differentiate(
     data: Sequence[Datum],
     logprobs: Sequence[torch.Tensor],
     *,
-    view: Callable[[torch.Tensor], Any] | None = None,
+    views: Sequence[Callable[[torch.Tensor], Any]] | None = None,
     params: Sequence[torch.Tensor] = (),
 ) -> LossResult:
     """Run the loss once on detached leaves and return its value, metrics and gradient.
@@ -139,10 +140,10 @@ def differentiate(
     Args:
         loss_fn: see `LossFn`.
         data: D datums.
-        logprobs: D tensors, nats, any shape; not modified. With a `view`, the tensors it takes.
-        view: the loss gets view(leaf) in place of the leaf, such as hidden states `(N, H)` seen as
-            the logprobs `(N, V)` that they give.
-        params: further tensors that the view depends on.
+        logprobs: D tensors, nats, any shape; not modified. With `views`, the tensors they take.
+        views: D functions; the loss gets views[i](leaf) in place of leaf i, such as hidden states
+            `(N, H)` seen as the logprobs `(N, V)` that they give.
+        params: further tensors that the views depend on.
     Returns:
         LossResult; a datum that the loss did not use has a zero gradient.
     Raises:
@@ -165,7 +166,10 @@ def differentiate(
     where = f"{name_of(loss_fn)}()"
     with torch.enable_grad():
         try:
-            returned = loss_fn(list(data), [view(leaf) if view else leaf for leaf in leaves])
+            seen = leaves
+            if views is not None:
+                seen = [view(leaf) for view, leaf in zip(views, leaves, strict=True)]
+            returned = loss_fn(list(data), list(seen))
         except CookbookError:
             raise
         except Exception as error:
@@ -201,7 +205,7 @@ def differentiate(
         torch.zeros_like(leaf) if g is None else g
         for g, leaf in zip(grads[: len(leaves)], leaves, strict=True)
     ]
-    _check_finite_gradients(where, leaf_grads, None if view else leaves)
+    _check_finite_gradients(where, leaf_grads, None if views else leaves)
     return LossResult(loss.item(), metrics, leaf_grads, grads[len(leaves) :])
 
 
@@ -345,8 +349,8 @@ def surrogate_datums(data: Sequence[Datum], grads: Sequence[torch.Tensor]) -> li
         data: D datums with target_tokens.
         grads: D tensors, d loss / d logprobs, each in the shape of its target_tokens.
     Returns:
-        D datums with the same model_input and target_tokens, and weights = -grads. Other inputs
-        are left out: they belong to the loss and never leave this process.
+        D datums with the same model_input and what scoring reads of their inputs, and weights =
+        -grads. Other inputs are left out: they belong to the loss and never leave this process.
     """
     import torch
 
@@ -354,10 +358,14 @@ def surrogate_datums(data: Sequence[Datum], grads: Sequence[torch.Tensor]) -> li
     for datum, grad in zip(data, grads, strict=True):
         dtype = "float64" if grad.dtype == torch.float64 else "float32"
         weights = TensorData((-grad).detach().cpu().numpy(), dtype=dtype)
-        targets = datum.loss_fn_inputs["target_tokens"]
-        inputs = {"target_tokens": targets, "weights": weights}
-        surrogates.append(Datum(datum.model_input, inputs))
+        surrogates.append(Datum(datum.model_input, {**_scored_inputs(datum), "weights": weights}))
     return surrogates
+
+
+def _scored_inputs(datum: Datum) -> dict[str, TensorData]:
+    """The inputs of a datum that its logprobs depend on."""
+    keys = ("target_tokens", TEMPERATURE)
+    return {key: datum.loss_fn_inputs[key] for key in keys if key in datum.loss_fn_inputs}
 
 
 def merge_metrics(result: LossResult, backend_metrics: Mapping[str, float]) -> dict[str, float]:
@@ -404,9 +412,7 @@ def forward_backward_two_pass(
         LossError, DatumError: as `differentiate` and `logprobs_from_output` do, before anything is
             accumulated.
     """
-    bare = [
-        Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]}) for d in data
-    ]
+    bare = [Datum(d.model_input, _scored_inputs(d)) for d in data]
     output = client.forward(bare, "cross_entropy").result()
     result = differentiate(loss_fn, data, logprobs_from_output(output, data))
     merge_metrics(result, {})  # raises for a reserved name before anything accumulates

@@ -28,6 +28,11 @@ Reduction = Literal["none", "mean"]
 SCORE_MASK = "score_mask"
 """Loss input `(N,)`: the unembedding skips positions where it is 0; their logprobs read 0.0 and get
 no gradient."""
+TEMPERATURE = "temperature"
+"""Loss input `()`, > 0: logprobs are those of softmax(logits / temperature), the distribution that
+sampling at it draws from; 1 where a datum has none."""
+LEAST_TEMPERATURE = 1e-6
+"""Smallest temperature above 0: logits divided by less overflow float32."""
 
 _OWN_KEYS = {"logprobs": "sampling_logprobs"}
 """Loss inputs that have another name in the SDK: its name, then ours."""
@@ -225,6 +230,12 @@ def with_inputs(datum: Datum, **loss_fn_inputs: Any) -> Datum:
     return Datum(datum.model_input, {**datum.loss_fn_inputs, **loss_fn_inputs})
 
 
+def temperature_of(datum: Datum) -> float:
+    """The temperature at which the datum is scored."""
+    given = datum.loss_fn_inputs.get(TEMPERATURE)
+    return 1.0 if given is None else float(given.to_numpy())
+
+
 def input_key(datum: Datum, key: str) -> str:
     """The name under which `datum` has the input that the SDK calls `key`.
 
@@ -265,7 +276,8 @@ def check_data(
     Raises:
         DatumError: an empty batch, or the faults of all datums with index and field: type, empty
             or too long input, missing inputs, token ids out of range, lengths of target_tokens and
-            weights, weights that are not finite. Five are listed, the others counted.
+            weights, weights that are not finite, a temperature out of range or on some datums only.
+            Five are listed, the others counted.
     """
     if isinstance(data, Datum) or not isinstance(data, Sequence):
         raise DatumError(
@@ -283,15 +295,12 @@ def check_data(
             got=0,
             fix="Check what filtered the rows, such as a maximum length.",
         )
-    raise_all(
-        [
-            problem
-            for i, datum in enumerate(data)
-            for problem in _datum_problems(
-                f"data[{i}]", datum, vocab_size, max_context_length, needs
-            )
-        ]
-    )
+    problems = [
+        problem
+        for i, datum in enumerate(data)
+        for problem in _datum_problems(f"data[{i}]", datum, vocab_size, max_context_length, needs)
+    ]
+    raise_all(problems or list(_temperature_problems(data)))
 
 
 def _datum_problems(
@@ -333,6 +342,37 @@ def _datum_problems(
                 fix=f"Pass {key}=values to datum_from_prompt_completion(), which shifts them.",
             )
     yield from _target_problems(where, datum, vocab_size)
+
+
+def _temperature_problems(data: Sequence[Datum]) -> Iterator[DatumError]:
+    """Check that temperatures are in range, and that no datum leaves its own unsaid among others.
+
+    A batch that mixes rollouts at 0.7 with datums that state nothing is a likely mistake.
+    """
+    given = [datum.loss_fn_inputs.get(TEMPERATURE) for datum in data]
+    stated = next((i for i, value in enumerate(given) if value is not None), None)
+    if stated is None:
+        return
+    for i, value in enumerate(given):
+        where = f'data[{i}].loss_fn_inputs["{TEMPERATURE}"]'
+        if value is None:
+            yield DatumError(
+                where,
+                f"missing, while data[{stated}] has one",
+                expected="a temperature on every datum of the batch, or on none",
+                fix="Add it: with_inputs(datum, temperature=1.0) scores as before.",
+            )
+            continue
+        numbers = value.to_numpy()
+        if numbers.shape or not LEAST_TEMPERATURE <= numbers < math.inf:
+            yield DatumError(
+                where,
+                "not a temperature",
+                expected=f"one number, finite and >= {LEAST_TEMPERATURE}",
+                got=f"shape {numbers.shape}" if numbers.shape else float(numbers),
+                fix="Pass with_inputs(datum, temperature=T) the T that its tokens were sampled at; "
+                "greedy answers (T = 0) have no distribution to score.",
+            )
 
 
 def _target_problems(where: str, datum: Datum, vocab_size: int | None) -> Iterator[DatumError]:

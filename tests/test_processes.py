@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from cookbook_core import weighted_sums
+from cookbook_core import weighted_sums, with_inputs
 from cookbook_core.backend.local.multiprocess import engine, group
 from cookbook_core.backend.local.multiprocess.shares import distinct_tokens, share_out
 from cookbook_core.errors import DatumError, LossError, RequestError
@@ -160,6 +160,10 @@ def entropy(data: list[Datum], vocab: list[Any]) -> Any:
     return sum((row.exp() * row).sum() for row in rows), {"rows": sum(map(len, rows))}
 
 
+def at_temperatures(data: list[Datum]) -> list[Datum]:
+    return [with_inputs(d, temperature=0.5 + i / 4) for i, d in enumerate(data)]
+
+
 BATCHES: dict[str, tuple[Any, list[Datum]]] = {
     "pairs": (dpo, grouped(3, 2, 20)),
     "groups": (policy, grouped(2, 4, 18)),
@@ -167,6 +171,7 @@ BATCHES: dict[str, tuple[Any, list[Datum]]] = {
     "many targets": (squared, grouped(2, 2, 17, k=3)),
     "one datum": (squared, grouped(1, 1, 5)),
     "nothing in common": (squared, make_random_data(7, vocab=PLAIN)),
+    "temperatures": (policy, at_temperatures(grouped(2, 4, 18))),
 }
 
 
@@ -199,7 +204,7 @@ def test_other_architectures(sides: Connect, arch: str) -> None:
 
 @pytest.mark.parametrize("train_unembed", [False, True])
 def test_the_whole_vocabulary(sides: Connect, train_unembed: bool) -> None:
-    both, data = sides(train_unembed=train_unembed), grouped(2, 2, 18)
+    both, data = sides(train_unembed=train_unembed), at_temperatures(grouped(2, 2, 18))
     form = "vocab_logprobs"
     both.agree(lambda c: c.forward_backward_custom(data, entropy, loss_type_input=form))
     both.agree(lambda c: c.forward(data, entropy, loss_type_input=form))

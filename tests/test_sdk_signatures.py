@@ -68,6 +68,7 @@ EXTRA_FIELDS = {
     ("ModelData", "vocab_size"): "bad data is refused before it is queued",
     ("SampleResponse", "prompt_logprobs"): "a property in the SDK",
     ("SampleResponse", "topk_prompt_logprobs"): "a property in the SDK",
+    ("SampledSequence", "temperature"): "to score at it later",
 }
 
 

@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from cookbook_core.datums import check_data, input_problems, shift_tokens
+from cookbook_core.datums import LEAST_TEMPERATURE, check_data, input_problems, shift_tokens
 from cookbook_core.errors import ConfigError, DatumError, is_finite, raise_all
 from cookbook_core.types import Datum, ModelData, ModelInput, SamplingParams
 
 MOST_SAMPLES = 65_536
 """Completions of one prompt in one request: each needs a row of state in memory."""
-LEAST_TEMPERATURE = 1e-6
-"""Smallest temperature above 0: logits divided by less overflow float32."""
 
 
 @dataclass(frozen=True)

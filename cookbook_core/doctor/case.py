@@ -146,7 +146,7 @@ class Case:
         values = self.logprobs if logprobs is None else logprobs
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return differentiate(watched, batch, values, view=torch.clone)
+            return differentiate(watched, batch, values, views=[torch.clone] * len(values))
 
     @functools.cached_property
     def base(self) -> LossResult:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from cookbook_core.backend.interface import SamplingBackend
 from cookbook_core.errors import ConfigError
-from cookbook_core.tinker.futures import APIFuture, JointCalls, async_result, async_version
+from cookbook_core.tinker.futures import APIFuture, JointCalls, async_result, async_version, mapped
 from cookbook_core.tinker.sdk_objects import own_params
 from cookbook_core.types import ModelInput, SampleResponse, SamplingParams, TensorData
 from cookbook_core.types.model_input import own_input
@@ -71,12 +72,16 @@ class SamplingClient:
                 fix = f"Leave {name} out."
                 raise ConfigError(name, "not supported here", got=repr(value), fix=fix)
         prompt, params = own_input(prompt), own_params(SamplingParams, sampling_params)
-        return APIFuture(
-            self._backend.sample(
-                prompt, num_samples, params, include_prompt_logprobs, topk_prompt_logprobs
-            ),
-            "sample",
-        )
+        wanted = include_prompt_logprobs, topk_prompt_logprobs
+        sent = self._backend.sample(prompt, num_samples, params, *wanted)
+        if params.temperature in (0, 1):  # greedy logprobs are those at temperature 1
+            return APIFuture(sent, "sample")
+
+        def marked(response: SampleResponse) -> SampleResponse:
+            own = [replace(s, temperature=params.temperature) for s in response.sequences]
+            return replace(response, sequences=own)
+
+        return APIFuture(mapped(sent, marked), "sample")
 
     def sample_batch(
         self,

@@ -44,12 +44,16 @@ class OptimStepResponse:
 
 @dataclass(frozen=True)
 class SampledSequence:
-    """One completion: its token ids, their logprobs (nats), and why it stopped."""
+    """One completion: its token ids, their logprobs (nats), and why it stopped.
+
+    temperature: of the distribution that its logprobs are of; 1 for a greedy one. Not in the SDK.
+    """
 
     stop_reason: StopReason
     sequence_id: str
     tokens_np: np.ndarray | None = field(default=None, repr=False)
     logprobs_np: np.ndarray | None = field(default=None, repr=False)
+    temperature: float = field(default=1.0, repr=False)
 
     @cached_property
     def tokens(self) -> list[int]:

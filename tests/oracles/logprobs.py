@@ -36,9 +36,12 @@ def plain_model(
 
 
 def slow_logprobs(model: Any, datum: Datum) -> torch.Tensor:
-    """log_softmax(logits[t])[target] in a loop over positions (and targets), `(N,)` or `(N, K)`."""
+    """log_softmax(logits[t] / T)[target] in a loop over positions (and targets), `(N,)` or
+    `(N, K)`; T is the datum's "temperature"."""
     ids = torch.tensor([datum.model_input.to_ints()])
     logits = model(input_ids=ids, use_cache=False).logits[0]
+    if "temperature" in datum.loss_fn_inputs:
+        logits = logits / float(datum.loss_fn_inputs["temperature"].to_numpy())
     rows = []
     for t, target in enumerate(datum.loss_fn_inputs["target_tokens"].tolist()):
         row = torch.log_softmax(logits[t], dim=-1)

@@ -22,7 +22,7 @@ from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.backend.local.model.memory import is_out_of_memory, total_bytes
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.sampler import sample_batch
-from cookbook_core.backend.local.scoring.backward import BatchScores, ScoredBatch, view_of
+from cookbook_core.backend.local.scoring.backward import BatchScores, ScoredBatch, views_of
 from cookbook_core.backend.local.scoring.loss_operands import OperandsFollow
 from cookbook_core.backend.local.scoring.memory_limits import MemoryLimits
 from cookbook_core.backend.local.scoring.scorer import Scorer
@@ -78,7 +78,7 @@ class Engine:
         with scoring as scored:
             with self._in_loss(data, scored):
                 result = differentiate(
-                    loss_fn, data, scored.logprobs, view=scored.view, params=scored.loss_params
+                    loss_fn, data, scored.logprobs, views=scored.views, params=scored.loss_params
                 )
             grads = _sum(scored.pull_back(result.grads), result.param_grads)
         tokens = sum(datum.model_input.length for datum in data)
@@ -96,7 +96,7 @@ class Engine:
             RequestError: it ran out of memory. It runs once, so this is not for us to repeat.
         """
         try:
-            with self._operands_follow() if scored.view else contextlib.nullcontext():
+            with self._operands_follow() if scored.views else contextlib.nullcontext():
                 yield
         except LossError as error:
             cause = error.__cause__
@@ -179,9 +179,10 @@ class Engine:
             hidden = self.limits.fit(
                 data, lambda limits: self.scorer.hidden(data, limits.micro_batch_tokens)
             )
-            views: list[Any] = [view_of(self.scorer, each) for each in hidden]
+            pairs = zip(views_of(self.scorer, data), hidden, strict=True)
+            logprobs: list[Any] = [view(each) for view, each in pairs]
             with self._operands_follow():
-                return _output([], evaluate(loss_fn, data, views), {})
+                return _output([], evaluate(loss_fn, data, logprobs), {})
 
     def score(
         self,

@@ -16,6 +16,7 @@ from cookbook_core.backend.local.engine import Engine
 from cookbook_core.backend.local.model.adapters import Adapter
 from cookbook_core.backend.local.scoring.backward import BatchScores
 from cookbook_core.custom_loss import LossFn
+from cookbook_core.datums import temperature_of
 from cookbook_core.types import Datum, ForwardBackwardOutput
 
 MOST = 64
@@ -86,10 +87,11 @@ class KeptGraphs:
 
 
 def digest(data: Sequence[Datum]) -> bytes:
-    """Identify what a batch scores: its tokens, their targets, and the order of its datums."""
+    """Identify what a batch scores: tokens, targets, temperatures, and the order of its datums."""
     total = hashlib.sha256()
     for datum in data:
         targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
-        total.update(repr((datum.model_input.to_ints(), targets.shape)).encode())
+        scored = datum.model_input.to_ints(), targets.shape, temperature_of(datum)
+        total.update(repr(scored).encode())
         total.update(targets.tobytes())
     return total.digest()

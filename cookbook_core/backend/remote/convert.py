@@ -16,7 +16,7 @@ import numpy as np
 
 from cookbook_core.builtin_losses import BuiltinLoss, needed_inputs
 from cookbook_core.custom_loss import LossFn, logprobs_from_output
-from cookbook_core.datums import SCORE_MASK, input_key
+from cookbook_core.datums import SCORE_MASK, TEMPERATURE, input_key, temperature_of
 from cookbook_core.errors import AnswerError, CheckpointError, DatumError, RequestError, raise_all
 from cookbook_core.storage.paths import is_on_service
 from cookbook_core.types import (
@@ -94,15 +94,34 @@ def named_datums(data: Sequence[Datum], loss: BuiltinLoss) -> list[Datum]:
     return out
 
 
+def refuse_temperatures(data: Sequence[Datum]) -> None:
+    """Raise DatumError where a datum is to be scored at a temperature other than 1."""
+    raise_all(
+        [
+            DatumError(
+                f'data[{i}].loss_fn_inputs["{TEMPERATURE}"]',
+                "services score at temperature 1 only",
+                expected=1.0,
+                got=round(temperature_of(datum), 6),
+                fix="Sample at temperature 1, or train on this machine. Without this input the "
+                "importance ratio would be wrong from the first step.",
+            )
+            for i, datum in enumerate(data)
+            if temperature_of(datum) != 1
+        ]
+    )
+
+
 def datums_out(types: Any, data: Sequence[Datum]) -> list[Any]:
-    """The SDK's datums, with all inputs: strip them first (`bare_datums`, `named_datums`)."""
-    return [
-        types.Datum(
-            model_input=prompt_out(types, datum.model_input),
-            loss_fn_inputs={k: _tensor_out(types, v) for k, v in datum.loss_fn_inputs.items()},
-        )
-        for datum in data
-    ]
+    """The SDK's datums, with all inputs but the temperature, which is 1: strip them first
+    (`bare_datums`, `named_datums`)."""
+    out = []
+    for datum in data:
+        tensors = {k: v for k, v in datum.loss_fn_inputs.items() if k != TEMPERATURE}
+        inputs = {k: _tensor_out(types, v) for k, v in tensors.items()}
+        prompt = prompt_out(types, datum.model_input)
+        out.append(types.Datum(model_input=prompt, loss_fn_inputs=inputs))
+    return out
 
 
 def _tensor_out(types: Any, tensor: TensorData) -> Any:

@@ -81,6 +81,7 @@ class RemoteTraining:
     ) -> Future[ForwardBackwardOutput]:
         del keep_graph  # the service decides
         refuse_vocabulary(loss_type_input)
+        convert.refuse_temperatures(data)
 
         def answer(output: ForwardBackwardOutput) -> ForwardBackwardOutput:
             result = evaluate(loss_fn, data, logprobs_from_output(output, data))
@@ -96,6 +97,7 @@ class RemoteTraining:
         loss_type_input: LossTypeInput = "logprobs",
     ) -> Future[ForwardBackwardOutput]:
         refuse_vocabulary(loss_type_input)
+        convert.refuse_temperatures(data)
         named = convert.named_loss(loss_fn, data)
         if named is not None:
             future = self._session.submit("forward_backward", lambda: self._one_pass(data, named))

@@ -33,17 +33,17 @@ from cookbook_core.backend.local.model.loading import BaseModel, load_base_model
 from cookbook_core.backend.local.model.memory import keep_freed_memory
 from cookbook_core.backend.local.multiprocess.group import Group, Packet, Request, Stopped
 from cookbook_core.backend.local.multiprocess.shares import share_out, spread
-from cookbook_core.backend.local.scoring.backward import BatchScores
+from cookbook_core.backend.local.scoring.backward import BatchScores, View, views_of
 from cookbook_core.backend.sampling_requests import SampleRequest
 from cookbook_core.custom_loss import LossTypeInput
-from cookbook_core.datums import SCORE_MASK
+from cookbook_core.datums import SCORE_MASK, TEMPERATURE
 from cookbook_core.errors import CookbookError, ModelError, ProcessError
 from cookbook_core.types import Datum, ModelInput, SampledSequence, SampleResponse, SamplingParams
 
 COPIES = 4
 """Adapters of which each rank keeps copies: a policy, its reference, a snapshot and one more. The
 least recently used are sent again when needed."""
-_KEYS = ("target_tokens", SCORE_MASK)
+_KEYS = ("target_tokens", SCORE_MASK, TEMPERATURE)
 """Inputs of a datum that scoring reads; the others are for the loss and stay on rank 0."""
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,8 @@ class SharedEngine(Engine):
             self._request("gradient", adapter, work) as request,
             super().score_with_graph(adapter, mine, loss_type_input, shares[0]) as own,
         ):
-            yield SharedScores(own, shares, request, self._group, self.base.device)
+            views = views_of(self.scorer, data) if own.views else None
+            yield SharedScores(own, views, shares, request, self._group, self.base.device)
 
     def sample(
         self, adapter: Adapter | None, requests: Sequence[SampleRequest]
@@ -198,6 +199,7 @@ class SharedScores:
     def __init__(
         self,
         own: BatchScores,
+        views: list[View] | None,
         shares: Sequence[Sequence[int]],
         request: Request,
         group: Group,
@@ -205,7 +207,7 @@ class SharedScores:
     ) -> None:
         self._own, self._shares, self._request, self._group = own, shares, request, group
         self._device = device
-        self.view, self.loss_params, self.passes = own.view, own.loss_params, own.passes
+        self.views, self.loss_params, self.passes = views, own.loss_params, own.passes
         self.limits = own.limits
         answers = [[self._like_own(t) for t in answer.tensors] for answer in request.answers()]
         self.logprobs = _in_order(shares, [own.logprobs, *answers])
@@ -229,7 +231,7 @@ class SharedScores:
 
     def _like_own(self, scores: torch.Tensor) -> torch.Tensor:
         """Move hidden states to rank 0's device; leave logprobs on the CPU."""
-        return scores.to(self._device) if self.view else scores
+        return scores.to(self._device) if self.views else scores
 
 
 class Follower:

@@ -18,6 +18,7 @@ from cookbook_core.backend.local.scoring.scorer import (
 )
 from cookbook_core.backend.local.scoring.vocab_logprobs import VocabLogprobs
 from cookbook_core.custom_loss import LossTypeInput
+from cookbook_core.datums import temperature_of
 from cookbook_core.types import Datum
 
 View: TypeAlias = Callable[[torch.Tensor], VocabLogprobs]
@@ -28,7 +29,7 @@ class BatchScores(Protocol):
 
     logprobs: list[torch.Tensor]
     limits: Limits
-    view: View | None
+    views: list[View] | None
     loss_params: list[torch.Tensor]
     passes: int
 
@@ -53,11 +54,11 @@ class ScoredBatch:
         datum_indices: each datum's index in the caller's batch, for errors; None: 0 to D-1.
     Attributes:
         logprobs: D detached tensors. For "logprobs" those of the target tokens, `(N,)` or `(N, K)`,
-            nats, on the CPU. For "vocab_logprobs" hidden states `(N, H)` on the device; `view`
-            makes logprobs `(N, V)` of them.
+            nats, on the CPU. For "vocab_logprobs" hidden states `(N, H)` on the device; `views`
+            make logprobs `(N, V)` of them.
         limits: those that the batch was scored with.
-        view: see `logprobs`; None for "logprobs".
-        loss_params: parameters that the loss depends on through `view`: a trained unembedding.
+        views: one for each datum, see `logprobs`; None for "logprobs".
+        loss_params: parameters that the loss depends on through `views`: a trained unembedding.
         passes: 1, or 2 where a micro-batch was scored twice.
     """
 
@@ -78,7 +79,7 @@ class ScoredBatch:
         """By number of the micro-batch, scores with their graph."""
         self._whole_vocabulary = loss_type_input == "vocab_logprobs"
         self.passes = 1
-        self.view: View | None = partial(view_of, scorer) if self._whole_vocabulary else None
+        self.views = views_of(scorer, data) if self._whole_vocabulary else None
         self.loss_params = list(params) if self._whole_vocabulary else []
         self.limits = memory.limits(max(datum.model_input.length for datum in data), params)
         self.logprobs = self._fit(self._score_all)
@@ -153,20 +154,25 @@ class ScoredBatch:
             return score(batch)
 
 
-def view_of(scorer: Scorer, hidden: torch.Tensor) -> VocabLogprobs:
-    """Hidden states of a datum `(N, H)` -> the logprobs `(N, V)` that they give, lazily by row.
+def views_of(scorer: Scorer, data: Sequence[Datum]) -> list[View]:
+    """For each datum: hidden states `(N, H)` -> the logprobs `(N, V)` that they give, at the
+    datum's temperature, lazily by row.
 
     No method of a batch: one that holds its own method is freed by the garbage collector alone, and
     its tensors with it.
     """
 
-    def to_logprobs(rows: torch.Tensor) -> torch.Tensor:
-        found = scorer.vocab_logprobs(rows)
+    vocab_size = scorer.model.get_input_embeddings().weight.shape[0]
+
+    def to_logprobs(rows: torch.Tensor, temperature: float) -> torch.Tensor:
+        found = scorer.vocab_logprobs(rows, temperature)
         # a Mac's CPU shares the memory, and mps lacks the float64 of other operands
         return found.cpu() if found.device.type == "mps" else found
 
-    vocab_size = scorer.model.get_input_embeddings().weight.shape[0]
-    return VocabLogprobs(hidden, to_logprobs, vocab_size)
+    def view(temperature: float, hidden: torch.Tensor) -> VocabLogprobs:
+        return VocabLogprobs(hidden, partial(to_logprobs, temperature=temperature), vocab_size)
+
+    return [partial(view, temperature_of(datum)) for datum in data]
 
 
 def _add(totals: list[torch.Tensor | None], parts: Sequence[torch.Tensor | None]) -> None:

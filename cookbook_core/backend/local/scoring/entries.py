@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cookbook_core.datums import SCORE_MASK
+from cookbook_core.datums import SCORE_MASK, temperature_of
 from cookbook_core.types import Datum
 
 
@@ -16,15 +16,17 @@ from cookbook_core.types import Datum
 class Entries:
     """The scores that the datums of a micro-batch want, sorted by row of the states.
 
-    A row of a shared prefix has an entry for each datum that shares it. It is computed once, and
-    as the entries of a row are adjacent, its gradient is their sum in one order on every device.
+    A row of a shared prefix has an entry for each datum that shares it. It is computed once (for
+    each temperature), and as the entries of a row are adjacent, its gradient is their sum in one
+    order on every device.
 
-    rows: `(U,)` int64, ascending, none twice: the rows that have entries.
+    rows: `(U,)` int64, ascending: the rows that have entries, none twice at one temperature.
     starts: `(U,)` int64: the number of each row's first entry.
     row_of: `(E,)` int64: each entry's index into `rows`.
     targets: `(E,)` int64 token ids; empty where an entry is a whole row.
     places: `(E,)` int64: the place of each entry among the datums' scores, flattened, in order.
     shapes: of each datum's scores.
+    temperatures: `(U,)` float64, of each of `rows`; None where all are 1.
     """
 
     rows: np.ndarray
@@ -33,6 +35,7 @@ class Entries:
     targets: np.ndarray
     places: np.ndarray
     shapes: list[tuple[int, ...]]
+    temperatures: np.ndarray | None = None
 
     def spread(self, scores: torch.Tensor) -> list[torch.Tensor]:
         """Scores `(E,)` on the CPU -> each datum's, in its shape; 0.0 where it has no entry."""
@@ -54,7 +57,7 @@ def target_entries(data: Sequence[Datum], rows: Sequence[torch.Tensor]) -> Entri
         data: D datums with target_tokens `(N,)` or `(N, K)`.
         rows: of each datum `(N,)`: the row of the states of each of its positions.
     """
-    at, targets, places, shapes, offset = [], [], [], [], 0
+    at, targets, places, temperatures, shapes, offset = [], [], [], [], [], 0
     for datum, own in zip(data, rows, strict=True):
         ids = datum.loss_fn_inputs["target_tokens"].to_numpy()
         shapes.append(ids.shape)
@@ -67,7 +70,9 @@ def target_entries(data: Sequence[Datum], rows: Sequence[torch.Tensor]) -> Entri
         at.append(np.repeat(own.numpy()[on], wide.shape[1]))
         targets.append(wide[on].flatten())
         places.append(place[on].flatten())
-    return _sorted(np.concatenate(at), np.concatenate(targets), np.concatenate(places), shapes)
+        temperatures.append(np.full(len(at[-1]), temperature_of(datum)))
+    columns = [np.concatenate(each) for each in (at, targets, places, temperatures)]
+    return _sorted(*columns, shapes)
 
 
 def position_entries(rows: Sequence[torch.Tensor]) -> Entries:
@@ -78,16 +83,21 @@ def position_entries(rows: Sequence[torch.Tensor]) -> Entries:
     """
     at = torch.cat(list(rows)).numpy()
     shapes = [tuple(own.shape) for own in rows]
-    return _sorted(at, np.empty(0, np.int64), np.arange(len(at)), shapes)
+    return _sorted(at, np.empty(0, np.int64), np.arange(len(at)), np.ones(len(at)), shapes)
 
 
 def _sorted(
-    at: np.ndarray, targets: np.ndarray, places: np.ndarray, shapes: list[tuple[int, ...]]
+    at: np.ndarray,
+    targets: np.ndarray,
+    places: np.ndarray,
+    temperatures: np.ndarray,
+    shapes: list[tuple[int, ...]],
 ) -> Entries:
-    order = np.argsort(at, kind="stable")
-    at = at[order]
-    first = np.diff(at, prepend=-1) != 0
+    order = np.lexsort((temperatures, at))  # stable
+    at, temperatures = at[order], temperatures[order]
+    first = (np.diff(at, prepend=-1) != 0) | (np.diff(temperatures, prepend=0.0) != 0)
     starts = np.flatnonzero(first)
     row_of = np.cumsum(first) - 1
     targets = targets[order] if len(targets) else targets
-    return Entries(at[starts], starts, row_of, targets, places[order], shapes)
+    own = None if (temperatures == 1).all() else temperatures[starts]
+    return Entries(at[starts], starts, row_of, targets, places[order], shapes, own)

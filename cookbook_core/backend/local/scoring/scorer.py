@@ -32,6 +32,7 @@ from cookbook_core.backend.local.scoring.target_logprobs import (
     Targets,
     at_least_float32,
     find_head,
+    scaled,
     sum_by_row,
     target_logprobs,
 )
@@ -59,7 +60,8 @@ class Scorer:
 
         Args:
             data: D checked datums with target_tokens `(N,)` or `(N, K)`. Where a datum has a
-                "score_mask", positions at which that is 0 are not computed and read 0.0.
+                "score_mask", positions at which that is 0 are not computed and read 0.0; where it
+                has a "temperature", logits are divided by it.
             micro_batch_tokens: most tokens of a forward; None takes the device's.
         Returns:
             D tensors on the CPU, nats, shape of target_tokens, float32 or better; they carry the
@@ -98,10 +100,14 @@ class Scorer:
         entries = batch.targets
         arrays = entries.rows, entries.targets, entries.row_of, entries.starts
         states, ids, rows, starts = self._states(batch, *arrays)
-        targets = Targets(ids, rows, starts, [*entries.starts.tolist(), len(entries.targets)])
+        scale = None
+        if entries.temperatures is not None:
+            scale = torch.from_numpy(1 / entries.temperatures)[:, None].to(self.device)
+        bounds = [*entries.starts.tolist(), len(entries.targets)]
+        targets = Targets(ids, rows, starts, bounds, scale)
         if self.head is not None:
             return target_logprobs(self.head, states, targets)
-        logits = at_least_float32(states)
+        logits = scaled(at_least_float32(states), scale)
         return logits[rows, ids] - logits.logsumexp(1)[rows]
 
     def hidden_batch(self, batch: MicroBatch) -> torch.Tensor:
@@ -127,11 +133,10 @@ class Scorer:
         starts, order = self._send(batch.positions.starts, batch.positions.places)
         return sum_by_row(torch.cat(list(grads)), starts, order)
 
-    def vocab_logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
+    def vocab_logprobs(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         """Rows `(R, H)` or `(R, V)` of `hidden_batch` -> log p of every token `(R, V)`, nats."""
-        if self.head is None:
-            return torch.log_softmax(at_least_float32(hidden), dim=-1)
-        return torch.log_softmax(self.head.logits(hidden), dim=-1)
+        logits = at_least_float32(hidden) if self.head is None else self.head.logits(hidden)
+        return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
     def _states(
         self, batch: MicroBatch, rows: np.ndarray, *arrays: np.ndarray
@@ -146,7 +151,7 @@ class Scorer:
             Hidden states `(U, H)`, or logits `(U, V)` if find_head() returned None, and the arrays
             on the device.
         """
-        sent = [] if len(rows) == batch.tokens else [rows]
+        sent = [] if np.array_equal(rows, np.arange(batch.tokens)) else [rows]
         places = [] if batch.layout is None else [batch.layout.positions.numpy()]
         ids, *rest = self._send(batch.ids.flatten().numpy(), *places, *sent, *arrays)
         inputs: dict[str, Any] = {"input_ids": ids.view(batch.ids.shape)}

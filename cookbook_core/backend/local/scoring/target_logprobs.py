@@ -108,17 +108,22 @@ class Targets:
     rows: `(E,)` int64, ascending: the row of each.
     starts: `(N,)` int64: the first of each row's; every row has one.
     bounds: the values of `starts`, and E, on the host.
+    scale: `(N, 1)`: what each row's logits are multiplied by, 1 / temperature; None is 1.
     """
 
     ids: torch.Tensor
     rows: torch.Tensor
     starts: torch.Tensor
     bounds: Sequence[int]
+    scale: torch.Tensor | None = None
 
-    def of_rows(self, a: int, b: int) -> tuple[slice, torch.Tensor, torch.Tensor]:
-        """Where the targets of rows a to b are, their rows counted from a, and their ids."""
+    def of_rows(
+        self, a: int, b: int
+    ) -> tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Where the targets of rows a to b are, their rows counted from a, their ids and scale."""
         own = slice(int(self.bounds[a]), int(self.bounds[b]))
-        return own, self.rows[own] - a if a else self.rows[own], self.ids[own]
+        scale = None if self.scale is None else self.scale[a:b]
+        return own, self.rows[own] - a if a else self.rows[own], self.ids[own], scale
 
 
 def target_logprobs(head: Head, hidden: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -207,8 +212,10 @@ def _rows_per_chunk(vocab_size: int) -> int:
 def _checkpointed(head: Head, hidden: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Chunks of plain autograd, recomputed in the backward: exact for any head."""
 
-    def chunk(h: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return torch.log_softmax(head.logits(h), dim=-1)[rows, ids]
+    def chunk(
+        h: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        return torch.log_softmax(scaled(head.logits(h), scale), dim=-1)[rows, ids]
 
     n = _rows_per_chunk(head.module.weight.shape[0])
     pieces = []
@@ -218,6 +225,11 @@ def _checkpointed(head: Head, hidden: torch.Tensor, targets: Targets) -> torch.T
             checkpoint(chunk, hidden[a:b], *targets.of_rows(a, b)[1:], use_reentrant=False)
         )
     return torch.cat(pieces)
+
+
+def scaled(logits: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Logits `(N, V)` times the scale of their row `(N, 1)`; None is 1."""
+    return logits if scale is None else logits * scale.to(logits.dtype)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -286,12 +298,13 @@ def _tiles(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    targets: Sequence[torch.Tensor],
+    targets: Sequence[Any],
     head: Head,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logprobs of targets (rows `(E,)`, ids `(E,)`), the slopes there, and e `(R, H)` if `keep`."""
-    rows, ids = targets
+    """Logprobs of targets (rows `(E,)`, ids `(E,)`, scale `(R, 1)` or None), the slopes there, and
+    e `(R, H)` if `keep`."""
+    rows, ids, scale = targets
     width = TILE.get(hidden.device.type, TILE["cuda"])[1]
     dtype = at_least_float32(hidden).dtype
     top = torch.zeros(ids.shape, dtype=dtype, device=hidden.device)
@@ -301,13 +314,14 @@ def _tiles(
     for v in range(0, len(weight), width):
         tile = weight[v : v + width]
         raw = head_logits(hidden, tile, None if bias is None else bias[v : v + width])
-        y = head.finish(raw)
+        logits = head.finish(raw)
+        slope = head.slope(logits) if keep else 1.0
+        y = scaled(logits, scale)
         here = (ids >= v) & (ids < v + len(tile))
         top = torch.where(here, y[rows, (ids - v).clamp(0, len(tile) - 1)], top)
         risen = torch.maximum(peak, y.amax(1, keepdim=True))
         shrink = (peak - risen).exp()
         peak = risen
-        slope = head.slope(y) if keep else 1.0
         p = y.sub_(peak).exp_()
         total.mul_(shrink).add_(p.sum(1, keepdim=True))
         if keep:
@@ -319,8 +333,13 @@ def _tiles(
                 expected.add_(_mm_into_float32(p.to(tile.dtype), tile))
             else:
                 expected.add_(p.to(tile.dtype) @ tile)
-    slopes = head.slope(top)
+    factor = None if scale is None else scale.to(dtype)
+    slopes = head.slope(top if factor is None else top / factor[rows, 0])
     if not isinstance(slopes, torch.Tensor):
         slopes = torch.full_like(top, slopes)
     logprobs = top - peak[rows, 0] - total.log()[rows, 0]
-    return logprobs, slopes, expected.div_(total) if keep else expected
+    expected = expected.div_(total) if keep else expected
+    if factor is not None:
+        slopes = slopes * factor[rows, 0]
+        expected = expected.mul_(factor) if keep else expected
+    return logprobs, slopes, expected
