@@ -1,19 +1,22 @@
-"""What every recipe does with clients: start one, freeze a copy of it, score, sample.
+"""What every recipe does with clients: start one, freeze a copy of it, score, sample, reward.
 
 These functions call only what the `tinker` SDK has, so clients of a service work too.
 """
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cookbook_core import chat, custom_loss
 from cookbook_core.custom_loss import LossFn, logprobs_from_output
+from cookbook_core.data.files import Row
 from cookbook_core.datums import TEMPERATURE, datum_from_prompt_completion, with_inputs
-from cookbook_core.errors import ConfigError, DatumError, LossError, RequestError
+from cookbook_core.errors import ConfigError, DatumError, RequestError
+from cookbook_core.rewards import Completion
+from cookbook_core.rewards import grade as grade  # recipes use these two as clients.NAME
+from cookbook_core.rewards import weights_by_name as weights_by_name
 from cookbook_core.runs.run_folder import find_checkpoint, has_begun
 from cookbook_core.storage.paths import usable_path
 from cookbook_core.tinker import (
@@ -153,6 +156,17 @@ def offers_sampling(service: ServiceClient, model: str) -> bool:
     return True
 
 
+def with_prompt_tokens(rows: Sequence[Row], tokenizer: Any, longest: int) -> list[Row]:
+    """The rows whose prompt has at most `longest` tokens, each with these as "prompt_tokens"."""
+    kept_rows = []
+    for row in rows:
+        with chat.naming(row):  # errors name the row
+            tokens = chat.render_prompt(tokenizer, row["prompt"])
+        if len(tokens) <= longest:
+            kept_rows.append(row | {"prompt_tokens": tokens})
+    return kept_rows
+
+
 def rollout(
     sampler: SamplingClient,
     prompts: Sequence[Sequence[int]],
@@ -218,31 +232,12 @@ def sampled_datum(
     return with_inputs(datum, **{TEMPERATURE: sequence.temperature})
 
 
-def texts_of(tokenizer: Any, sequences: Sequence[SampledSequence]) -> list[str]:
-    """Decode sequences without end tokens, for rewards and for people: never train on the text."""
-    return [tokenizer.decode(s.tokens, skip_special_tokens=True) for s in sequences]
-
-
-def grade(
-    reward_fn: Callable[[Any, list[str]], Sequence[float]],
-    row: Mapping[str, Any],
-    completions: list[str],
-) -> list[float]:
-    """Call `reward_fn(row, completions)` and check that it gives one number per completion.
+def texts_of(tokenizer: Any, sequences: Sequence[SampledSequence]) -> list[Completion]:
+    """Decode sequences without end tokens, for rewards and for people: never train on the text.
 
     Returns:
-        Rewards, in the order of the completions.
-    Raises:
-        LossError: it raised, or returned another count or a number that is not finite; the error
-            names the prompt.
+        Texts that also have each sequence's `tokens` and `stop_reason`.
     """
-    where = f"reward for the prompt {chat.last_text(row['prompt'])!r}"
-    try:
-        rewards = [float(value) for value in reward_fn(row, completions)]
-    except Exception as error:
-        raise LossError.caused_by(where, error) from error
-    if len(rewards) != len(completions) or not all(map(math.isfinite, rewards)):
-        rule = f"{len(completions)} finite numbers, one per completion"
-        fix = "Return them in the order of the completions; a failed one can be 0."
-        raise LossError(where, "wrong return value", expected=rule, got=rewards, fix=fix)
-    return rewards
+    return [
+        Completion.of(tokenizer.decode(s.tokens, skip_special_tokens=True), s) for s in sequences
+    ]

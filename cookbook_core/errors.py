@@ -94,10 +94,10 @@ class DatumError(CookbookError, ValueError):
 
 
 class LossError(CookbookError, ValueError):
-    """A loss or reward function raised, or returned something that cannot be used."""
+    """A loss function raised, or returned something that cannot be used."""
 
     @classmethod
-    def caused_by(cls, where: str, error: Exception) -> LossError:
+    def caused_by(cls: type[ErrorT], where: str, error: Exception) -> ErrorT:
         """The error to raise `from error`, an exception that escaped from the user's function."""
         frames = traceback.extract_tb(cut_own_frames(error).__traceback__)
         own = [frame for frame in frames if frame.filename == frames[0].filename]
@@ -113,6 +113,10 @@ class NotFiniteError(LossError):
 
 class NoGradientError(LossError):
     """A loss does not depend on the logprobs, or autograd cannot differentiate it."""
+
+
+class RewardError(LossError):
+    """A reward function raised, or returned something that cannot be used."""
 
 
 class ConfigError(CookbookError, ValueError):

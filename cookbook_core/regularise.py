@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from cookbook_core.alignment import columns
 from cookbook_core.custom_loss import RESERVED_METRICS, LossFn, name_of
 from cookbook_core.datums import with_inputs
-from cookbook_core.errors import ConfigError, DatumError, LossError, NoGradientError, is_finite
+from cookbook_core.errors import (
+    ConfigError,
+    DatumError,
+    LossError,
+    NoGradientError,
+    check_choice,
+    is_finite,
+)
 from cookbook_core.types import Datum
 
 if TYPE_CHECKING:
@@ -198,3 +205,48 @@ def _tokens(
         fix = f"Add datums made by {how} to the batch."
         raise DatumError("data", what, expected=rule, got=0, fix=fix)
     return columns([data[i] for i in marked], [logprobs[i] for i in marked], "weights", *keys)
+
+
+# ---- KL to a reference ---------------------------------------------------------------------------
+
+
+def kl_term(
+    estimator: str, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, ratio: torch.Tensor
+) -> torch.Tensor:
+    """The KL term of each sampled token, for a loss of tokens that a policy sampled itself.
+
+    KL is a trap. With d = log p - log p_ref, what an estimator puts into the loss has the expected
+    gradient
+
+        k2                    ratio (constant) * d^2 / 2         of KL(p || p_ref)
+        k3_ratio              ratio * (exp(-d) - 1 + d)          of KL(p || p_ref)
+        k1_reward             ratio * d (constant)               of KL(p || p_ref); a reward of -d
+        k3                    exp(-d) - 1 + d                    of KL(p_ref || p): the other one
+        k1_no_regularisation  d                                  zero: published, does nothing
+
+    Source: Schulman's k1, k2, k3, joschu.net/blog/kl-approx.html. Which of them regularises is
+    worked out by enumeration in tests/recipes/test_grpo.py.
+
+    Args:
+        estimator: one of these names.
+        logprobs: `(N,)` log p, nats; gradient flows here.
+        ref_logprobs: `(N,)`, nats.
+        ratio: `(N,)`, p / p_sampled, with its gradient.
+    Returns:
+        `(N,)` nats (k2: nats^2 / 2).
+    Raises:
+        ConfigError: an unknown estimator.
+    """
+    import torch
+
+    d = logprobs - ref_logprobs
+    k3 = torch.exp(-d.clamp(min=-20.0)) - 1 + d
+    terms = {
+        "k2": ratio.detach() * d**2 / 2,
+        "k3_ratio": ratio * k3,
+        "k1_reward": ratio * d.detach(),
+        "k3": k3,
+        "k1_no_regularisation": d,
+    }
+    check_choice(ConfigError, "kl_estimator", "unknown", estimator, terms)
+    return terms[estimator]

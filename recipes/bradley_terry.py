@@ -259,7 +259,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         print(f"scorer: {saved}\nplot: {run.plot(panels)}")
         print(
             f"as a reward: python -m recipes.grpo --dataset {config.dataset} --max_tokens 24 "
-            f"--reward_model {saved}"
+            f"--rewards {saved}"
         )
         return after
 

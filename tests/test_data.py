@@ -497,3 +497,14 @@ def test_a_long_row_is_dropped_without_a_warning(tiny_tokenizer, caplog) -> None
     finally:
         hf_logging.disable_propagation()
     assert not caplog.records
+
+
+def test_other_columns_can_be_kept(tmp_path):
+    """What a reward may read: columns that some rows lack, at the row's place."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "tests": [1]}\n{"prompt": "b", "hint": ""}\n', "utf-8")
+    assert load_rows(str(path), ("prompt",)) == [{"prompt": "a"}, {"prompt": "b"}]
+    rows = load_rows(str(path), ("prompt",), all_columns=True)
+    assert rows == [{"prompt": "a", "tests": [1]}, {"prompt": "b", "hint": ""}]
+    assert (rows[1] | {"n": 1}).where == rows[1].where
+    assert (rows[1] | {"n": 1})["n"] == 1

@@ -164,7 +164,7 @@ HEALTHY: dict[str, Loss] = {
     **RECIPES,
     **BUILTIN_LOSSES,
     **{
-        f"grpo {k}": partial(grpo.grpo_loss, config=grpo.Config(kl_coef=0.5, kl_estimator=k))
+        f"grpo {k}": partial(grpo.grpo_loss, config=grpo.Config(kl_coef=0.5), kl_estimator=k)
         for k in ("k2", "k3_ratio", "k1_reward", "k3")
     },
     **{
@@ -822,8 +822,8 @@ def test_kl_estimators_are_told_apart_at_any_scale_and_reduction() -> None:
     """The KL part is found under a policy term and whatever its coefficient."""
     for coef in (1e-3, 10.0):
         for estimator, words in (("k2", "like k2"), ("k1_no_regularisation", "like k1")):
-            config = grpo.Config(kl_coef=coef, kl_estimator=estimator)
-            report = examine(partial(grpo.grpo_loss, config=config))
+            config = grpo.Config(kl_coef=coef)
+            report = examine(partial(grpo.grpo_loss, config=config, kl_estimator=estimator))
             assert words in words_of(report, "kl")
             assert report.ok == (estimator == "k2")
     off = examine(partial(grpo.grpo_loss, config=grpo.Config(kl_coef=0.0)))

@@ -504,8 +504,9 @@ def build(recipe: str, rows: list[dict], tokenizer: Any) -> Any:
         judge = bradley_terry.Judge(tokenizer, "Was that good?", verdicts)
         return bradley_terry.build_pairs(rows, judge, 512)[0]
     if recipe == "grpo":
-        rows = grpo.with_prompt_tokens(rows, tokenizer, 512)
-        return [clients.grade(grpo.reward, row, ["a", "b"]) for row in rows] and []
+        rows = clients.with_prompt_tokens(rows, tokenizer, 512)
+        texts = [["a", "b"]] * len(rows)
+        return (rows and clients.grade({"exact": (1.0, grpo.exact_match)}, rows, texts)) and []
     labels = tskl.Config.labels if tokenizer.chat_template else tuple("tpfge")
     return tskl.build_data(rows, tokenizer, tskl.Config(labels=labels), "train")[0]
 

@@ -42,7 +42,7 @@ LAYERS = (
     "backend",
     "tinker",
     "runs",
-    "clients",
+    "clients rewards",
     "doctor conformance serve",
     "commands",
 )

@@ -119,7 +119,7 @@ def test_a_copied_grpo_finds_the_packaged_scorer(run: Command) -> None:
     assert run("-m", "cookbook_core.commands.cli", "new", "grpo").returncode == 0
     code = (
         "import my_grpo\n"
-        "try: my_grpo.bradley_terry_reward(None, my_grpo.Config(reward_model='nowhere'))\n"
+        "try: my_grpo.bradley_terry_reward(None, './nowhere', 'tiny')\n"
         "except Exception as error: print(type(error).__module__, error)\n"
         "import sys; print(sys.modules['cookbook_core.recipes.bradley_terry'].__file__)"
     )

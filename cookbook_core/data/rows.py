@@ -67,6 +67,10 @@ class PlacedRow(Row):
         super().__init__(values)
         self.where = where
 
+    def __or__(self, more: Any) -> PlacedRow:
+        """This row with more columns, at the same place."""
+        return PlacedRow(self.where, {**self, **more})
+
 
 @contextlib.contextmanager
 def naming(row: Mapping[str, Any], **columns: str) -> Iterator[None]:
@@ -90,7 +94,9 @@ def naming(row: Mapping[str, Any], **columns: str) -> Iterator[None]:
         raise error.replace(where=f"{place}, {where}" if place else where) from error
 
 
-def load_rows(dataset: str, columns: Columns, split: str = "train") -> list[Row]:
+def load_rows(
+    dataset: str, columns: Columns, split: str = "train", *, all_columns: bool = False
+) -> list[Row]:
     """Read the given columns of one split of a dataset.
 
     Args:
@@ -99,19 +105,20 @@ def load_rows(dataset: str, columns: Columns, split: str = "train") -> list[Row]
             column is used: `[("prompt", "completion"), ("messages",)]`.
         split: the name of the split; a single file is "train". Where the dataset is
             `NAME@TRAIN/TEST`, these two are "train" and "test".
+        all_columns: keep the other columns too, which may be empty or missing in some rows.
     Returns:
-        One dict per row, in file order, with exactly the columns of that alternative; in a block
-        `with chat.naming(row)`, errors name its place. Values of a .csv are strings, except
-        conversations, which are parsed from JSON.
+        One dict per row, in file order, with exactly the columns of that alternative (unless
+        all_columns); in a block `with chat.naming(row)`, errors name its place. Values of a .csv
+        are strings, except conversations, which are parsed from JSON.
     Raises:
         DataError: no such dataset or split; broken text (`file.jsonl:17`); no rows; columns
             missing; a row whose value is missing, None or empty.
     """
-    return _select(dataset, open_splits(dataset), split, columns)
+    return _select(dataset, open_splits(dataset), split, columns, all_columns)
 
 
 def train_test(
-    dataset: str, columns: Columns, test_rows: int, seed: int
+    dataset: str, columns: Columns, test_rows: int, seed: int, *, all_columns: bool = False
 ) -> tuple[list[Row], list[Row]]:
     """Load rows to train on and `test_rows` held-out rows to evaluate on.
 
@@ -127,9 +134,9 @@ def train_test(
         raise ConfigError("test_rows", "out of range", expected="an integer >= 1", got=test_rows)
     _check_seed(seed)
     splits = open_splits(dataset)
-    train = _select(dataset, splits, "train", columns)
+    train = _select(dataset, splits, "train", columns, all_columns)
     if "test" in splits:
-        test = _select(dataset, splits, "test", columns)
+        test = _select(dataset, splits, "test", columns, all_columns)
         if len(test) < test_rows:
             rule, fix = f"test_rows <= {len(test)}", f"Pass --test_rows {len(test)}."
             where = f"{dataset} (test split)"
@@ -188,7 +195,11 @@ def _epoch_order(num_rows: int, epoch: int, seed: int) -> tuple[int, ...]:
 
 
 def _select(
-    dataset: str, splits: Mapping[str, Iterable[tuple[str, Row]]], split: str, columns: Columns
+    dataset: str,
+    splits: Mapping[str, Iterable[tuple[str, Row]]],
+    split: str,
+    columns: Columns,
+    all_columns: bool,
 ) -> list[Row]:
     """Read one split, and of it the first of the alternatives of columns that it has."""
     alternatives: Any = [columns] if _are_names(columns) else columns
@@ -220,7 +231,10 @@ def _select(
         if row.get(name) is None or row[name] in ("", [], {})
     ]
     raise_all(problems)
-    return [PlacedRow(where, {name: row[name] for name in chosen}) for where, row in rows]
+    return [
+        PlacedRow(where, row if all_columns else {name: row[name] for name in chosen})
+        for where, row in rows
+    ]
 
 
 def _column_fix(present: Sequence[str], choices: Sequence[Sequence[str]]) -> str:

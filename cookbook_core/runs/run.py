@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cookbook_core.errors import ConfigError, LossError, ProcessError
+from cookbook_core.errors import ConfigError, LossError, ProcessError, RewardError
 from cookbook_core.runs import claim, run_folder
 from cookbook_core.runs.config import RunFlags
 from cookbook_core.runs.plots import Panel, draw_panels
@@ -67,7 +67,7 @@ class Run:
         self.path, self.num_steps = claimed.path, num_steps
         self._record = run_folder.read_record(self.path)
         newest = run_folder.newest_checkpoint(self._record)
-        self.first_step = newest["step"] if newest else 0
+        self.first_step = self._done = newest["step"] if newest else 0
         self.checkpoint = newest["path"] if newest else None
         self._recipe, self._claim, self._flags = recipe, claimed, flags
         self._script, self._best = script, best
@@ -198,6 +198,9 @@ class Run:
         if kind is None:
             self._record["finished"] = True
             run_folder.write_record(self.path, self._record)
+        if isinstance(error, RewardError) and self._done > self.first_step:
+            self._save(self._done)  # a step's rewards come before its updates
+            self._progress.say(f"step {self._done} is saved: resume with --resume {self.path}")
         errors = (error, getattr(error, "__cause__", None))
         lost = next((e for e in errors if isinstance(e, ProcessError)), None)
         failed = kind is not None and issubclass(kind, (Exception, KeyboardInterrupt))
@@ -256,7 +259,7 @@ class Run:
         for step in range(self.first_step, self.num_steps):
             yield step
             self._has_results = True
-            done = step + 1
+            self._done = done = step + 1
             stop = self._signal is not None
             if stop or done % self._flags.save_every == 0 or done == self.num_steps:
                 self._save(done)

@@ -11,17 +11,22 @@ import pytest
 import torch
 
 from cookbook_core import datum_from_prompt_completion, with_inputs
-from cookbook_core.clients import add_ref_logprobs, frozen_copy, grade, rollout, score
+from cookbook_core.clients import add_ref_logprobs, frozen_copy, rollout, score
 from cookbook_core.custom_loss import differentiate
-from cookbook_core.errors import ConfigError, DatumError, LossError
+from cookbook_core.errors import ConfigError, DatumError, RewardError
+from cookbook_core.regularise import kl_term
+from cookbook_core.rewards import Completion
+from cookbook_core.runs import RunFlags
 from cookbook_core.tinker import SampledSequence
 from recipes.grpo import (
     Config,
+    advantages,
     build_data,
+    exact_match,
     grpo_loss,
-    kl_term,
     measure,
-    reward,
+    overlong,
+    reward_functions,
     token_weight,
     train,
 )
@@ -139,9 +144,64 @@ def test_kl_coef_changes_the_gradient():
     data = [datum(advantages=0.0, ref=-2.0)]
     logprobs = [torch.tensor([-1.0, -1.0])]
     for estimator in RIGHT:
-        config = replace(CONFIG, kl_coef=0.5, kl_estimator=estimator)
-        grads = differentiate(partial(grpo_loss, config=config), data, logprobs).grads
+        loss_fn = partial(grpo_loss, config=replace(CONFIG, kl_coef=0.5), kl_estimator=estimator)
+        grads = differentiate(loss_fn, data, logprobs).grads
         assert grads[0].tolist() == pytest.approx([0.5, 0.5])  # kl_coef * d, d = 1
+
+
+def three_data():
+    """Completions of 2 and 3 tokens; log-ratios 0.1, 0.3 and -0.1, -0.2, -0.6; A = 2 and -1."""
+    return [
+        datum(advantages=2.0, sampling=[-1.1, -1.3], weights=0.25),
+        datum(advantages=-1.0, sampling=[-0.9, -0.8, -0.4], weights=1 / 6, completion=(2, 3, 4)),
+    ], [torch.full((2,), -1.0), torch.full((3,), -1.0)]
+
+
+def test_sequence_ratio_is_gspo_by_hand():
+    """Ratios s = e^0.2 (above 1.2: clipped, A > 0) and e^-0.3 (below 0.8: clipped, A < 0) with
+    weights 1 / (2 |y|): L = -(1/2)(1.2 * 2) - (1/2)(0.8 * -1), and no gradient. Within the clip,
+    the gradient of a token is -A s / (2 |y|): that of the mean over sequences of -s A."""
+    data, logprobs = three_data()
+    config = replace(CONFIG, ratio="sequence")
+    result = differentiate(partial(grpo_loss, config=config), data, logprobs)
+    assert result.loss == pytest.approx(-1.2 + 0.4, rel=1e-6)
+    assert all((g == 0).all() for g in result.grads)
+    assert result.metrics["clip_fraction"] == 1.0
+    assert result.metrics["ratio_max"] == pytest.approx(np.exp(0.2), rel=1e-6)
+
+    wide = replace(config, clip=(0.1, 9.0))
+    result = differentiate(partial(grpo_loss, config=wide), data, logprobs)
+    leaves = [lp.clone().double().requires_grad_() for lp in logprobs]
+    sampled = [d.loss_fn_inputs["sampling_logprobs"].to_torch().double() for d in data]
+    s = [(lp - old).mean().exp() for lp, old in zip(leaves, sampled, strict=True)]
+    gspo = (s[0] * -2.0 + s[1] * 1.0) / 2
+    assert result.loss == pytest.approx(gspo.item(), rel=1e-6)
+    for g, e in zip(result.grads, torch.autograd.grad(gspo, leaves), strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=1e-6, atol=1e-7)
+
+
+def test_cispo_keeps_the_gradient_of_clipped_tokens():
+    """The gradient of -clip(ratio) A log p is -weight clip(ratio) A, clipped or not."""
+    data, logprobs = three_data()
+    config = replace(CONFIG, ratio="cispo")
+    result = differentiate(partial(grpo_loss, config=config), data, logprobs)
+    first = [-0.25 * 2.0 * r for r in (np.exp(0.1), 1.2)]
+    second = [r / 6 for r in (np.exp(-0.1), np.exp(-0.2), 0.8)]
+    assert result.grads[0].tolist() == pytest.approx(first, rel=1e-6)
+    assert result.grads[1].tolist() == pytest.approx(second, rel=1e-6)
+    assert result.metrics["clip_fraction"] == pytest.approx(2 / 5)
+
+
+def test_the_forms_agree_while_every_ratio_is_1():
+    """Before an update the three have the same gradient."""
+    data, logprobs = three_data()
+    data = [with_inputs(d, sampling_logprobs=lp) for d, lp in zip(data, logprobs, strict=True)]
+    found = [
+        differentiate(partial(grpo_loss, config=replace(CONFIG, ratio=form)), data, logprobs).grads
+        for form in ("token", "sequence", "cispo")
+    ]
+    for grads in found[1:]:
+        assert all(map(torch.equal, grads, found[0]))
 
 
 def test_a_log_ratio_of_100_is_finite():
@@ -195,9 +255,23 @@ def test_advantages_are_centred_within_their_group():
     advantages = [d.loss_fn_inputs["advantages"].tolist() for d in data]
     assert advantages == [[0, 0.5, 0.5], [0, -0.5], [0], [0]]
     assert data[0].loss_fn_inputs["weights"].tolist() == pytest.approx([0, 0.2, 0.2])
-    config = replace(CONFIG, normalize_std=True)
-    scaled = build_data(rows, groups, [[3.0, 1.0], [1.0, 1.0]], config)
-    assert [d.loss_fn_inputs["advantages"].tolist()[-1] for d in scaled] == [1.0, -1.0, 0.0, 0.0]
+
+
+def test_adam_cannot_tell_leave_one_out_from_the_group_mean():
+    """Leave-one-out, reward - mean of the others, is the group mean's times G / (G - 1): Adam
+    divides by the gradient's size, so only the weight of the KL term beside it differs."""
+    rewards = [1.0, 0.0, 0.0, 0.5]
+    others = [r - (sum(rewards) - r) / 3 for r in rewards]
+    assert others == pytest.approx([a * 4 / 3 for a in advantages(rewards)])
+    steps = []
+    for scale in (1.0, 4 / 3):
+        p = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        adam = torch.optim.AdamW([p], lr=0.1, eps=1e-12, weight_decay=0.0)
+        for target in (1.0, 2.0, -0.5):
+            p.grad = scale * (p.detach() - torch.tensor([target, 1.0, -target]))
+            adam.step()
+        steps.append(p.detach().clone())
+    torch.testing.assert_close(*steps, rtol=1e-9, atol=0)
 
 
 def test_leaving_out_a_group_of_equal_rewards_changes_no_policy_gradient():
@@ -235,43 +309,50 @@ def test_datums_hold_the_sampled_ids_and_not_the_texts():
 
 def test_reward_reads_the_answer_and_nothing_else():
     row = {"answer": "65"}
-    assert reward(row, ["65", " 65\n", "650", "6 5", ""]) == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert exact_match(row, ["65", " 65\n", "650", "6 5", ""]) == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    ("broken", "match"),
-    [
-        (lambda row, texts: [float("nan")] * len(texts), "nan"),
-        (lambda row, texts: [1.0], "2 finite numbers"),
-        (lambda row, texts: [None] * 2, "raised TypeError"),
-        (lambda row, texts: row["missing"], r"raised KeyError: 'missing'"),
-    ],
-)
-def test_a_bad_reward_names_its_prompt(broken, match):
-    row = {"prompt": [{"role": "user", "content": "What is 1 + 1?"}]}
-    with pytest.raises(LossError, match=rf"'What is 1 \+ 1\?'.*{match}"):
-        grade(broken, row, ["2", "3"])
+def test_the_overlong_penalty_by_hand():
+    """max_tokens 20, the last fifth: 0 up to 16 tokens, -1/4 for each one more."""
+    texts = [Completion.of("", sequence([1] * n)) for n in (3, 16, 17, 18, 20)]
+    assert overlong({}, texts, max_tokens=20) == [0.0, 0.0, -0.25, -0.5, -1.0]
+    short = [Completion.of("", sequence([1] * n)) for n in (1, 2, 3)]
+    assert overlong({}, short, max_tokens=3) == [0.0, 0.0, -1.0]
+
+
+def test_rewards_are_named_with_their_weights(service):
+    config = Config(rewards=("exact", "overlong=0.5"))
+    found = reward_functions(service, config)
+    assert {name: weight for name, (weight, _) in found.items()} == {"exact": 1.0, "overlong": 0.5}
+    with pytest.raises(ConfigError, match=r'Config.rewards: unknown.*Did you mean "exact"'):
+        reward_functions(service, replace(config, rewards=("exakt",)))
 
 
 # ---- on a model ---------------------------------------------------------------------------------
 
 
-def test_at_the_start_ratio_is_1_and_kl_0(service):
-    """Pitfall 20. The ratio is the sampler's numbers against the scorer's: 1 to float32; the KL
-    term compares two passes of the scorer: exactly 0."""
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
+def test_at_the_start_ratio_is_1_and_kl_0(service, temperature):
+    """Pitfall 20, at any temperature. The ratio is the sampler's numbers against the scorer's: 1
+    to float32; between two passes of the scorer it is exactly 1, and the KL exactly 0."""
     client = service.create_lora_training_client("tiny", rank=4, seed=0).result()
     reference = frozen_copy(service, client, "tiny")
     sampler = client.save_weights_and_get_sampling_client().result()
     prompts = [sampler.get_tokenizer().encode(text) for text in ("copy: red", "What is 3 + 4?")]
-    groups = rollout(sampler, prompts, 4, max_tokens=6, seed=1)
+    groups = rollout(sampler, prompts, 4, max_tokens=6, temperature=temperature, seed=1)
     rows = [{"prompt_tokens": p} for p in prompts]
     data = build_data(rows, groups, [[1, 0, 0, 1]] * 2, CONFIG)
     data = add_ref_logprobs(reference, data)
     _, metrics = grpo_loss(data, score(client, data), CONFIG)
     assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-4)
     assert metrics["logprob_gap"] < 1e-4
-    for d, lp in zip(data, score(client, data), strict=True):
+    scored = score(client, data)
+    for d, lp in zip(data, scored, strict=True):
         assert torch.equal(lp, d.loss_fn_inputs["ref_logprobs"].to_torch())
+    data = [with_inputs(d, sampling_logprobs=lp) for d, lp in zip(data, scored, strict=True)]
+    for form in ("token", "sequence", "cispo"):
+        metrics = grpo_loss(data, scored, replace(CONFIG, ratio=form))[1]
+        assert metrics == {"ratio_max": 1.0, "clip_fraction": 0.0, "logprob_gap": 0.0}
 
 
 def test_learns_holds_and_repeats(tmp_path):
@@ -318,17 +399,26 @@ def test_a_reward_that_raises_leaves_the_runs_files(tmp_path, monkeypatch):
             raise RuntimeError("judge is down")
         return [float(i) for i in range(len(completions))]
 
-    monkeypatch.setattr("recipes.grpo.reward", failing)
+    monkeypatch.setattr("recipes.grpo.exact_match", failing)
     config = Config(num_steps=9, batch_size=4, test_rows=10, log_path=str(tmp_path / "run"))
-    with pytest.raises(LossError, match=r"reward for the prompt 'What is .*judge is down"):
+    place = r'reward "exact" for tiny/grpo.*:\d+, the prompt .What is .*judge is down'
+    with pytest.raises(RewardError, match=place):
         train(config)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 0, 1, 2, 3, 4]
-    assert (tmp_path / "run" / "checkpoints" / "model-0" / "weights" / "reference").is_dir()
+    weights = tmp_path / "run" / "checkpoints" / "model-0" / "weights"
+    assert {path.name for path in weights.iterdir()} == {"reference", "step-000005"}
+
+    monkeypatch.undo()  # the reward is mended: the run resumes where it stopped
+    train(config, RunFlags(resume=str(tmp_path / "run")))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, *range(10)]
 
 
 def test_a_constant_reward_is_reported(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("recipes.grpo.reward", lambda row, completions: [1.0] * len(completions))
+    monkeypatch.setattr(
+        "recipes.grpo.exact_match", lambda row, completions: [1.0] * len(completions)
+    )
     sizes = {"num_steps": 5, "batch_size": 2, "group_size": 2, "test_rows": 2, "eval_every": 9}
     train(Config(**sizes, log_path=str(tmp_path / "run")))
     summary = (tmp_path / "run" / "summary.md").read_text(encoding="utf-8")

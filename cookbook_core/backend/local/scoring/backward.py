@@ -161,7 +161,6 @@ def views_of(scorer: Scorer, data: Sequence[Datum]) -> list[View]:
     No method of a batch: one that holds its own method is freed by the garbage collector alone, and
     its tensors with it.
     """
-
     vocab_size = scorer.model.get_input_embeddings().weight.shape[0]
 
     def to_logprobs(rows: torch.Tensor, temperature: float) -> torch.Tensor:
