@@ -181,7 +181,11 @@ class Engine:
             )
             views: list[Any] = [view_of(self.scorer, each) for each in hidden]
             with self._operands_follow():
-                return _output([], evaluate(loss_fn, data, views), {})
+                output = _output([], evaluate(loss_fn, data, views), {})
+            if self.scorer.head is not None and self.scorer.head.frozen() is None:
+                for view in views:
+                    view.close()
+            return output
 
     def score(
         self,

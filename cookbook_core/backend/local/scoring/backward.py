@@ -156,12 +156,15 @@ class ScoredBatch:
 def view_of(scorer: Scorer, hidden: torch.Tensor) -> VocabLogprobs:
     """Hidden states of a datum `(N, H)` -> the logprobs `(N, V)` that they give, lazily by row.
 
+    With a frozen unembedding, rows may be computed later, whichever adapter is active then.
+
     No method of a batch: one that holds its own method is freed by the garbage collector alone, and
     its tensors with it.
     """
+    linear = scorer.head.frozen() if scorer.head else None
 
     def to_logprobs(rows: torch.Tensor) -> torch.Tensor:
-        found = scorer.vocab_logprobs(rows)
+        found = scorer.vocab_logprobs(rows, linear)
         # a Mac's CPU shares the memory, and mps lacks the float64 of other operands
         return found.cpu() if found.device.type == "mps" else found
 

@@ -127,11 +127,16 @@ class Scorer:
         starts, order = self._send(batch.positions.starts, batch.positions.places)
         return sum_by_row(torch.cat(list(grads)), starts, order)
 
-    def vocab_logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Rows `(R, H)` or `(R, V)` of `hidden_batch` -> log p of every token `(R, V)`, nats."""
+    def vocab_logprobs(
+        self, hidden: torch.Tensor, linear: torch.nn.Linear | None = None
+    ) -> torch.Tensor:
+        """Rows `(R, H)` or `(R, V)` of `hidden_batch` -> log p of every token `(R, V)`, nats.
+
+        linear: what `head.frozen()` returned earlier, if the adapter may have changed since.
+        """
         if self.head is None:
             return torch.log_softmax(at_least_float32(hidden), dim=-1)
-        return torch.log_softmax(self.head.logits(hidden), dim=-1)
+        return torch.log_softmax(self.head.logits(hidden, linear), dim=-1)
 
     def _states(
         self, batch: MicroBatch, rows: np.ndarray, *arrays: np.ndarray
