@@ -88,7 +88,7 @@ class Config:
     """Rank of the adapter (alpha is 32)."""
     test_rows: runs.PositiveInt = 100
     """Held-out prompts."""
-    eval_every: runs.PositiveInt = 10
+    eval_every: runs.PositiveInt = 20
     """Steps between evaluations on the held-out prompts."""
     seed: int = 0
     """Seed of the adapter's initial values, of the order of the data and of the samples."""

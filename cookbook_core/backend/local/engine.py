@@ -13,6 +13,7 @@ import os
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from threading import Event
 from typing import Any
 
 import torch
@@ -179,12 +180,11 @@ class Engine:
             hidden = self.limits.fit(
                 data, lambda limits: self.scorer.hidden(data, limits.micro_batch_tokens)
             )
-            views: list[Any] = [view_of(self.scorer, each) for each in hidden]
+            over = Event()
+            views: list[Any] = [view_of(self.scorer, each, over) for each in hidden]
             with self._operands_follow():
                 output = _output([], evaluate(loss_fn, data, views), {})
-            if self.scorer.head is not None and self.scorer.head.frozen() is None:
-                for view in views:
-                    view.close()
+            over.set()
             return output
 
     def score(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from threading import Event
 from typing import Protocol, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from cookbook_core.backend.local.scoring.scorer import (
 )
 from cookbook_core.backend.local.scoring.vocab_logprobs import VocabLogprobs
 from cookbook_core.custom_loss import LossTypeInput
+from cookbook_core.errors import RequestError
 from cookbook_core.types import Datum
 
 View: TypeAlias = Callable[[torch.Tensor], VocabLogprobs]
@@ -153,10 +155,11 @@ class ScoredBatch:
             return score(batch)
 
 
-def view_of(scorer: Scorer, hidden: torch.Tensor) -> VocabLogprobs:
+def view_of(scorer: Scorer, hidden: torch.Tensor, over: Event | None = None) -> VocabLogprobs:
     """Hidden states of a datum `(N, H)` -> the logprobs `(N, V)` that they give, lazily by row.
 
-    With a frozen unembedding, rows may be computed later, whichever adapter is active then.
+    With a frozen unembedding, rows may be computed later, whichever adapter is active then; with a
+    trained one they are refused once `over` is set.
 
     No method of a batch: one that holds its own method is freed by the garbage collector alone, and
     its tensors with it.
@@ -164,6 +167,14 @@ def view_of(scorer: Scorer, hidden: torch.Tensor) -> VocabLogprobs:
     linear = scorer.head.frozen() if scorer.head else None
 
     def to_logprobs(rows: torch.Tensor) -> torch.Tensor:
+        if over is not None and over.is_set() and linear is None and scorer.head is not None:
+            raise RequestError(
+                "vocab_logprobs",
+                "rows were asked for after the request",
+                expected="an adapter without LoRA on the unembedding",
+                got="one that trains it, and whose weights may have changed",
+                fix="Index the rows inside the loss: rows[:].",
+            )
         found = scorer.vocab_logprobs(rows, linear)
         # a Mac's CPU shares the memory, and mps lacks the float64 of other operands
         return found.cpu() if found.device.type == "mps" else found

@@ -9,7 +9,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cookbook_core.alignment import check_rows
-from cookbook_core.errors import RequestError
 
 MAP_CELLS = 2**23
 """Logprobs that `VocabLogprobs.map` has in memory at a time: 32 MiB of float32."""
@@ -140,10 +139,6 @@ class VocabLogprobs:
         """All rows, as a plain tensor `(T, V)`."""
         return self._to_logprobs(self._hidden)
 
-    def close(self) -> None:
-        """Refuse further rows: they would be those of other weights."""
-        self._to_logprobs = _closed
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
@@ -155,16 +150,6 @@ class VocabLogprobs:
     ) -> Any:
         del types
         return func(*_dense(args), **{k: _dense(v) for k, v in (kwargs or {}).items()})
-
-
-def _closed(hidden: torch.Tensor) -> torch.Tensor:
-    raise RequestError(
-        "vocab_logprobs",
-        "rows were asked for after the request",
-        expected="an adapter without LoRA on the unembedding",
-        got="one that trains it, so the weights of these rows may be gone",
-        fix="Index the rows inside the loss: rows[:].",
-    )
 
 
 def _dense(value: Any) -> Any:
