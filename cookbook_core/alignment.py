@@ -7,7 +7,7 @@ lengths are an error, and cutting is an option that refuses to drop a non-zero w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -155,6 +155,55 @@ def check_alignment(
                     )
                 )
     raise_all(problems)
+
+
+def check_rows(where: str, tables: Sequence[Any], count: int) -> None:
+    """Check that each tensor has `count` rows.
+
+    Raises:
+        DatumError: one has another number of rows, or is no tensor.
+    """
+    for i, table in enumerate(tables):
+        shape = getattr(table, "shape", None)
+        if shape is None or tuple(shape)[:1] != (count,):
+            got = type(table).__name__ if shape is None else f"shape {tuple(shape)}"
+            rule = f"a tensor of {count} rows, one for each row of logprobs"
+            raise DatumError(f"map_rows(): {where}[{i}]", "misaligned", expected=rule, got=got)
+
+
+def map_rows(
+    fn: Callable[..., Any], logprobs: torch.Tensor, *others: Any, rows: torch.Tensor | None = None
+) -> Any:
+    """Apply a function to some rows of a table of logprobs, in little memory.
+
+    Of rows that a loss gets as "vocab_logprobs" on this machine only a few are in memory at a time,
+    in the backward too: see `VocabLogprobs.map`. A plain tensor is mapped in one piece.
+
+    Args:
+        fn: `fn(logprobs, *others)` takes logprobs `(r, V)`, nats, and the same r rows of each of
+            the others; it returns a tensor of r rows, such as `(r,)`, or a tuple of such tensors.
+            Each row of a result depends on the same row of the arguments alone.
+        logprobs: `(N, V)`, nats; gradient flows here.
+        *others: tensors of R rows, such as targets `(R,)` or a teacher's logprobs `(R, V)`.
+        rows: positions `(R,)`, or a mask `(N,)`; None: all N.
+    Returns:
+        The results of all R rows, in order.
+    Raises:
+        DatumError: one of the others, or a result, has another number of rows.
+
+    >>> import torch
+    >>> table = torch.log_softmax(torch.zeros(3, 4), -1)
+    >>> map_rows(lambda lp: -(lp.exp() * lp).sum(-1), table, rows=torch.tensor([0, 2]))
+    tensor([1.3863, 1.3863])
+    """
+    table: Any = logprobs
+    if hasattr(table, "map"):
+        return (table if rows is None else table.subset(rows)).map(fn, *others)
+    own = logprobs if rows is None else logprobs[rows]
+    check_rows("others", others, len(own))
+    result = fn(own, *(other[:].to(own.device) for other in others))
+    check_rows("result of fn", result if isinstance(result, tuple) else (result,), len(own))
+    return result
 
 
 def columns(

@@ -30,6 +30,7 @@ from cookbook_core.alignment import (
     check_alignment,
     input_tensor,
     input_tensors,
+    map_rows,
     weighted_sum,
 )
 from cookbook_core.datums import input_key, missing_input
@@ -359,10 +360,14 @@ def with_entropy_bonus(loss_fn: LossFn, entropy_coef: float) -> LossFn:
         entropy_coef: the loss's unit per nat; > 0 spreads the distribution.
     Returns:
         A loss of vocab_logprobs that reports the metric "entropy": the mean of H, nats, over
-        positions whose weight is not 0. No other row of the vocabulary is computed.
+        positions whose weight is not 0. No other row of the vocabulary is computed, and only a few
+        are in memory at a time.
     Raises:
         DatumError: from the loss, where a datum has no weights or target_tokens.
     """
+
+    def logprob_and_entropy(rows: torch.Tensor, target: torch.Tensor) -> Any:
+        return rows.gather(1, target[:, None])[:, 0], -(rows.exp() * rows).sum(dim=1)
 
     def loss_with_entropy(data: list[Datum], vocab_logprobs: list[Any]) -> Any:
         import torch
@@ -371,11 +376,10 @@ def with_entropy_bonus(loss_fn: LossFn, entropy_coef: float) -> LossFn:
         entropies: list[torch.Tensor] = []
         targets, weights = (input_tensors(data, key) for key in ("target_tokens", "weights"))
         for target, w, rows in zip(targets, weights, vocab_logprobs, strict=True):
-            on = w.nonzero()[:, 0]
-            weighted_rows = rows[on]  # (C, V): the prompt's rows are never computed
-            picked = weighted_rows.gather(1, target[on][:, None])[:, 0]
+            on = w.nonzero()[:, 0]  # the prompt's rows are never computed
+            picked, entropy = map_rows(logprob_and_entropy, rows, target[on], rows=on)
             logprobs.append(picked.new_zeros(len(w)).index_put((on,), picked))
-            entropies.append(-(weighted_rows.exp() * weighted_rows).sum(dim=1))
+            entropies.append(entropy)
         loss, metrics = loss_fn(data, logprobs)
         entropy, w = torch.cat(entropies), torch.cat([w[w != 0] for w in weights])
         bonus = entropy_coef * (w.to(entropy) * entropy).sum()

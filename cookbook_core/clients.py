@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cookbook_core import chat, custom_loss
+from cookbook_core.alignment import input_tensors
 from cookbook_core.custom_loss import LossFn, logprobs_from_output
 from cookbook_core.data.files import Row
 from cookbook_core.datums import TEMPERATURE, datum_from_prompt_completion, with_inputs
@@ -18,7 +20,7 @@ from cookbook_core.rewards import Completion
 from cookbook_core.rewards import grade as grade  # recipes use these two as clients.NAME
 from cookbook_core.rewards import weights_by_name as weights_by_name
 from cookbook_core.runs.run_folder import find_checkpoint, has_begun
-from cookbook_core.storage.paths import usable_path
+from cookbook_core.storage.paths import is_on_service, usable_path
 from cookbook_core.tinker import (
     Datum,
     ModelInput,
@@ -65,20 +67,23 @@ def start(
     return created.result()
 
 
-def final_adapter(init_from: str) -> str:
+def final_adapter(init_from: str, flag: str = "init_from") -> str:
     """Find, and print, the final adapter of a run folder; return any other path unchanged.
 
+    Args:
+        init_from: the path.
+        flag: the Config field that has it.
     Raises:
         ConfigError: the run has no final adapter; its checkpoints are listed.
     """
-    if not has_begun(usable_path("Config.init_from", init_from, ConfigError)):
+    if not has_begun(usable_path(f"Config.{flag}", init_from, ConfigError)):
         return init_from
     try:
         folder, _ = find_checkpoint(init_from)
     except ConfigError as error:
         fix = f"{error.fix} Give the folder of a checkpoint that is in {init_from}/checkpoints."
-        raise error.replace(where="Config.init_from", fix=fix.strip()) from error
-    print(f"init_from {init_from}: starting from {folder}")
+        raise error.replace(where=f"Config.{flag}", fix=fix.strip()) from error
+    print(f"{flag} {init_from}: starting from {folder}")
     return str(folder)
 
 
@@ -106,6 +111,146 @@ def frozen_copy(
 
     path = save() if once is None else once("reference", save)
     return service.create_training_client_from_state(path, model).result()
+
+
+def open_teacher(
+    service: ServiceClient, teacher: str, student: TrainingClient, *, same_size: bool
+) -> TrainingClient:
+    """Create a client of a teacher, which is never trained.
+
+    Args:
+        service: where to create it.
+        teacher: a run folder for its final adapter, a LoRA folder, a path on the service, or a
+            model: a folder, a name on the Hub or one of the service's.
+        student: the client that learns from it.
+        same_size: require output layers of one size, for logprobs of the whole vocabulary.
+    Raises:
+        ConfigError: teacher and student have different vocabularies; or a run without a final
+            adapter. CheckpointError, ModelError: it cannot be opened.
+    """
+    path = final_adapter(teacher, "teacher")
+    if is_on_service(path) or Path(path, "adapter_config.json").is_file():
+        opened = service.create_training_client_from_state(path).result()
+    else:  # untrained, a LoRA adapter changes nothing
+        created = service.create_lora_training_client(path, 1, 0, train_unembed=False)
+        opened = created.result()
+    _check_same_vocabulary(teacher, opened, student, same_size)
+    return opened
+
+
+def _check_same_vocabulary(
+    name: str, teacher: TrainingClient, student: TrainingClient, same_size: bool
+) -> None:
+    """Raise a ConfigError unless every token has the same id for both."""
+    theirs, ours = (client.get_tokenizer().get_vocab() for client in (teacher, student))
+    where, what = "Config.teacher", f"{name} and the student have different vocabularies"
+    if theirs != ours:
+        differing = sorted(t for t in theirs.keys() | ours.keys() if theirs.get(t) != ours.get(t))
+        first = differing[0]
+        raise ConfigError(
+            where,
+            what,
+            expected="the same id for every token",
+            got=f"{len(theirs)} and {len(ours)} tokens, {len(differing)} of them different; "
+            f"{first!r} is {theirs.get(first)} and {ours.get(first)}",
+            fix="Give a teacher with the student's tokenizer.",
+        )
+    sizes = [c.get_info().model_data.vocab_size for c in (teacher, student)]
+    if same_size and sizes[0] != sizes[1]:
+        raise ConfigError(
+            where,
+            what,
+            expected=f"{sizes[1]} logits, as the student has",
+            got=f"{sizes[0]}; the tokens themselves are the same",
+            fix="Compare the likeliest tokens alone (--estimate top_k).",
+        )
+
+
+def vocab_logprobs(client: TrainingClient, data: Sequence[Datum]) -> list[Any]:
+    """Logprobs of every token, under the client's weights as they are now, without gradient.
+
+    Only on this machine. Rows are computed when they are used: pass the tables to
+    `alignment.map_rows`, as its others, and few rows are in memory at a time.
+
+    Args:
+        client: with a frozen unembedding, such as a recipe's.
+        data: D datums; only rows at which "weights" is not 0 are taken.
+    Returns:
+        D tables `(C_i, V)`, nats, C_i the number of those rows.
+    Raises:
+        RequestError: from a service.
+    """
+    import torch
+
+    tables: list[Any] = []
+
+    def keep(data: list[Datum], rows: list[Any]) -> Any:
+        on = input_tensors(data, "weights")
+        tables.extend(table.subset(w.nonzero()[:, 0]) for table, w in zip(rows, on, strict=True))
+        return torch.zeros(()), {}
+
+    client.forward(list(data), keep, loss_type_input="vocab_logprobs").result()
+    return tables
+
+
+def add_teacher_logprobs(
+    teacher: TrainingClient, data: Sequence[Datum], asked: Sequence[Datum]
+) -> list[Datum]:
+    """Copy the datums, each with the teacher's logprobs of its answer in "teacher_logprobs" `(N,)`.
+
+    Args:
+        teacher: scores `asked`.
+        data: D datums of a prompt and, at its end, an answer of weight 1.
+        asked: D datums of the same answers after the prompts that the teacher gets.
+    """
+    found = score(teacher, asked)
+    return [
+        _with_answer(d, teacher_logprobs=lp[len(lp) - _answer_length(d) :])
+        for d, lp in zip(data, found, strict=True)
+    ]
+
+
+def add_top_logprobs(
+    sampler: SamplingClient, data: Sequence[Datum], asked: Sequence[Datum], k: int
+) -> list[Datum]:
+    """Copy the datums, each with a teacher's k likeliest tokens at every token of its answer.
+
+    Args:
+        sampler: of the teacher.
+        data: D datums of a prompt and, at its end, an answer of weight 1.
+        asked: D datums of the same answers after the prompts that the teacher gets.
+        k: tokens per position.
+    Returns:
+        D datums with target_tokens `(N, k)` and "teacher_logprobs" `(N, k)`, nats, both 0 on the
+        prompt.
+    """
+    import torch
+
+    futures, added = [], []
+    for datum in asked:  # the whole sequence is a prompt, whose tokens are scored
+        last = int(datum.loss_fn_inputs["target_tokens"].to_numpy()[-1])
+        prompt = ModelInput.from_ints([*datum.model_input.to_ints(), last])
+        params = SamplingParams(max_tokens=1, temperature=0)
+        futures.append(sampler.sample(prompt, 1, params, topk_prompt_logprobs=k))
+    for datum, future in zip(data, futures, strict=True):
+        lists = (future.result().topk_prompt_logprobs or [])[-_answer_length(datum) :]
+        ids = torch.tensor([[token for token, _ in top or ()] for top in lists])
+        logprobs = torch.tensor([[logprob for _, logprob in top or ()] for top in lists])
+        added.append(_with_answer(datum, target_tokens=ids, teacher_logprobs=logprobs))
+    return added
+
+
+def _answer_length(datum: Datum) -> int:
+    return int((datum.loss_fn_inputs["weights"].to_numpy() != 0).sum())
+
+
+def _with_answer(datum: Datum, **rows: torch.Tensor) -> Datum:
+    """The datum with inputs `(N, ...)`: rows `(C, ...)` of the answer, which ends it, after 0s."""
+    missing = datum.model_input.length - _answer_length(datum)
+    inputs = {k: x.new_zeros(missing + len(x), *x.shape[1:]) for k, x in rows.items()}
+    for key, x in rows.items():
+        inputs[key][missing:] = x
+    return with_inputs(datum, **inputs)
 
 
 def score(client: TrainingClient, data: Sequence[Datum]) -> list[torch.Tensor]:

@@ -98,6 +98,14 @@ def keep_rows(rng: random.Random, count: int) -> list[Row]:
     return [{"prompt": prompt} for prompt in prompts]
 
 
+def list_rows(rng: random.Random, count: int) -> list[Row]:
+    """Returns word lists without a task, for distill: its teacher is told what to do with them."""
+    prompts: dict[str, None] = {}
+    while len(prompts) < count:
+        prompts[" ".join(rng.sample(words.LIST_WORDS, rng.randint(2, 4)))] = None
+    return [{"prompt": prompt} for prompt in prompts]
+
+
 def as_messages(rows: list[Row]) -> list[Row]:
     """Joins prompt and completion in one `messages` column."""
     return [
@@ -135,6 +143,7 @@ def build(seed: int = SEED) -> dict[str, list[Row]]:
     tables["multiple_choice_test"] = multiple_choice_rows(rng, facts[:25], 150, seen)
     tables["multiple_choice_train"] = multiple_choice_rows(rng, facts[25:], 1000, seen)
     tables["keep"] = keep_rows(random.Random(f"{seed}/keep"), 500)
+    tables["lists"] = list_rows(random.Random(f"{seed}/lists"), 1000)
     return tables
 
 

@@ -247,8 +247,8 @@ def test_forward_computes_only_the_rows_that_are_indexed(make_service, model_fol
     client = connect(make_service, model_folder("qwen3"), False, "float32")
     scorer, rows = engine_of(client).scorer, []
     vocab_logprobs = scorer.vocab_logprobs
-    scorer.vocab_logprobs = lambda hidden, temperature: (
-        rows.append(len(hidden)) or vocab_logprobs(hidden, temperature)
+    scorer.vocab_logprobs = lambda hidden, *rest: (
+        rows.append(len(hidden)) or vocab_logprobs(hidden, *rest)
     )
     data = candidates(random_data)
     client.forward(data, indexed_loss, loss_type_input="vocab_logprobs").result(SECONDS)

@@ -1,7 +1,8 @@
 """`cookbook doctor my_dpo.py:my_loss`: examine a loss on example datums.
 
 The file is imported, nothing in it is trained, and no model is loaded. The datums come from its
-function example_data(), which takes no arguments, else they are made from what the loss reads.
+function example_data(), called without arguments or with the loss's name, else they are made from
+what the loss reads.
 Further arguments of the loss come from flags (--beta 0.1), else from the defaults of the file's
 Config, else from its own.
 """
@@ -49,7 +50,7 @@ def examine_file(
     flags = parse_flags(words, booleans(loss_fn, module))
     loss_fn, config = bind(loss_fn, module, flags)
     size = getattr(config, "group_size", 1)
-    data = _example_data(module)
+    data = _example_data(module, name_of(loss_fn))
     report = examine(loss_fn, data, loss_type_input=loss_type_input, group_size=size)
     new = [flag for flag in flags if config is not None and not hasattr(config, flag)]
     if report.ok and new:
@@ -60,18 +61,21 @@ def examine_file(
     return report
 
 
-def _example_data(module: ModuleType) -> list[Datum] | None:
-    """The datums of the file's own `example_data()`; None where it has no such function.
+def _example_data(module: ModuleType, loss: str) -> list[Datum] | None:
+    """The datums of the file's own `example_data()`, or `example_data(loss)` where it takes the
+    loss's name; None where it has no such function.
 
     Raises:
         ConfigError: it raised.
     """
     make: Any = getattr(module, "example_data", None)
     try:
-        return None if make is None else make()
+        if make is None:
+            return None
+        return make(loss) if inspect.signature(make).parameters else make()
     except Exception as error:
         where, got = f"{module.__name__}.example_data()", f"{type(error).__name__}: {error}"
-        fix = "It takes no arguments and returns datums that the loss runs on."
+        fix = "It takes nothing, or the loss's name, and returns datums that the loss runs on."
         raise ConfigError(where, "failed", got=got, fix=fix) from error
 
 

@@ -18,7 +18,7 @@ from cookbook_core.custom_loss import LossFn, check_loss, name_of
 from cookbook_core.datums import check_data
 from cookbook_core.doctor import batch, checks, reference
 from cookbook_core.doctor.case import Case, make_case
-from cookbook_core.doctor.examples import example_data
+from cookbook_core.doctor.examples import example_data, wants_vocab
 from cookbook_core.doctor.report import Finding, Report, from_error, not_checked
 from cookbook_core.errors import (
     CookbookError,
@@ -71,7 +71,7 @@ def examine(
             None builds example datums with the inputs that the loss reads.
         logprobs: D tensors in the shape of target_tokens, nats; None draws plausible ones, near
             the reference's or the sampler's where the datums carry these.
-        loss_type_input: "vocab_logprobs" for a loss over the whole vocabulary, None to read the
+        loss_type_input: "vocab_logprobs" for a loss over the whole vocabulary, None to read
             it from the name of the loss's second parameter.
         group_size: example datums come in whole groups of this many.
         seed: seed of the logprobs.
@@ -84,6 +84,8 @@ def examine(
     """
     loss_type = check_loss(loss_fn, loss_type_input)
     given = data is not None
+    if wants_vocab(loss_fn, loss_type_input):
+        loss_type = "vocab_logprobs"
     if data is None:
         data, loss_type = example_data(loss_fn, loss_type_input, group_size=group_size, seed=seed)
     subject = f"{name_of(loss_fn)} on {len(data)} {'datums' if given else 'example datums'}"

@@ -35,7 +35,7 @@ def example_data(
         The first datums that the loss runs on, else plain `(N,)` ones; and its loss_type_input.
     """
     count = COUNT if COUNT % group_size == 0 else 2 * group_size
-    if _wants_vocab(loss_fn, loss_type_input):
+    if wants_vocab(loss_fn, loss_type_input):
         return _fill(loss_fn, _sequence, "vocab_logprobs", count, seed)[0], "vocab_logprobs"
     plain, runs = _fill(loss_fn, _sequence, "logprobs", count, seed)
     for k in () if runs else (2, 3, 4, 5):
@@ -49,7 +49,8 @@ def example_data(
     return plain, "logprobs"
 
 
-def _wants_vocab(loss_fn: LossFn, loss_type_input: str | None) -> bool:
+def wants_vocab(loss_fn: LossFn, loss_type_input: str | None) -> bool:
+    """Whether the loss takes the whole vocabulary: it says so, or its second parameter's name."""
     code = getattr(getattr(loss_fn, "func", loss_fn), "__code__", None)
     names: Sequence[str] = code.co_varnames[: code.co_argcount] if code else ()
     return loss_type_input == "vocab_logprobs" or (

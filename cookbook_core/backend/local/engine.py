@@ -13,6 +13,7 @@ import os
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from threading import Event
 from typing import Any
 
 import torch
@@ -179,10 +180,13 @@ class Engine:
             hidden = self.limits.fit(
                 data, lambda limits: self.scorer.hidden(data, limits.micro_batch_tokens)
             )
-            pairs = zip(views_of(self.scorer, data), hidden, strict=True)
+            over = Event()
+            pairs = zip(views_of(self.scorer, data, over), hidden, strict=True)
             logprobs: list[Any] = [view(each) for view, each in pairs]
             with self._operands_follow():
-                return _output([], evaluate(loss_fn, data, logprobs), {})
+                output = _output([], evaluate(loss_fn, data, logprobs), {})
+            over.set()
+            return output
 
     def score(
         self,

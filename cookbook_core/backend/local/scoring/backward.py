@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from threading import Event
 from typing import Protocol, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from cookbook_core.backend.local.scoring.scorer import (
 from cookbook_core.backend.local.scoring.vocab_logprobs import VocabLogprobs
 from cookbook_core.custom_loss import LossTypeInput
 from cookbook_core.datums import temperature_of
+from cookbook_core.errors import RequestError
 from cookbook_core.types import Datum
 
 View: TypeAlias = Callable[[torch.Tensor], VocabLogprobs]
@@ -154,17 +156,29 @@ class ScoredBatch:
             return score(batch)
 
 
-def views_of(scorer: Scorer, data: Sequence[Datum]) -> list[View]:
+def views_of(scorer: Scorer, data: Sequence[Datum], over: Event | None = None) -> list[View]:
     """For each datum: hidden states `(N, H)` -> the logprobs `(N, V)` that they give, at the
     datum's temperature, lazily by row.
+
+    With a frozen unembedding, rows may be computed later, whichever adapter is active then; with a
+    trained one they are refused once `over` is set.
 
     No method of a batch: one that holds its own method is freed by the garbage collector alone, and
     its tensors with it.
     """
     vocab_size = scorer.model.get_input_embeddings().weight.shape[0]
+    linear = scorer.head.frozen() if scorer.head else None
 
     def to_logprobs(rows: torch.Tensor, temperature: float) -> torch.Tensor:
-        found = scorer.vocab_logprobs(rows, temperature)
+        if over is not None and over.is_set() and linear is None and scorer.head is not None:
+            raise RequestError(
+                "vocab_logprobs",
+                "rows were asked for after the request",
+                expected="an adapter without LoRA on the unembedding",
+                got="one that trains it, and whose weights may have changed",
+                fix="Index the rows inside the loss: rows[:].",
+            )
+        found = scorer.vocab_logprobs(rows, temperature, linear)
         # a Mac's CPU shares the memory, and mps lacks the float64 of other operands
         return found.cpu() if found.device.type == "mps" else found
 

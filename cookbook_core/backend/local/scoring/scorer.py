@@ -133,9 +133,20 @@ class Scorer:
         starts, order = self._send(batch.positions.starts, batch.positions.places)
         return sum_by_row(torch.cat(list(grads)), starts, order)
 
-    def vocab_logprobs(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        """Rows `(R, H)` or `(R, V)` of `hidden_batch` -> log p of every token `(R, V)`, nats."""
-        logits = at_least_float32(hidden) if self.head is None else self.head.logits(hidden)
+    def vocab_logprobs(
+        self,
+        hidden: torch.Tensor,
+        temperature: float = 1.0,
+        linear: torch.nn.Linear | None = None,
+    ) -> torch.Tensor:
+        """Rows `(R, H)` or `(R, V)` of `hidden_batch` -> log p of every token `(R, V)`, nats.
+
+        linear: what `head.frozen()` returned earlier, if the adapter may have changed since.
+        """
+        if self.head is None:
+            logits = at_least_float32(hidden)
+        else:
+            logits = self.head.logits(hidden, linear)
         return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
     def _states(

@@ -52,13 +52,20 @@ class Head:
         """The model's output embedding as it is now, LoRA included."""
         return self.model.get_output_embeddings()
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states `(N, H)` -> logits `(N, V)`, float32 or better, LoRA included."""
-        module = self.module
-        linear = _frozen_linear(module)
+    def logits(self, hidden: torch.Tensor, linear: torch.nn.Linear | None = None) -> torch.Tensor:
+        """Hidden states `(N, H)` -> logits `(N, V)`, float32 or better, LoRA included.
+
+        linear: what `frozen` returned earlier; None asks again.
+        """
+        linear = linear or self.frozen()
         if linear is None:
-            return self.finish(at_least_float32(module(hidden)))
+            return self.finish(at_least_float32(self.module(hidden)))
         return self.finish(head_logits(hidden, linear.weight, linear.bias))
+
+    def frozen(self) -> torch.nn.Linear | None:
+        """The layer that alone computes the raw logits of the active adapter; None if it is trained
+        or of another kind."""
+        return _frozen_linear(self.module)
 
     def finish(self, z: torch.Tensor) -> torch.Tensor:
         """Raw logits `(..., V)` -> logits, elementwise."""

@@ -6,6 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
+
+from cookbook_core.alignment import check_rows
+
+MAP_CELLS = 2**23
+"""Logprobs that `VocabLogprobs.map` has in memory at a time: 32 MiB of float32."""
 
 _OPERATORS = (
     "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __matmul__ "
@@ -55,13 +61,67 @@ class VocabLogprobs:
             rows: Any = slice(None)
             logprobs = self._to_logprobs(self._hidden[first])
         elif isinstance(first, (list, range, torch.Tensor)) or hasattr(first, "__array__"):
-            index = torch.arange(len(self))[torch.as_tensor(first).cpu()]
-            wanted, rows = index.unique(return_inverse=True)
+            wanted, rows = self._positions(first).unique(return_inverse=True)
             logprobs = self._to_logprobs(self._hidden[wanted.to(self.device)])
             rows = rows.to(self.device)
         else:  # None, ..., a bool
             return self.dense()[key]
         return logprobs[(rows, *(self._index(key) for key in rest))]
+
+    def subset(self, rows: Any) -> VocabLogprobs:
+        """Some rows, still computed when they are used.
+
+        Args:
+            rows: positions `(R,)`, or a mask `(T,)`.
+        Returns:
+            The table `(R, V)`; gradient flows to the hidden states.
+        """
+        hidden = self._hidden[self._positions(rows).to(self.device)]
+        return VocabLogprobs(hidden, self._to_logprobs, self.shape[1])
+
+    def map(self, fn: Callable[..., Any], *others: Any) -> Any:
+        """Apply a function to the rows, a few at a time, and keep none of them.
+
+        The backward computes the rows again. Memory holds about `MAP_CELLS` logprobs, and the
+        tensors that fn makes of them, instead of those of all T rows; every row is computed twice.
+
+        Args:
+            fn: `fn(logprobs, *others)` takes logprobs `(r, V)`, nats, and the same r rows of each
+                of the others; it returns a tensor of r rows, such as `(r,)`, or a tuple of such
+                tensors. Each row of a result depends on the same row of the arguments alone. It
+                is called again in the backward.
+            *others: tensors of T rows, such as targets `(T,)`, moved to the logprobs' device with
+                their rows; or VocabLogprobs of T rows, such as a teacher's, computed with them.
+        Returns:
+            The results of all T rows, in order; gradient flows to the hidden states, to others
+            that require it, and to parameters of to_logprobs.
+        Raises:
+            DatumError: one of the others, or a result, has another number of rows.
+        """
+        check_rows("others", others, len(self))
+        tables = (self, *others)
+        sources = [t._hidden if isinstance(t, VocabLogprobs) else t for t in tables]
+
+        def of_piece(*piece: torch.Tensor) -> Any:
+            logprobs = self._to_logprobs(piece[0])
+            rest = [
+                other._to_logprobs(own) if isinstance(other, VocabLogprobs) else own
+                for other, own in zip(others, piece[1:], strict=True)
+            ]
+            return fn(logprobs, *(own.to(logprobs.device) for own in rest))
+
+        size, results, several = max(1, MAP_CELLS // max(1, self.shape[1])), [], False
+        for piece in zip(*(source.split(size) for source in sources), strict=True):
+            result = checkpoint(of_piece, *piece, use_reentrant=False)
+            several = isinstance(result, tuple)
+            results.append(result if several else (result,))
+            check_rows("result of fn", results[-1], len(piece[0]))
+        joined = tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+        return joined if several else joined[0]
+
+    def _positions(self, rows: Any) -> torch.Tensor:
+        """Positions `(R,)`, negative ones included, or a mask `(T,)` -> positions on the CPU."""
+        return torch.arange(len(self))[torch.as_tensor(rows).cpu()]
 
     def _index(self, key: Any) -> Any:
         """An index tensor of the CPU on the device, where the backward needs it again."""
