@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cookbook_core import chat, custom_loss
 from cookbook_core.custom_loss import LossFn, logprobs_from_output
 from cookbook_core.datums import with_inputs
-from cookbook_core.errors import ConfigError, LossError, RequestError
+from cookbook_core.errors import ConfigError, LossError, RequestError, check_text, is_finite
 from cookbook_core.runs.run_folder import find_checkpoint, has_begun
 from cookbook_core.storage.paths import usable_path
 from cookbook_core.tinker import (
@@ -216,3 +216,55 @@ def grade(
         fix = "Return them in the order of the completions; a failed one can be 0."
         raise LossError(where, "wrong return value", expected=rule, got=rewards, fix=fix)
     return rewards
+
+
+class Environment(Protocol):
+    """What an episode is played against; it lives for one episode."""
+
+    def step(self, answer: str, /) -> tuple[str, float, bool]:
+        """Take the policy's answer, without end tokens; return (reply, reward, done).
+
+        The rewards of an episode's steps add up. After done, the reply is not used.
+        """
+        ...
+
+
+class CheckedEnvironment:
+    """One episode's environment, whose faults are errors that name the row.
+
+    Args:
+        make: called with the row; returns the environment.
+        row: of the dataset, with a column prompt.
+    Raises:
+        LossError: `make` raised.
+    """
+
+    def __init__(self, make: Callable[[Any], Environment], row: Mapping[str, Any]) -> None:
+        place, prompt = getattr(row, "where", ""), chat.last_text(row["prompt"])
+        self._where = f"{place + ', ' if place else ''}environment for the prompt {prompt!r:.80}"
+        self._steps = 0
+        try:
+            self._environment = make(row)
+        except Exception as error:
+            raise LossError.caused_by(self._where, error) from error
+
+    def step(self, answer: str) -> tuple[str, float, bool]:
+        """Hand the environment an answer; return its reply, the reward and whether it is over.
+
+        Raises:
+            LossError: it raised, or returned no text, a reward that is not finite, or no bool.
+        """
+        self._steps += 1
+        where = f"{self._where}, step {self._steps}"
+        try:
+            result: Any = self._environment.step(answer)
+        except Exception as error:
+            raise LossError.caused_by(where, error) from error
+        rule = "(reply, reward, done): text, a finite number, True or False"
+        if not isinstance(result, tuple) or len(result) != 3:
+            raise LossError(where, "wrong return value", expected=rule, got=repr(result))
+        reply, reward, done = result
+        check_text(LossError, f"{where}, reply", reply)
+        if not is_finite(reward) or not isinstance(done, bool):
+            raise LossError(where, "wrong return value", expected=rule, got=repr(result))
+        return reply, float(reward), done

@@ -233,7 +233,7 @@ TURNS = [([1, 2], [3, 4]), ([5], [6, 7, 8]), ([9], [])]
 
 
 def test_each_answer_has_its_own_values_and_the_rest_zeros() -> None:
-    """Tokens 1 2 [3 4] 5 [6 7 8] 9: what was given between the answers has weight 0 and no value."""
+    """Tokens 1 2 [3 4] 5 [6 7 8] 9: what was given has weight 0 and no value."""
     datum = datum_from_turns(
         TURNS,
         score_prompt=False,
