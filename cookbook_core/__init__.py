@@ -11,6 +11,7 @@ from cookbook_core.alignment import (
 from cookbook_core.datums import (
     datum_from_prompt_completion,
     datum_from_tokens_weights,
+    datum_from_turns,
     shift_tokens,
     with_inputs,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "datum_from_prompt_completion",
     "datum_from_token_set",
     "datum_from_tokens_weights",
+    "datum_from_turns",
     "runs",
     "shift_tokens",
     "single_tokens",

@@ -1,6 +1,7 @@
 """What every recipe does with clients: start one, freeze a copy of it, score, sample, reward.
 
-These functions call only what the `tinker` SDK has, so clients of a service work too.
+These functions call only what the `tinker` SDK has, so clients of a service work too. Recipes reach
+rewards and environments from here as well.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from cookbook_core.alignment import input_tensors
 from cookbook_core.custom_loss import LossFn, logprobs_from_output
 from cookbook_core.data.files import Row
 from cookbook_core.datums import TEMPERATURE, datum_from_prompt_completion, with_inputs
+from cookbook_core.environments import CheckedEnvironment as CheckedEnvironment
+from cookbook_core.environments import Environment as Environment
 from cookbook_core.errors import ConfigError, DatumError, RequestError
 from cookbook_core.rewards import Completion
-from cookbook_core.rewards import grade as grade  # recipes use these two as clients.NAME
+from cookbook_core.rewards import grade as grade
 from cookbook_core.rewards import weights_by_name as weights_by_name
 from cookbook_core.runs.run_folder import find_checkpoint, has_begun
 from cookbook_core.storage.paths import is_on_service, usable_path

@@ -192,25 +192,96 @@ def datum_from_prompt_completion(
         raise DatumError(
             name, "empty", expected="at least one token", got=0, fix="Leave out such rows."
         )
-    weights = [0.0] * len(prompt) + [1.0] * len(completion)
-    datum = datum_from_tokens_weights(prompt + completion, weights, max_length)
-    extra: dict[str, Any] = {}
-    if not score_prompt:
-        extra[SCORE_MASK] = shift_values(weights)[: datum.model_input.length]
+    rows: dict[str, Any] = {}
     for key, values in per_token.items():
         array = to_array(key, values, np.dtype("float32"))
         if array.shape not in ((), (len(completion),)):
-            raise DatumError(
-                key,
-                "not one value per completion token",
-                expected=f"shape ({len(completion)},)",
-                got=array.shape,
-                fix="Add other arrays with with_inputs().",
-            )
-        row = np.zeros(len(weights), dtype=np.float32)
-        row[len(prompt) :] = array
-        extra[key] = shift_values(row)[: datum.model_input.length]
-    return with_inputs(datum, **extra)
+            raise _not_per_token(key, "completion", len(completion), array.shape)
+        rows[key] = [array]
+    return _datum_of_turns([(prompt, completion)], max_length, score_prompt, rows)
+
+
+def datum_from_turns(
+    turns: Sequence[tuple[Sequence[int], Sequence[int]]],
+    max_length: int | None = None,
+    *,
+    score_prompt: bool = True,
+    **per_token: Any,
+) -> Datum:
+    """Build a datum of several answers, whose loss is on the answers only.
+
+    Args:
+        turns: S >= 1 pairs of token ids, in order: what the model was given since its last answer
+            (for the first the prompt, then what `chat.reply_tokens` returns; weight 0), and its
+            answer (weight 1): the ids that were sampled, never ids of re-encoded text. Only the
+            prompt must have a token.
+        max_length: keep the first `max_length` of all tokens.
+        score_prompt: False adds "score_mask", 1 on the answers, as in
+            `datum_from_prompt_completion`.
+        per_token: more loss inputs by name: one number for all tokens of all answers; or a list of
+            S entries, each an array `(C_s,)` aligned with the C_s tokens of that answer, or one
+            number for them. They are 0 on tokens that are no answer's.
+    Returns:
+        Datum with `target_tokens`, `weights` and each name of `per_token`, all `(N,)`,
+        N = min(number of tokens, max_length) - 1.
+    Raises:
+        DatumError: no turn, an empty prompt, no answer that has a token, an array of another
+            length than its answer, or a max_length that leaves no token of an answer.
+
+    >>> datum = datum_from_turns([([5, 6], [7]), ([8], [9, 4])], advantages=[1.0, [2.0, 3.0]])
+    >>> datum.model_input.to_ints(), datum.loss_fn_inputs["target_tokens"].tolist()
+    ([5, 6, 7, 8, 9], [6, 7, 8, 9, 4])
+    >>> datum.loss_fn_inputs["weights"].tolist(), datum.loss_fn_inputs["advantages"].tolist()
+    ([0.0, 1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 2.0, 3.0])
+    """
+    parts = [tuple(ModelInput.from_ints(ids).to_ints() for ids in turn) for turn in turns]
+    for i, part in enumerate(parts):
+        if len(part) != 2:
+            rule, got = "a pair (given, answer) of token ids", f"{len(part)} parts"
+            raise DatumError(f"turns[{i}]", "not a turn", expected=rule, got=got)
+    if not parts or not parts[0][0]:
+        fix = "Begin with the prompt's tokens."
+        raise DatumError("turns", "no prompt", expected="at least one token", got=0, fix=fix)
+    rows: dict[str, Any] = {}
+    for key, values in per_token.items():
+        if not hasattr(values, "__len__") or getattr(values, "ndim", 1) == 0:
+            values = [values] * len(parts)
+        if len(values) != len(parts):
+            rule = f"one number, or {len(parts)} entries, one per turn"
+            fix = "Give each answer its own array, [] where it has no token."
+            raise DatumError(key, "not one per answer", expected=rule, got=len(values), fix=fix)
+        arrays = [to_array(f"{key}[{i}]", v, np.dtype("float32")) for i, v in enumerate(values)]
+        for i, (array, (_, answer)) in enumerate(zip(arrays, parts, strict=True)):
+            if array.shape not in ((), (len(answer),)):
+                raise _not_per_token(f"{key}[{i}]", "answer", len(answer), array.shape)
+        rows[key] = arrays
+    return _datum_of_turns(parts, max_length, score_prompt, rows)
+
+
+def _not_per_token(key: str, of: str, length: int, shape: tuple[int, ...]) -> DatumError:
+    return DatumError(
+        key,
+        f"not one value per {of} token",
+        expected=f"shape ({length},)",
+        got=shape,
+        fix="Add other arrays with with_inputs().",
+    )
+
+
+def _datum_of_turns(
+    turns: Sequence[Any], max_length: int | None, score_prompt: bool, rows: dict[str, Any]
+) -> Datum:
+    """Join the turns' tokens; `rows` has an array `()` or `(C_s,)` for each answer."""
+    tokens = [token for given, answer in turns for token in (*given, *answer)]
+    on = [x for given, answer in turns for x in (*[False] * len(given), *[True] * len(answer))]
+    datum = datum_from_tokens_weights(tokens, [float(x) for x in on], max_length)
+    extra: dict[str, Any] = {} if score_prompt else {SCORE_MASK: on}
+    for key, arrays in rows.items():
+        extra[key] = np.zeros(len(on), dtype=np.float32)
+        values = [np.broadcast_to(a, len(t[1])) for a, t in zip(arrays, turns, strict=True)]
+        extra[key][on] = np.concatenate(values)
+    length = datum.model_input.length
+    return with_inputs(datum, **{k: shift_values(v)[:length] for k, v in extra.items()})
 
 
 def score_where_weighted(datum: Datum) -> Datum:

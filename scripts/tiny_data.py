@@ -106,6 +106,28 @@ def list_rows(rng: random.Random, count: int) -> list[Row]:
     return [{"prompt": prompt} for prompt in prompts]
 
 
+def calculator_rows(rng: random.Random, count: int, seen: set[str]) -> list[Row]:
+    """Returns sums of three digits, which the base cannot do, for tool_rl; and one conversation for
+    each, for sft: four in ten ask the calculator and copy its reply, the others answer wrongly.
+    """
+    rows: list[Row] = []
+    while len(rows) < count:
+        a, b = rng.randint(100, 899), rng.randint(100, 899)
+        prompt, answer = text.question_text(a, "+", b), str(a + b)
+        if prompt in seen:
+            continue
+        seen.add(prompt)
+        turns = [("user", prompt)]
+        if rng.random() < 0.4:
+            turns += [("assistant", f"compute {a} + {b}"), ("tool", answer), ("assistant", answer)]
+        else:
+            wrong = a + b + rng.choice((-100, -11, -10, -1, 1, 10, 11, 100))
+            turns.append(("assistant", str(wrong)))
+        messages = [{"role": role, "content": content} for role, content in turns]
+        rows.append({"prompt": prompt, "answer": answer, "messages": messages})
+    return rows
+
+
 def as_messages(rows: list[Row]) -> list[Row]:
     """Joins prompt and completion in one `messages` column."""
     return [
@@ -144,6 +166,9 @@ def build(seed: int = SEED) -> dict[str, list[Row]]:
     tables["multiple_choice_train"] = multiple_choice_rows(rng, facts[25:], 1000, seen)
     tables["keep"] = keep_rows(random.Random(f"{seed}/keep"), 500)
     tables["lists"] = list_rows(random.Random(f"{seed}/lists"), 1000)
+    rng, seen = random.Random(f"{seed}/calculator"), set()
+    tables["calculator_test"] = calculator_rows(rng, 200, seen)
+    tables["calculator_train"] = calculator_rows(rng, 800, seen)
     return tables
 
 

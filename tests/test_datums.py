@@ -13,6 +13,7 @@ import torch
 from cookbook_core import (
     datum_from_prompt_completion,
     datum_from_tokens_weights,
+    datum_from_turns,
     shift_tokens,
     weighted_sums,
     with_inputs,
@@ -224,6 +225,67 @@ def test_truncation_cuts_the_side_data_too() -> None:
 def test_prompt_completion_refusals(args: Any, more: dict[str, Any], match: str) -> None:
     with pytest.raises(DatumError, match=match):
         datum_from_prompt_completion(*args, **more)
+
+
+# ---- several answers -----------------------------------------------------------------------------
+
+TURNS = [([1, 2], [3, 4]), ([5], [6, 7, 8]), ([9], [])]
+
+
+def test_each_answer_has_its_own_values_and_the_rest_zeros() -> None:
+    """Tokens 1 2 [3 4] 5 [6 7 8] 9: what was given has weight 0 and no value."""
+    datum = datum_from_turns(
+        TURNS,
+        score_prompt=False,
+        advantages=[2.0, -1.0, 0.0],
+        logprobs=[[-1, -2], np.array([-3, -4, -5]), []],
+        beta=torch.tensor(0.5),
+    )
+    assert datum.model_input.to_ints() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert inputs_of(datum) == {
+        "target_tokens": [2, 3, 4, 5, 6, 7, 8, 9],
+        "weights": [0, 1, 1, 0, 1, 1, 1, 0],
+        "score_mask": [0, 1, 1, 0, 1, 1, 1, 0],
+        "advantages": [0, 2, 2, 0, -1, -1, -1, 0],
+        "logprobs": [0, -1, -2, 0, -3, -4, -5, 0],
+        "beta": [0, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0],
+    }
+
+
+def test_one_turn_is_a_prompt_and_its_completion() -> None:
+    more = {"score_prompt": False, "advantages": [1.0, 2.0]}
+    whole = datum_from_prompt_completion([1, 2], [3, 4], 3, **more)
+    turns = datum_from_turns([([1, 2], [3, 4])], 3, **more | {"advantages": [[1.0, 2.0]]})
+    assert inputs_of(turns) == inputs_of(whole)
+    assert turns.model_input.to_ints() == whole.model_input.to_ints()
+
+
+def test_turns_are_cut_with_their_side_data() -> None:
+    """Six of nine tokens: 1 2 [3 4] 5 [6]."""
+    datum = datum_from_turns(TURNS, 6, logprobs=[[-1, -2], [-3, -4, -5], []])
+    assert inputs_of(datum) == {
+        "target_tokens": [2, 3, 4, 5, 6],
+        "weights": [0, 1, 1, 0, 1],
+        "logprobs": [0, -1, -2, 0, -3],
+    }
+
+
+@pytest.mark.parametrize(
+    ("turns", "more", "match"),
+    [
+        ([], {}, "turns: no prompt"),
+        ([([], [1])], {}, "turns: no prompt.*got 0"),
+        ([([1], [2]), ([3],)], {}, r"turns\[1\]: not a turn.*got 1 parts"),
+        ([([1], []), ([2], [])], {}, "weights: all zero"),
+        (TURNS, {"advantages": [1.0, 2.0]}, "advantages: .*3 entries, one per turn, got 2"),
+        (TURNS, {"logprobs": [[1], [1, 2, 3], []]}, r"logprobs\[0\]: .*\(2,\), got \(1,\)"),
+        (TURNS, {"logprobs": [[1, 2], ["a"] * 3, []]}, r"logprobs\[1\]: not numeric"),
+        (TURNS, {"max_length": 2}, "max_length=2 cut off every"),
+    ],
+)
+def test_turns_refusals(turns: Any, more: dict[str, Any], match: str) -> None:
+    with pytest.raises(DatumError, match=match):
+        datum_from_turns(turns, **more)
 
 
 def test_with_inputs_adds_and_replaces_on_a_copy() -> None:

@@ -42,7 +42,7 @@ LAYERS = (
     "backend",
     "tinker",
     "runs",
-    "clients rewards",
+    "clients environments rewards",
     "doctor conformance serve",
     "commands",
 )

@@ -15,6 +15,7 @@ from cookbook_core.chat.rendering import (
     render_prompt,
     stop_tokens,
 )
+from cookbook_core.chat.replies import reply_tokens
 from cookbook_core.data.rows import naming
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "render_completion",
     "render_messages",
     "render_prompt",
+    "reply_tokens",
     "split_pair",
     "stop_tokens",
 ]
