@@ -135,7 +135,7 @@ def bradley_terry_reward(service: tinker.ServiceClient, config: Config) -> Calla
         )
 
     scorer, judge = load_scorer(service, config.reward_model, config.model)
-    return lambda row, texts: score_texts(scorer, judge, [(row["prompt"], t) for t in texts])
+    return lambda row, texts: score_texts(scorer, judge, row, texts)
 
 
 # ---- loss ------------------------------------------------------------------------ change me ----
@@ -245,7 +245,7 @@ def with_prompt_tokens(rows: list[dict], tokenizer, longest: int) -> list[dict]:
     kept_rows = []
     for row in rows:
         with chat.naming(row):  # errors name the row
-            tokens = chat.render_prompt(tokenizer, row["prompt"])
+            tokens = chat.render_prompt(tokenizer, row["prompt"], **chat.template_arguments(row))
         if len(tokens) <= longest:
             kept_rows.append({**row, "prompt_tokens": tokens})
     return kept_rows
@@ -275,7 +275,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
         reference = clients.frozen_copy(service, client, config.model, run.once)
-        tokenizer = client.get_tokenizer()
+        tokenizer = run.tokenizer(client)
         reward_fn = bradley_terry_reward(service, config) if config.reward_model else reward
         num_given = len(train_rows) + len(test_rows)
         longest = (client.get_info().model_data.max_context_length or 10**9) - config.max_tokens

@@ -1,10 +1,12 @@
-"""Conversations to tokens and loss weights: validation, preferences, the template, rendering."""
+"""Conversations to tokens and loss weights: validation, tools, preferences, rendering."""
 
 from cookbook_core.chat.conversations import (
     Message,
+    answers_apart,
     before_last_answer,
     check_answer,
     check_messages,
+    join_answer,
     last_text,
 )
 from cookbook_core.chat.pairs import LABELLED, PAIRS, labelled, split_pair
@@ -15,6 +17,7 @@ from cookbook_core.chat.rendering import (
     render_prompt,
     stop_tokens,
 )
+from cookbook_core.chat.template import template_arguments
 from cookbook_core.data.rows import naming
 
 __all__ = [
@@ -22,9 +25,11 @@ __all__ = [
     "PAIRS",
     "Boundary",
     "Message",
+    "answers_apart",
     "before_last_answer",
     "check_answer",
     "check_messages",
+    "join_answer",
     "labelled",
     "last_text",
     "naming",
@@ -33,4 +38,5 @@ __all__ = [
     "render_prompt",
     "split_pair",
     "stop_tokens",
+    "template_arguments",
 ]

@@ -26,6 +26,9 @@ from cookbook_core.errors import (
 
 Columns = Sequence[str] | Sequence[Sequence[str]]
 
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns that are read beside the others where a row has them: see `chat.template_arguments`."""
+
 _SHAREGPT = (
     '.map(lambda r: {"messages": [{"role": {"human": "user", "gpt": "assistant"}.get(m["from"], '
     'm["from"]), "content": m["value"]} for m in r["conversations"]]})'
@@ -100,7 +103,8 @@ def load_rows(dataset: str, columns: Columns, split: str = "train") -> list[Row]
         split: the name of the split; a single file is "train". Where the dataset is
             `NAME@TRAIN/TEST`, these two are "train" and "test".
     Returns:
-        One dict per row, in file order, with exactly the columns of that alternative; in a block
+        One dict per row, in file order, with exactly the columns of that alternative, and those
+        of TEMPLATE_COLUMNS where it has a value there; in a block
         `with chat.naming(row)`, errors name its place. Values of a .csv are strings, except
         conversations, which are parsed from JSON.
     Raises:
@@ -220,7 +224,14 @@ def _select(
         if row.get(name) is None or row[name] in ("", [], {})
     ]
     raise_all(problems)
-    return [PlacedRow(where, {name: row[name] for name in chosen}) for where, row in rows]
+    return [
+        PlacedRow(
+            where,
+            {name: row[name] for name in chosen}
+            | {name: row[name] for name in TEMPLATE_COLUMNS if row.get(name)},
+        )
+        for where, row in rows
+    ]
 
 
 def _column_fix(present: Sequence[str], choices: Sequence[Sequence[str]]) -> str:
