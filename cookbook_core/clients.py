@@ -309,7 +309,7 @@ def with_prompt_tokens(rows: Sequence[Row], tokenizer: Any, longest: int) -> lis
     kept_rows = []
     for row in rows:
         with chat.naming(row):  # errors name the row
-            tokens = chat.render_prompt(tokenizer, row["prompt"])
+            tokens = chat.render_prompt(tokenizer, row["prompt"], **chat.template_arguments(row))
         if len(tokens) <= longest:
             kept_rows.append(row | {"prompt_tokens": tokens})
     return kept_rows

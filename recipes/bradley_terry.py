@@ -131,16 +131,20 @@ class Judge:
     question: str
     verdicts: tuple[str, str]
 
-    def datum(self, prompt, answer) -> tinker.Datum:
-        """Build the datum whose last position predicts the verdict."""
-        answer = chat.last_text(answer)
+    def datum(self, row: dict, answer) -> tinker.Datum:
+        """Build the datum whose last position predicts the verdict on an answer to a row."""
+        prompt = row["prompt"]
         if isinstance(prompt, str):
-            conversation = f"{prompt}{answer}\n\n{self.question}"
+            conversation = f"{prompt}{chat.last_text(answer)}\n\n{self.question}"
         else:
             chat.check_messages(prompt, "prompt")
-            turns = (("assistant", answer), ("user", self.question))
-            conversation = [*prompt, *({"role": role, "content": text} for role, text in turns)]
-        tokens = chat.render_prompt(self.tokenizer, conversation)
+            if isinstance(answer, str):
+                answer = [{"role": "assistant", "content": answer}]
+            chat.check_messages(answer, "answer")
+            question = {"role": "user", "content": self.question}
+            conversation = [*chat.join_answer(prompt, answer[-1]), question]
+        arguments = chat.template_arguments(row)
+        tokens = chat.render_prompt(self.tokenizer, conversation, **arguments)
         verdicts = token_set.single_tokens(self.tokenizer, self.verdicts)
         return token_set.datum_from_token_set(tokens, verdicts)
 
@@ -154,7 +158,7 @@ def build_pairs(
     for raw_row in rows:
         with chat.naming(raw_row):  # errors name the row
             row = chat.split_pair(raw_row)
-            pair = [judge.datum(row["prompt"], row[side]) for side in ("chosen", "rejected")]
+            pair = [judge.datum(row, row[side]) for side in ("chosen", "rejected")]
         if max(datum.model_input.length for datum in pair) <= max_length:
             kept_rows.append(row)
             data += pair
@@ -164,13 +168,15 @@ def build_pairs(
 # ---- the scorer ----------------------------------------------------------------------------------
 
 
-def score_texts(client: tinker.TrainingClient, judge: Judge, texts: Sequence[tuple]) -> list[float]:
-    """Rewards (nats) of (prompt, answer) pairs under a client's present weights.
+def score_texts(
+    client: tinker.TrainingClient, judge: Judge, row: dict, answers: Sequence
+) -> list[float]:
+    """Rewards (nats) of answers to a row's prompt under a client's present weights.
 
     A reward does not depend on the batch it is computed in, except for the last bits of float
     arithmetic.
     """
-    data = [judge.datum(prompt, answer) for prompt, answer in texts]
+    data = [judge.datum(row, answer) for answer in answers]
     return [float(lp[-1, 0] - lp[-1, 1]) for lp in clients.score(client, data)]
 
 
@@ -213,7 +219,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         client = clients.start(
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
-        judge = Judge(client.get_tokenizer(), config.question, config.verdicts)
+        judge = Judge(run.tokenizer(client), config.question, config.verdicts)
         num_given = len(train_rows) + len(test_rows)
         data, train_rows = build_pairs(train_rows, judge, config.max_length)
         test_data, test_rows = build_pairs(test_rows, judge, config.max_length)

@@ -236,7 +236,8 @@ def build_pairs(rows: list[dict], tokenizer, max_length: int) -> tuple[Data, lis
             row, pair = chat.split_pair(raw_row), []
         for side in ("chosen", "rejected"):
             with chat.naming(raw_row, completion=side):
-                pair.append(chat.render_completion(tokenizer, row["prompt"], row[side]))
+                extra = chat.template_arguments(row)
+                pair.append(chat.render_completion(tokenizer, row["prompt"], row[side], **extra))
         if max(len(prompt) + len(completion) for prompt, completion in pair) > max_length:
             continue
         kept_rows.append(row)
@@ -276,7 +277,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         def with_reference(data: Data) -> Data:
             return clients.add_ref_logprobs(reference, data) if reference else data
 
-        tokenizer = client.get_tokenizer()
+        tokenizer = run.tokenizer(client)
         num_given = len(train_rows) + len(test_rows)
         data, train_rows = build_pairs(train_rows, tokenizer, config.max_length)
         test_data, test_rows = build_pairs(test_rows, tokenizer, config.max_length)
@@ -329,7 +330,9 @@ def sample(client: tinker.TrainingClient, rows: list[dict], seed: int) -> list[s
     """One completion of each row's prompt at temperature 1."""
     tokenizer = client.get_tokenizer()
     sampler = client.save_weights_and_get_sampling_client().result()
-    prompts = [chat.render_prompt(tokenizer, row["prompt"]) for row in rows]
+    prompts = [
+        chat.render_prompt(tokenizer, row["prompt"], **chat.template_arguments(row)) for row in rows
+    ]
     groups = clients.rollout(sampler, prompts, max_tokens=64, seed=seed)
     return clients.texts_of(tokenizer, [group[0] for group in groups])
 

@@ -152,7 +152,7 @@ def bradley_terry_reward(service: tinker.ServiceClient, path: str, model: str) -
             bradley_terry as bt,
         )
     scorer, judge = bt.load_scorer(service, path, model)
-    return lambda row, texts: bt.score_texts(scorer, judge, [(row["prompt"], t) for t in texts])
+    return lambda row, texts: bt.score_texts(scorer, judge, row, texts)
 
 
 def advantages(rewards: list[float]) -> list[float]:
@@ -279,7 +279,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
         reference = clients.frozen_copy(service, client, config.model, run.once)
-        tokenizer = client.get_tokenizer()
+        tokenizer = run.tokenizer(client)
         functions = reward_functions(service, config)
         num_given = len(train_rows) + len(test_rows)
         longest = (client.get_info().model_data.max_context_length or 10**9) - config.max_tokens

@@ -175,7 +175,8 @@ def build_data(
     data, parts, kept_rows = [], [], []
     for row in rows:
         with chat.naming(row):  # errors name the row
-            tokens = chat.render_completion(tokenizer, row["prompt"], row["completion"])
+            extra = chat.template_arguments(row)
+            tokens = chat.render_completion(tokenizer, row["prompt"], row["completion"], **extra)
         if len(tokens[0]) + len(tokens[1]) <= max_length:
             kept_rows.append(row)
             parts.append(tokens)
@@ -230,7 +231,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         )
         reference = clients.frozen_copy(service, client, config.model, run.once)
 
-        tokenizer = client.get_tokenizer()
+        tokenizer = run.tokenizer(client)
         num_given = len(train_rows) + len(test_rows)
         data, parts, train_rows = build_data(train_rows, tokenizer, config.max_length)
         test_data, test_parts, test_rows = build_data(test_rows, tokenizer, config.max_length)
@@ -290,7 +291,9 @@ def sample(client: tinker.TrainingClient, rows: list[dict], seed: int) -> list[s
     """One completion of each row's prompt at temperature 1."""
     tokenizer = client.get_tokenizer()
     sampler = client.save_weights_and_get_sampling_client().result()
-    prompts = [chat.render_prompt(tokenizer, row["prompt"]) for row in rows]
+    prompts = [
+        chat.render_prompt(tokenizer, row["prompt"], **chat.template_arguments(row)) for row in rows
+    ]
     groups = clients.rollout(sampler, prompts, max_tokens=64, seed=seed)
     return clients.texts_of(tokenizer, [group[0] for group in groups])
 

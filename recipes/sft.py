@@ -18,7 +18,9 @@ Data: columns prompt, completion; each plain text, or lists of messages as TRL h
     {"prompt": [{"role": "user", "content": "..."}],
      "completion": [{"role": "assistant", "content": "..."}]}
 or a column messages with whole conversations, of which --train_on says which answers are trained
-on. Turns after the last answer are not used. PROMPTS: a column prompt alone.
+on: "each" makes a sequence of each, for templates that drop the thinking of earlier ones. Turns
+after the last answer are not used. PROMPTS: a column prompt alone. In every recipe, an assistant
+message may have tool_calls, and rows may have columns tools and chat_template_kwargs.
 
     python -m recipes.sft                       # bundled tiny model, about a minute on two cores
     python -m recipes.sft --keep tiny/keep      # and does not forget sums and reversed lists
@@ -59,8 +61,8 @@ class Config:
     dataset: str = "tiny/sft"
     """Hub name, local file or folder with columns prompt, completion, or messages.
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
-    train_on: Literal["last", "all"] = "last"
-    """Which assistant messages of a messages column are trained on."""
+    train_on: Literal["last", "all", "each"] = "last"
+    """Which assistant messages of a messages column are trained on; each: one sequence for each."""
     keep: str = ""
     """Dataset with a column prompt, or messages: what the model should still answer as it does
     when the run starts. Empty: nothing is kept."""
@@ -131,16 +133,18 @@ def sft_loss(
 
 
 def build_data(
-    rows: list[dict], tokenizer, max_length: int, train_on: Literal["last", "all"]
+    rows: list[dict], tokenizer, max_length: int, train_on: Literal["last", "all", "each"]
 ) -> tuple[list[tinker.Datum], list[dict]]:
     """Rows -> datums, and the rows that were kept: those of at most max_length tokens."""
     datums, kept_rows = [], []
     for row in rows:
         with chat.naming(row):  # errors name the row
+            extra = chat.template_arguments(row)
             if "messages" in row:
-                tokens, weights = chat.render_messages(tokenizer, row["messages"], train_on)
+                which = "all" if train_on == "all" else "last"
+                tokens, weights = chat.render_messages(tokenizer, row["messages"], which, **extra)
             else:
-                parts = chat.render_completion(tokenizer, row["prompt"], row["completion"])
+                parts = chat.render_completion(tokenizer, row["prompt"], row["completion"], **extra)
                 tokens = parts[0] + parts[1]
                 weights = [0.0] * len(parts[0]) + [1.0] * len(parts[1])
             if len(tokens) <= max_length:
@@ -153,8 +157,17 @@ def question_and_answer(row: dict) -> tuple[str | list[chat.Message], str]:
     """The prompt of a row, and the text expected back for an exact match; "" where it has none."""
     if "messages" in row:
         prompt, answer = chat.before_last_answer(row["messages"], "messages")
-        return prompt, answer["content"]
+        return prompt, chat.last_text([answer])
     return row["prompt"], chat.last_text(row["completion"]) if "completion" in row else ""
+
+
+def expected_text(datum: tinker.Datum, tokenizer) -> str:
+    """The text of the last answer trained on, as the template renders it: tool calls, thinking."""
+    trained = datum.loss_fn_inputs["weights"].to_numpy() > 0
+    end = int(trained.nonzero()[0][-1]) + 1
+    start = end - int((~trained[:end][::-1]).argmax()) if not trained[:end].all() else 0
+    tokens = datum.loss_fn_inputs["target_tokens"].to_numpy()[start:end]
+    return tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
 
 def prompt_tokens(rows: list[dict], tokenizer) -> list[list[int]]:
@@ -162,7 +175,8 @@ def prompt_tokens(rows: list[dict], tokenizer) -> list[list[int]]:
     tokens = []
     for row in rows:
         with chat.naming(row):  # errors name the row
-            tokens.append(chat.render_prompt(tokenizer, question_and_answer(row)[0]))
+            prompt, extra = question_and_answer(row)[0], chat.template_arguments(row)
+            tokens.append(chat.render_prompt(tokenizer, prompt, **extra))
     return tokens
 
 
@@ -225,15 +239,16 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         client = clients.start(
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
-        tokenizer = client.get_tokenizer()
+        tokenizer = run.tokenizer(client)
+        if config.train_on == "each":
+            train_rows, test_rows = (chat.answers_apart(rows) for rows in (train_rows, test_rows))
         num_given = len(train_rows) + len(test_rows)
         train_data, train_rows = build_data(
             train_rows, tokenizer, config.max_length, config.train_on
         )
         test_data, test_rows = build_data(test_rows, tokenizer, config.max_length, config.train_on)
         run.report_rows("sequences", len(train_rows), len(test_rows), num_given, config.max_length)
-        expected = [question_and_answer(row)[1] for row in test_rows]
-
+        expected = [expected_text(datum, tokenizer) for datum in test_data]
         samples = run.once("samples", lambda: clients.offers_sampling(service, config.model))
 
         loss_fn, kept, answers_kept = sft_loss, [], []

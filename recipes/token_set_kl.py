@@ -163,7 +163,7 @@ def build_data(
         column = "text" if "text" in row else "question"
         prompt = [{"role": "user", "content": row[column]}] if chats else row[column]
         with chat.naming(row, prompt=column):  # errors name the row
-            tokens = chat.render_prompt(tokenizer, prompt)
+            tokens = chat.render_prompt(tokenizer, prompt, **chat.template_arguments(row))
         if len(tokens) <= config.max_length:
             kept_rows.append(row)
             data.append(token_set.datum_from_token_set(tokens, ids, target_probs=probs))
@@ -191,7 +191,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         client = clients.start(
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
-        tokenizer = client.get_tokenizer()
+        tokenizer = run.tokenizer(client)
         num_given = len(train_rows) + len(test_rows)
         data, train_rows = build_data(train_rows, tokenizer, config, "train")
         test_data, test_rows = build_data(test_rows, tokenizer, config, "test")

@@ -234,8 +234,10 @@ def test_chat_boundary_merge() -> None:
 
 def test_chat_completion_errors() -> None:
     tokenizer = make_tokenizer()
-    with pytest.raises(DataError, match=r"prompt\[2\]: an assistant message at the end"):
-        chat.render_completion(tokenizer, CHAT[:3], CHAT[2:3])
+    for content in ("", " "):
+        empty = [*CHAT[:2], {**CHAT[2], "content": content}]
+        with pytest.raises(DataError, match=r"prompt\[2\]: an assistant message at the end"):
+            chat.render_completion(tokenizer, empty, CHAT[2:3])
     with pytest.raises(DataError, match=r"one assistant message, got .*'user'"):
         chat.render_completion(tokenizer, CHAT[:2], CHAT[1:2])
     rewriting = "{{ messages | length }}" + CHATML
@@ -313,7 +315,7 @@ def test_template_that_rewrites_earlier_turns() -> None:
     tokenizer = make_tokenizer(template=rewriting)
     tokens, weights = chat.render_messages(tokenizer, CHAT, "last")
     assert trained_text(tokenizer, tokens, weights) == "22<|im_end|>"
-    with pytest.raises(DataError, match=r"messages\[2\], character \d+.*--train_on last"):
+    with pytest.raises(DataError, match=r"messages\[2\], character \d+.*--train_on each"):
         chat.render_messages(tokenizer, CHAT, "all")
 
 

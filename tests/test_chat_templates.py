@@ -150,7 +150,7 @@ def test_thinking_of_earlier_turns_is_dropped() -> None:
     tokens, weights = chat.render_messages(tokenizer, messages)
     assert trained_text(tokenizer, tokens, weights) == f"{THINK[1]}<|im_end|>"
     assert "add" not in tokenizer.decode(tokens)
-    with pytest.raises(DataError, match=r"messages\[1\], character \d+.*--train_on last"):
+    with pytest.raises(DataError, match=r"messages\[1\], character \d+.*--train_on each"):
         chat.render_messages(tokenizer, messages, "all")
 
 

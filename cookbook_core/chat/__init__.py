@@ -1,10 +1,12 @@
-"""Conversations to tokens and loss weights: validation, preferences, the template, rendering."""
+"""Conversations to tokens and loss weights: validation, tools, preferences, rendering."""
 
 from cookbook_core.chat.conversations import (
     Message,
+    answers_apart,
     before_last_answer,
     check_answer,
     check_messages,
+    join_answer,
     last_text,
 )
 from cookbook_core.chat.pairs import LABELLED, PAIRS, labelled, split_pair
@@ -16,6 +18,7 @@ from cookbook_core.chat.rendering import (
     stop_tokens,
 )
 from cookbook_core.chat.replies import reply_tokens
+from cookbook_core.chat.template import template_arguments
 from cookbook_core.data.rows import naming
 
 __all__ = [
@@ -23,9 +26,11 @@ __all__ = [
     "PAIRS",
     "Boundary",
     "Message",
+    "answers_apart",
     "before_last_answer",
     "check_answer",
     "check_messages",
+    "join_answer",
     "labelled",
     "last_text",
     "naming",
@@ -35,4 +40,5 @@ __all__ = [
     "reply_tokens",
     "split_pair",
     "stop_tokens",
+    "template_arguments",
 ]

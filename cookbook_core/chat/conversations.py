@@ -1,10 +1,14 @@
-"""Validate conversations: lists of messages, each with a role and a text."""
+"""Validate conversations: lists of messages, each with a role and a text, or with tool calls."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cookbook_core.chat.tool_calls import check_tool_calls, own_calls
+from cookbook_core.data.files import Row
+from cookbook_core.data.rows import PlacedRow, naming
 from cookbook_core.errors import DataError, check_choice, check_text, is_finite
 
 Message = Mapping[str, Any]
@@ -15,6 +19,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 def check_messages(messages: Sequence[Message], where: str) -> None:
     """Check that every message has a known role, text content and a valid weight, if any.
 
+    An assistant message may have "tool_calls" (see `tool_calls`); its content may then be None.
+
     Raises:
         DataError: with the index of the message and the key that is wrong.
     """
@@ -24,18 +30,22 @@ def check_messages(messages: Sequence[Message], where: str) -> None:
         raise DataError(where, "not a conversation", expected=rule, got=repr(messages), fix=fix)
     for i, message in enumerate(messages):
         spot = f"{where}[{i}]"
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        calls = isinstance(message, Mapping) and message.get("tool_calls")
+        needed = {"role"} if calls else {"role", "content"}
+        if not isinstance(message, Mapping) or not needed <= set(message):
             keys = sorted(map(str, message)) if isinstance(message, Mapping) else []
             fix = 'Rename "from" to "role" and "value" to "content".' if "from" in keys else ""
             rule, got = 'keys "role" and "content"', keys or repr(message)
             raise DataError(spot, "not a message", expected=rule, got=got, fix=fix)
-        role, content = message["role"], message["content"]
+        role, content = message["role"], message.get("content")
         check_choice(DataError, f"{spot} role", "unknown", role, ROLES)
-        if not isinstance(content, str):
+        if calls:
+            check_tool_calls(calls, role, f"{spot} tool_calls")
+        if not isinstance(content, str) and (content is not None or not calls):
             got = f"{content!r} (keys: {', '.join(map(str, message))})"
-            fix = 'Write one string; "" if the message has tool_calls only.'
+            fix = "Write one string; only beside tool_calls it may be null."
             raise DataError(f"{spot} content", "not text", expected="a str", got=got, fix=fix)
-        check_text(DataError, f"{spot} content", content)
+        check_text(DataError, f"{spot} content", content or "")
         weight = message.get("weight", 0)
         if not (is_finite(weight) or isinstance(weight, bool)) or weight < 0:
             what, rule = "not a valid weight", "a number >= 0"
@@ -60,7 +70,7 @@ def check_turns(turns: object, where: str) -> None:
 
 def check_answer(message: Message, where: str) -> None:
     """Raise DataError if an answer to train on has neither text nor a tool call."""
-    if not message["content"].strip() and not message.get("tool_calls"):
+    if not text_of(message).strip() and not message.get("tool_calls"):
         fix = 'Drop the row, or skip this message with "weight": 0 in a messages column.'
         raise DataError(f"{where} content", "empty", fix=fix)
 
@@ -82,9 +92,50 @@ def before_last_answer(messages: Sequence[Message], where: str) -> tuple[list[Me
     return list(messages[:last]), messages[last]
 
 
+def join_answer(prompt: Sequence[Message], answer: Message) -> list[Message]:
+    """Return the prompt's messages and the answer; an assistant message at the prompt's end, a
+    prefill, and the answer that continues it are one message."""
+    if prompt[-1]["role"] != "assistant":
+        return [*prompt, answer]
+    content = text_of(prompt[-1]) + text_of(answer)
+    return [*prompt[:-1], {**prompt[-1], **answer, "content": content}]
+
+
+def answers_apart(rows: Sequence[Row]) -> list[Row]:
+    """Return a row for each answer of each conversation in the column messages: up to that answer.
+
+    For chat templates that render an earlier answer otherwise than the last one, as those do that
+    drop its thinking: the last answer of each row is then trained on as it was generated. Answers
+    of weight 0 get no row. Rows without the column are returned unchanged.
+
+    Raises:
+        DataError: as `before_last_answer`; names the row.
+    """
+    made: list[Row] = []
+    for row in rows:
+        messages = row.get("messages")
+        if messages is None:
+            made.append(row)
+            continue
+        with naming(row):
+            before_last_answer(messages, "messages")
+            answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            kept = [i for i in answers if messages[i].get("weight", 1)] or answers[-1:]
+        where = getattr(row, "where", "")
+        made += [PlacedRow(where, {**row, "messages": list(messages[: i + 1])}) for i in kept]
+    return made
+
+
+def text_of(message: Message) -> str:
+    """Return a message's content, "" for None."""
+    return message.get("content") or ""
+
+
 def last_text(turns: str | Sequence[Message]) -> str:
-    """Return plain text unchanged, or the content of the last message: for printing."""
+    """Return plain text unchanged, or the last message's content and tool calls: for printing."""
     if isinstance(turns, str):
         return turns
     check_messages(turns, "messages")
-    return turns[-1]["content"]
+    last = turns[-1]
+    calls = [json.dumps(call["function"]) for call in own_calls(last.get("tool_calls") or [])]
+    return "\n".join(part for part in (text_of(last), *calls) if part)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cookbook_core.chat.conversations import check_messages
+from cookbook_core.chat.conversations import check_messages, text_of
 from cookbook_core.data.files import Row
 from cookbook_core.data.rows import PlacedRow, naming
 from cookbook_core.errors import DataError
@@ -43,12 +43,12 @@ def split_pair(row: Mapping[str, Any]) -> dict[str, Any]:
             rule = "messages of the whole conversation, where there is no prompt column"
             raise DataError(name, what, expected=rule, got=repr(side)[:80], fix=fix)
         check_messages(side, name)
-    turns = {n: [(turn["role"], turn["content"]) for turn in side] for n, side in sides.items()}
+    turns = {name: [_comparable(turn) for turn in side] for name, side in sides.items()}
     longest = min(map(len, turns.values())) - 1  # leaves an answer where both are equal
     both = zip(turns["chosen"][:longest], turns["rejected"][:longest], strict=True)
     shared = next((i for i, (a, b) in enumerate(both) if a != b), longest)
     for name, side in turns.items():
-        roles = [role for role, _ in side[shared:]]
+        roles = [turn["role"] for turn in side[shared:]]
         if roles != ["assistant"] or not shared:
             what = "not one answer to the turns shared by chosen and rejected"
             rule = "one assistant message after the shared turns"
@@ -62,12 +62,17 @@ def split_pair(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "prompt": sides["chosen"][:shared], **answers}
 
 
+def _comparable(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without its weight and without keys that have no value, for comparison."""
+    return {k: v for k, v in turn.items() if k != "weight" and v not in (None, "", [])}
+
+
 def _check_prompt(prompt: Any, shared: list[dict[str, Any]]) -> None:
     """Raise DataError unless the texts of a prompt column are among the shared turns."""
     if not isinstance(prompt, str):
         check_messages(prompt, "prompt")
-    texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
-    if not {text.strip() for text in texts} <= {turn["content"].strip() for turn in shared}:
+    texts = [prompt] if isinstance(prompt, str) else [text_of(turn) for turn in prompt]
+    if not {text.strip() for text in texts} <= {text_of(turn).strip() for turn in shared}:
         what = "does not match the turns shared by chosen and rejected"
         fix = "Remove the column prompt, or cut the shared turns from chosen and rejected."
         raise DataError("prompt", what, expected="one of those turns", got=repr(prompt), fix=fix)
@@ -100,7 +105,8 @@ def labelled(rows: Sequence[Mapping[str, Any]], seed: int) -> list[Row]:
             else:
                 pair, good = split_pair(row), draw.random() < 0.5
                 answer = pair["chosen" if good else "rejected"]
-                values = {"prompt": pair["prompt"], "completion": answer, "label": good}
+                rest = {k: v for k, v in pair.items() if k not in ("chosen", "rejected")}
+                values = {**rest, "completion": answer, "label": good}
         made.append(PlacedRow(getattr(row, "where", ""), values))
     kinds = {row["label"] for row in made}
     if len(kinds) == 1:

@@ -7,7 +7,11 @@ end-of-turn token; there is at most one BOS, and one EOS at the end.
 
 Two forms, as in TRL: plain text (str), encoded as it is, and messages
 (`[{"role": "user", "content": "..."}]`), rendered by the tokenizer's chat template. For messages
-the template alone decides about BOS and EOS, as it does when the model is served.
+the template alone decides about BOS and EOS, as it does when the model is served. Further arguments
+of the template, such as tools and enable_thinking, are keywords of every function here, as they are
+of `tokenizer.apply_chat_template`; `template_arguments` reads them from a row.
+
+A prompt of messages may end with an assistant message, a prefill: the answer continues it.
 """
 
 from __future__ import annotations
@@ -20,13 +24,10 @@ from cookbook_core.chat.conversations import (
     before_last_answer,
     check_answer,
     check_turns,
+    join_answer,
+    text_of,
 )
-from cookbook_core.chat.template import (
-    apply_template,
-    check_generation_tags,
-    end_token,
-    is_special,
-)
+from cookbook_core.chat.template import Template, check_generation_tags, end_token, is_special
 from cookbook_core.errors import ConfigError, DataError, ModelError, check_choice, check_text
 
 Boundary = Literal["check", "split"]
@@ -39,25 +40,35 @@ _FIX_TEXT = (
     'Put the space at the start of the completion, as in "Answer:" + " yes", or write prompt and '
     "completion as messages."
 )
+_FIX_PREFILL = "End the prefill after a word, and put the space at the start of the completion."
 _FIX_TEMPLATE = (
     "Remove the whitespace at the end of the generation prompt from the chat template "
     "(chat_template.jinja or tokenizer_config.json in the model folder)."
 )
 
 
-def render_prompt(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
+def render_prompt(tokenizer: Any, prompt: str | Sequence[Message], **arguments: Any) -> list[int]:
     """Encode what the model is given before it generates.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         prompt: plain text, encoded with the BOS that the tokenizer itself adds (never two, and no
-            EOS); or messages, rendered with the generation prompt at their end.
+            EOS); or messages, rendered with the generation prompt at their end or, after a
+            prefill, up to where its text ends.
+        arguments: of the chat template, such as tools=[...] and enable_thinking=False.
     Raises:
-        DataError: neither text nor messages, no tokens, or a message that cannot be rendered.
+        DataError: neither text nor messages, no tokens, a message that cannot be rendered, or
+            arguments, tool calls or tool results that the template does not render.
         ModelError: messages, but the tokenizer has no chat template.
     """
-    text = _prompt_text(tokenizer, prompt)
-    tokens = _encode(tokenizer, text, special=isinstance(prompt, str))
+    template = _template(tokenizer, prompt, arguments)
+    if template is not None and not isinstance(prompt, str):
+        template.check(prompt)
+    return _prompt_tokens(tokenizer, template, prompt, _prompt_text(template, prompt))
+
+
+def _prompt_tokens(tokenizer: Any, template: Template | None, prompt: Any, text: str) -> list[int]:
+    tokens = _encode(tokenizer, text, special=template is None)
     if not tokens:
         raise DataError("prompt", "no tokens", got=repr(prompt), fix="Drop the row, or add text.")
     return tokens
@@ -69,6 +80,7 @@ def render_completion(
     completion: Any,
     *,
     boundary: Boundary = "check",
+    **arguments: Any,
 ) -> tuple[list[int], list[int]]:
     """Encode a prompt and its completion; train on the completion's tokens only.
 
@@ -81,6 +93,7 @@ def render_completion(
             trains on tokens that the model never generates after this prompt. "split" encodes the
             two texts of that row separately, as happens when the model is given the prompt and
             generates.
+        arguments: of the chat template, as for `render_prompt`.
     Returns:
         prompt_tokens, equal to `render_prompt(tokenizer, prompt)`; and completion_tokens, whose
         last is the one end-of-turn token (EOS is appended where text or template gives none; what
@@ -92,18 +105,21 @@ def render_completion(
     """
     check_choice(ConfigError, "boundary", "unknown", boundary, ("check", "split"))
     _check_completion(prompt, completion)
-    before = _prompt_text(tokenizer, prompt)
-    plain = isinstance(prompt, str)
-    if plain:
+    template, fix = _template(tokenizer, prompt, arguments), _FIX_TEXT
+    before = _prompt_text(template, prompt)
+    if template is None:
         whole = prompt + completion
     else:
-        whole = apply_template(tokenizer, [*prompt, *completion])
-        _require_stable(tokenizer, before, whole, [*prompt, *completion], "prompt")
+        messages = join_answer(prompt, completion[0])
+        template.check(messages)
+        whole = template.render(messages)
+        _require_stable(template, before, whole, messages, "prompt")
+        fix = _FIX_PREFILL if prompt[-1]["role"] == "assistant" else _FIX_TEMPLATE
 
-    prompt_tokens = render_prompt(tokenizer, prompt)
-    tokens = _encode(tokenizer, whole, special=plain)
+    prompt_tokens = _prompt_tokens(tokenizer, template, prompt, before)
+    tokens = _encode(tokenizer, whole, special=template is None)
     if boundary == "check":
-        fix, show = _FIX_TEXT if plain else _FIX_TEMPLATE, tokenizer.convert_ids_to_tokens
+        show = tokenizer.convert_ids_to_tokens
         _require_prefix(prompt_tokens, tokens, "prompt", _NOT_A_PREFIX, fix, show)
     elif tokens[: len(prompt_tokens)] != prompt_tokens:
         together = tokenizer.decode(tokens)
@@ -114,11 +130,15 @@ def render_completion(
             fix = "Begin the completion with a space or newline, or end the prompt with one."
             raise DataError("completion", what, expected=rule, got=got, fix=fix)
     completion_tokens = tokens[len(prompt_tokens) :]
-    return prompt_tokens, _end_turn(tokenizer, completion_tokens, "completion", only_eos=plain)
+    only_eos = template is None
+    return prompt_tokens, _end_turn(tokenizer, completion_tokens, "completion", only_eos=only_eos)
 
 
 def render_messages(
-    tokenizer: Any, messages: Sequence[Message], train_on: Literal["last", "all"] = "last"
+    tokenizer: Any,
+    messages: Sequence[Message],
+    train_on: Literal["last", "all"] = "last",
+    **arguments: Any,
 ) -> tuple[list[int], list[float]]:
     """Encode a conversation, with a loss weight for each token.
 
@@ -127,6 +147,7 @@ def render_messages(
         messages: each with "role" and "content"; an assistant message may carry "weight", a
             number >= 0 (default 1): the loss weight of all its tokens, 0 = not trained on.
         train_on: "last" assistant message, or "all" of them.
+        arguments: of the chat template, as for `render_prompt`.
     Returns:
         tokens and weights, both (T,). Weights are 0 except on the content and end-of-turn token of
         the trained messages: headers, generation prompt and the newline after a turn get 0.
@@ -145,18 +166,20 @@ def render_messages(
         if messages[i].get("weight", 1):
             check_answer(messages[i], f"messages[{i}]")
 
-    whole = apply_template(tokenizer, messages)
+    template = Template(tokenizer, arguments)
+    template.check(messages)
+    whole = template.render(messages)
     tokens = _encode(tokenizer, whole, special=False)
     weights = [0.0] * len(tokens)
     spans = []  # of each answer: its first token, after its end token, after its turn
     for i in trained:
         where = f"messages[{i}]"
         lengths = []
-        turn = apply_template(tokenizer, messages[: i + 1])
+        turn = template.render(messages[: i + 1])
         if not whole.startswith(turn):  # some put an EOS after the last turn only
             turn = turn.removesuffix(tokenizer.eos_token or "")
-        for text in (apply_template(tokenizer, messages[:i], generation_prompt=True), turn):
-            _require_stable(tokenizer, text, whole, messages, where)
+        for text in (template.render(messages[:i], generation_prompt=True), turn):
+            _require_stable(template, text, whole, messages, where)
             part, show = _encode(tokenizer, text, special=False), tokenizer.convert_ids_to_tokens
             _require_prefix(part, tokens, where, _NOT_A_PREFIX, _FIX_TEMPLATE, show)
             lengths.append(len(part))
@@ -171,7 +194,7 @@ def render_messages(
     if not any(weights):
         fix = "Drop the row, or give an answer a weight above 0."
         raise DataError("messages", "every trained message has weight 0", fix=fix)
-    check_generation_tags(tokenizer, messages, tokens, spans, everything=train_on == "all")
+    check_generation_tags(template, messages, tokens, spans, everything=train_on == "all")
     return tokens, weights
 
 
@@ -192,15 +215,31 @@ def stop_tokens(tokenizer: Any) -> list[int]:
 # ---- rendering and encoding ----------------------------------------------------------------
 
 
-def _prompt_text(tokenizer: Any, prompt: str | Sequence[Message]) -> str:
-    """Return the text that the model is given: plain text, or messages with generation prompt."""
+def _template(tokenizer: Any, prompt: Any, arguments: dict[str, Any]) -> Template | None:
+    """Return the template that renders a prompt; None for plain text, which has no arguments."""
     check_turns(prompt, "prompt")
-    if isinstance(prompt, str):
+    if not isinstance(prompt, str):
+        return Template(tokenizer, arguments)
+    unused = {**getattr(tokenizer, "chat_template_kwargs", {}), **arguments}
+    if unused:
+        what, fix = "no effect on plain text", "Write the prompt as messages, or leave them out."
+        raise DataError("tools" if "tools" in unused else "chat_template_kwargs", what, fix=fix)
+    return None
+
+
+def _prompt_text(template: Template | None, prompt: Any) -> str:
+    """Return the text that the model is given: plain text, or messages with generation prompt or
+    prefill."""
+    if template is None:
         return prompt
-    if prompt[-1]["role"] == "assistant":
-        where, what = f"prompt[{len(prompt) - 1}]", "an assistant message at the end of the prompt"
-        raise DataError(where, what, fix="Move it to the column completion.")
-    return apply_template(tokenizer, prompt, generation_prompt=True)
+    last, where = prompt[-1], f"prompt[{len(prompt) - 1}]"
+    if last["role"] != "assistant":
+        return template.render(prompt, generation_prompt=True)
+    if last.get("tool_calls") or not text_of(last).strip():
+        what = "an assistant message at the end of the prompt that no answer can continue"
+        rule, fix = "text, and no tool_calls", "Move it to the column completion."
+        raise DataError(where, what, expected=rule, got=last, fix=fix)
+    return template.render(prompt, continued=True)
 
 
 def _check_completion(prompt: Any, completion: Any) -> None:
@@ -234,14 +273,14 @@ def _require_prefix(part: Any, whole: Any, where: str, what: str, fix: str, show
 
 
 def _require_stable(
-    tokenizer: Any, part: str, whole: str, messages: Sequence[Message], where: str
+    template: Template, part: str, whole: str, messages: Sequence[Message], where: str
 ) -> None:
     """Raise DataError unless the rendering of the first turns is a prefix of the rendered whole."""
     what = "the chat template renders it differently when more messages follow"
     fix = "Use a chat template that renders a turn independently of what follows it"
-    last = "train on the last answer only (--train_on last), with no message after it"
+    last = "train on each answer in a datum of its own (--train_on each)"
     fix = f"{fix}." if where == "prompt" else f"{fix}, or {last}."
-    if not whole.startswith(part) and whole != apply_template(tokenizer, messages):
+    if not whole.startswith(part) and whole != template.render(messages):
         what = "the chat template renders the same messages differently each time"
         fix = "Remove the time, or whatever else changes, from the chat template."
     _require_prefix(part, whole, where, what, fix, repr)

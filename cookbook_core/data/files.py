@@ -53,17 +53,29 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def without_nulls(row: Mapping[str, Any]) -> Row:
-    """Drop the keys without a value from a table's messages, where every message has every key."""
+    """Drop the keys without a value from a table's messages, tools and template arguments.
+
+    In a table every message has every key, and every tool call the arguments of all tools.
+    """
     return {
-        name: [_without_null_keys(item) for item in value] if isinstance(value, list) else value
+        name: _without_null_keys(value)
+        if name in ("tools", "chat_template_kwargs") or _are_messages(value)
+        else value
         for name, value in row.items()
     }
 
 
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(m, dict) and "role" in m for m in value)
+
+
 def _without_null_keys(item: Any) -> Any:
-    if not isinstance(item, dict) or "role" not in item:
+    if isinstance(item, list):
+        return [_without_null_keys(part) for part in item]
+    if not isinstance(item, dict):
         return item
-    return {key: value for key, value in item.items() if value is not None or key == "content"}
+    kept = {k: v for k, v in item.items() if v is not None or (k == "content" and "role" in item)}
+    return {key: _without_null_keys(value) for key, value in kept.items()}
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:

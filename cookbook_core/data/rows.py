@@ -26,6 +26,9 @@ from cookbook_core.errors import (
 
 Columns = Sequence[str] | Sequence[Sequence[str]]
 
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns that are read beside the others where a row has them: see `chat.template_arguments`."""
+
 _SHAREGPT = (
     '.map(lambda r: {"messages": [{"role": {"human": "user", "gpt": "assistant"}.get(m["from"], '
     'm["from"]), "content": m["value"]} for m in r["conversations"]]})'
@@ -107,9 +110,10 @@ def load_rows(
             `NAME@TRAIN/TEST`, these two are "train" and "test".
         all_columns: keep the other columns too, which may be empty or missing in some rows.
     Returns:
-        One dict per row, in file order, with exactly the columns of that alternative (unless
-        all_columns); in a block `with chat.naming(row)`, errors name its place. Values of a .csv
-        are strings, except conversations, which are parsed from JSON.
+        One dict per row, in file order, with exactly the columns of that alternative, and those of
+        TEMPLATE_COLUMNS where it has a value there (unless all_columns); in a block
+        `with chat.naming(row)`, errors name its place. Values of a .csv are strings, except
+        conversations, which are parsed from JSON.
     Raises:
         DataError: no such dataset or split; broken text (`file.jsonl:17`); no rows; columns
             missing; a row whose value is missing, None or empty.
@@ -232,7 +236,13 @@ def _select(
     ]
     raise_all(problems)
     return [
-        PlacedRow(where, row if all_columns else {name: row[name] for name in chosen})
+        PlacedRow(
+            where,
+            row
+            if all_columns
+            else {name: row[name] for name in chosen}
+            | {name: row[name] for name in TEMPLATE_COLUMNS if row.get(name)},
+        )
         for where, row in rows
     ]
 

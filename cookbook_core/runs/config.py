@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -14,14 +15,22 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from cookbook_core.errors import ConfigError, CookbookError, LossError, nearest
-from cookbook_core.runs.fields import PositiveInt, check_fields
+from cookbook_core.runs.fields import PositiveInt, Rule, check_fields
 from cookbook_core.runs.launch import join_processes, silent_follower
 from cookbook_core.runs.run_folder import read_config
 
 ConfigT = TypeVar("ConfigT")
+
+
+def _is_object(text: str) -> bool:
+    """Whether a text is empty or a JSON object."""
+    try:
+        return not text or isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +52,11 @@ class RunFlags:
     "remote"; --model then names one of the service's models, or a local folder of that name."""
     trust_service: bool = False
     """Train on the service even if it fails the check of its arithmetic."""
+    chat_template_kwargs: Annotated[str, Rule(_is_object, 'such as {"enable_thinking": false}')] = (
+        ""
+    )
+    """Arguments of the chat template, as JSON, for every prompt and answer; a row's own column of
+    this name goes first. Empty: none."""
 
     def __post_init__(self) -> None:
         check_fields(self)

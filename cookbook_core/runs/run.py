@@ -75,7 +75,7 @@ class Run:
         self._tables: list[str] = []
         self._null_metrics: set[str] = set()
         self._client: TrainingClient | None = None
-        self._announced = self._has_results = False
+        self._announced = self._has_results = self._renders = False
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
         self._stalls = Stalls()
@@ -150,6 +150,26 @@ class Run:
             device=device,
             dtype=dtype,
         )
+
+    def tokenizer(self, client: TrainingClient) -> Any:
+        """The client's tokenizer, whose chat template gets the arguments of --chat_template_kwargs.
+
+        Every tokenizer of this run's clients of the same base model is this object, so prompts to
+        train on and to sample from are rendered alike.
+
+        Raises:
+            ConfigError: the run was started with other arguments.
+        """
+        flag, where = self._flags.chat_template_kwargs, "--chat_template_kwargs"
+        started = self.once("chat_template_kwargs", lambda: json.loads(flag or "{}"))
+        if started != json.loads(flag or "{}") and (flag or not self._flags.resume):
+            what, rule = "not that of the run to resume", json.dumps(started)
+            fix = "Give the same, or start over with --fresh."
+            raise ConfigError(where, what, expected=rule, got=flag or "none", fix=fix)
+        tokenizer = client.get_tokenizer()
+        tokenizer.chat_template_kwargs = started
+        self._renders = True
+        return tokenizer
 
     def report_rows(
         self,
@@ -250,6 +270,9 @@ class Run:
         Raises:
             SystemExit: after SIGINT or SIGTERM, when the step is done and saved.
         """
+        if self._flags.chat_template_kwargs and not self._renders:
+            where, fix = "--chat_template_kwargs", "Take its tokenizer from run.tokenizer(client)."
+            raise ConfigError(where, "not used by this script", fix=fix)
         self._client = client
         self._announce()
         self._record_machine(client.machine)

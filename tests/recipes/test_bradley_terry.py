@@ -64,12 +64,14 @@ def test_errors_say_where(judge):
     with pytest.raises(ValueError, match=r"data\[2\]"):
         bradley_terry_loss([None] * 3, rewards_as_logprobs(1.0, 2.0, 3.0))
     with pytest.raises(ConfigError, match=r"'not one token' is \["):
-        Judge(judge.tokenizer, "Good?", (" yes", "not one token")).datum("What?", "That.")
+        Judge(judge.tokenizer, "Good?", (" yes", "not one token")).datum(
+            {"prompt": "What?"}, "That."
+        )
 
 
 def test_the_verdict_is_read_after_the_question(judge):
     """Pitfall 31: the reward's position is the last, end tokens inside the prompt or not."""
-    datum = judge.datum(turn("user", "Where?"), turn("assistant", "Here."))
+    datum = judge.datum({"prompt": turn("user", "Where?")}, turn("assistant", "Here."))
     text = judge.tokenizer.decode(datum.model_input.to_ints())
     assert text.endswith(
         f"Here.<|im_end|>\n<|im_start|>user\n{CONFIG.question}<|im_end|>\n<|im_start|>assistant\n"
@@ -77,7 +79,7 @@ def test_the_verdict_is_read_after_the_question(judge):
     yes, no = (judge.tokenizer.encode(word) for word in CONFIG.verdicts)
     assert datum.loss_fn_inputs["target_tokens"].tolist()[-1] == yes + no
     assert datum.loss_fn_inputs["weights"].tolist() == [0] * (datum.model_input.length - 1) + [1]
-    plain = judge.datum("Where?", " Here.")
+    plain = judge.datum({"prompt": "Where?"}, " Here.")
     assert judge.tokenizer.decode(plain.model_input.to_ints()) == (
         f"Where? Here.\n\n{CONFIG.question}"
     )
@@ -105,17 +107,17 @@ def test_learns_and_the_saved_scorer_is_the_scorer(tmp_path):
     saved = tmp_path / "run" / "checkpoints" / "model-0" / "sampler_weights" / "final"
     prompt = turn("user", "The red cup is on the table. Where is the red cup?")
     answers = ("Sure. On the table.", "Again? On the table.", "no", "Ugh. " * 30)
-    texts = [(prompt, turn("assistant", answer)) for answer in answers]
+    row, texts = {"prompt": prompt}, [turn("assistant", answer) for answer in answers]
     scores = []
     for _ in range(2):
         scorer, judge = load_scorer(tinker.ServiceClient(), str(saved), "tiny")
         assert (judge.question, judge.verdicts) == (CONFIG.question, CONFIG.verdicts)
-        scores.append(score_texts(scorer, judge, texts))
+        scores.append(score_texts(scorer, judge, row, texts))
     assert scores[0] == scores[1]
     assert scores[0][0] > scores[0][1]
-    alone = [score_texts(scorer, judge, [text])[0] for text in texts]
+    alone = [score_texts(scorer, judge, row, [text])[0] for text in texts]
     assert alone == pytest.approx(scores[0], abs=1e-4)
-    assert score_texts(scorer, judge, texts[::-1]) == pytest.approx(scores[0][::-1], abs=1e-4)
+    assert score_texts(scorer, judge, row, texts[::-1]) == pytest.approx(scores[0][::-1], abs=1e-4)
 
 
 def test_a_scorer_is_read_through_the_client(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def test_an_interrupted_run_that_keeps_resumes_as_uninterrupted(tmp_path, monkey
 
 def test_prompts_to_keep_are_named_when_they_are_wrong(tmp_path):
     path = tmp_path / "old.jsonl"
-    rows = [{"prompt": "What?"}] * 8 + [{"prompt": [{"role": "assistant", "content": "I"}]}]
+    rows = [{"prompt": "What?"}] * 8 + [{"prompt": [{"role": "assistant", "content": " "}]}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with pytest.raises(DataError, match=r"^old.jsonl:9, column prompt\[0\]: an assistant message"):
         train(Config(num_steps=1, **SMALL, keep=str(path), log_path=str(tmp_path / "run")))
