@@ -39,7 +39,7 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed constraints-oldest.txt
+$(VENV)/installed-test: $(VENV)/installed constraints-oldest.txt constraints-lm-eval.txt
 	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
 	rm -rf $(OLDEST)
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 13))'; then \
@@ -52,7 +52,8 @@ $(VENV)/installed-test: $(VENV)/installed constraints-oldest.txt
 	  for v in $(SERVED_SDK) $(SDKS); do \
 	    $(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/sdk/$$v tinker==$$v || exit 1; \
 	  done; \
-	  $(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/sdk/$(lastword $(SDKS)) $(COOKBOOK); \
+	  $(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/sdk/$(lastword $(SDKS)) $(COOKBOOK) && \
+	  $(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/lm_eval -r constraints-lm-eval.txt; \
 	fi
 	touch $@
 

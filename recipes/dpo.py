@@ -322,7 +322,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
                 for row, b, a in zip(test_rows[:3], shown_before, shown_after, strict=True)
             ]
         )
-        print(f"adapter: {adapter}\nplot: {run.plot(panels)}")
+        run.print_results(adapter, panels)
         return after
 
 

@@ -308,7 +308,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             )
         ]
         run.save_samples(shown)
-        print(f"adapter: {adapter}\nplot: {run.plot(panels)}")
+        run.print_results(adapter, panels)
         return after
 
 

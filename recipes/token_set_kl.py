@@ -236,7 +236,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
                 )
             ]
         )
-        print(f"adapter: {adapter}\nplot: {run.plot(panels)}")
+        run.print_results(adapter, panels)
         return after
 
 

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cookbook_core.errors import ConfigError, LossError, ProcessError, RewardError
 from cookbook_core.runs import claim, run_folder
 from cookbook_core.runs.config import RunFlags
+from cookbook_core.runs.evaluation import lm_eval_command
 from cookbook_core.runs.plots import Panel, draw_panels
 from cookbook_core.runs.progress import Progress
 from cookbook_core.runs.run_folder import as_code, markdown_table, read_metrics, write_atomically
@@ -397,6 +398,13 @@ class Run:
     def plot(self, panels: Sequence[Panel]) -> Path:
         """Draw 2-4 panels from metrics.jsonl into plot.png."""
         return draw_panels(panels, read_metrics(self.path), self.path / "plot.png")
+
+    def print_results(self, adapter: str, panels: Sequence[Panel]) -> None:
+        """Draw plot.png; print where it and the adapter are, and how to evaluate the adapter."""
+        self._progress.say(f"adapter: {adapter}\nplot: {self.plot(panels)}")
+        if self._client is not None:
+            tokenizer, url = self._client.get_tokenizer(), self._flags.base_url
+            self._progress.say(f"evaluate: {lm_eval_command(adapter, tokenizer, url)}")
 
     def save_before_after(
         self, title: str, before: Mapping[str, float], after: Mapping[str, float]

@@ -339,6 +339,8 @@ def _cut(found: Any, wanted: _Wanted, keep: int, generated: int, reason: str) ->
         end = min(ends)
     else:  # an end-of-sequence token
         end = len(tail) - len(found[-1][0])
+        if keep:  # harnesses take the last logprob to be that of the token drawn
+            return _Row(head + tail[:end], "stop", generated, found)
     kept, length = [], 0
     for row in found[keep:]:
         if length >= end:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from cookbook_core.serve.models import Model
@@ -13,14 +14,19 @@ from cookbook_core.serve.service import Service
 
 REFRESH_SECONDS = 3
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em;
-       color: #222 }
-h1 { font-size: 1.3em } h2 { font-size: 1.05em; margin: 1.6em 0 .4em }
-table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: .3em .8em .3em 0; border-bottom: 1px solid #ddd;
-         vertical-align: middle; font-variant-numeric: tabular-nums }
-th { font-weight: 600; color: #555 } p.none { color: #777 } svg { vertical-align: middle }
+:root { color-scheme: light dark }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5em auto; max-width: 74em; padding: 0 1em }
+h1 { font-size: 1.3em } h2 { font-size: 1.05em; margin: 1.6em 0 .3em }
+div { overflow-x: auto } table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; padding: .3em 1em .3em 0; border-bottom: 1px solid #8884;
+         white-space: nowrap; font-variant-numeric: tabular-nums }
+th, .note { font-weight: 400; font-size: .9em; opacity: .7 } .note { margin: .4em 0 }
+.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 8em }
+svg { vertical-align: middle; color: #4583f5 }
 """
+_NOTE = """loss: the value computed here for the last batch, and the curve of the last 20. Of a loss
+function that runs in its program it is the linear surrogate, not the function's value.
+passes: forwards for one gradient. waiting: requests of this adapter in the queue."""
 
 
 def render(service: Service) -> str:
@@ -29,7 +35,7 @@ def render(service: Service) -> str:
     models, sessions = list(service.models.values()), list(service.sessions.values())
     facts = [
         ("Models served", ", ".join(service.bases)),
-        ("Up since", _ago(now - service.started_at)),
+        ("Started", _ago(now - service.started_at)),
         ("Requests in the queue", str(service.promises.waiting())),
         ("Snapshots to sample from", str(len(service.samplers))),
         ("Memory of the server", f"{_resident_bytes() / 2**20:,.0f} MiB"),
@@ -55,9 +61,10 @@ def render(service: Service) -> str:
     parts = [
         "<h1>cookbook serve</h1>",
         _table((), facts),
-        "<h2>In training</h2>",
+        "<h2>Adapters in training</h2>",
         _table(("adapter", "model", "rank", "steps", "loss", "", "passes", "tokens", "waiting",
-                "last request"), training),
+                "last request"), training, "None. Programs find this server by TINKER_BASE_URL."),
+        f'<p class="note">{html.escape(_NOTE)}</p>' if training else "",
         "<h2>Programs</h2>",
         _table(("session", "client", "adapters", "last heard"), programs),
         "<h2>Last checkpoints</h2>",
@@ -65,8 +72,9 @@ def render(service: Service) -> str:
     ]  # fmt: skip
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>cookbook serve</title>'
-        f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}"><style>{_STYLE}</style></head>'
-        f"<body>{''.join(parts)}</body></html>"
+        f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}"><style>{_STYLE}</style>'
+        '<meta name="viewport" content="width=device-width">'
+        f"</head><body>{''.join(parts)}</body></html>"
     )
 
 
@@ -74,17 +82,18 @@ class _Markup(str):
     """Text that is HTML already."""
 
 
-def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    rows = list(rows)
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], none: str = "None.") -> str:
+    """A table whose second column may wrap; a narrow window scrolls to the others."""
     if not rows:
-        return '<p class="none">None.</p>'
+        return f'<p class="note">{html.escape(none)}</p>'
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{c if isinstance(c, _Markup) else html.escape(c)}</td>" for c in row)
-        + "</tr>"
-        for row in rows
-    )  # fmt: skip
-    return f"<table><tr>{head}</tr>{body}</table>"
+    body = "".join("<tr>" + "".join(map(_cell, row, count())) + "</tr>" for row in rows)
+    return f"<div><table>{f'<tr>{head}</tr>' if heads else ''}{body}</table></div>"
+
+
+def _cell(content: str, column: int) -> str:
+    shown = content if isinstance(content, _Markup) else html.escape(content)
+    return f'<td class="wrap">{shown}</td>' if column == 1 else f"<td>{shown}</td>"
 
 
 def _loss(model: Model) -> str:
@@ -103,7 +112,7 @@ def _curve(model: Model) -> str:
     )
     return _Markup(
         f'<svg width="80" height="22" role="img" aria-label="last {len(values)} losses">'
-        f'<polyline points="{points}" fill="none" stroke="#2563eb" stroke-width="1.5"/></svg>'
+        f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"/></svg>'
     )
 
 

@@ -97,6 +97,21 @@ def test_completions_stop_and_echo(running, chat, make_service):
     assert len(several.choices) == 2
 
 
+def test_echo_keeps_the_logprob_of_an_end_token(chat, make_service):
+    """lm-evaluation-harness draws one token and drops its logprob: without one, every answer would
+    score 0 wherever the model ends its turn."""
+    here = make_service().create_sampling_client(base_model="tiny").result()
+    answered = [*QUESTION, {"role": "assistant", "content": "5"}]
+    ids = here.get_tokenizer().apply_chat_template(answered, return_dict=False)[:-1]
+    scored = chat.completions.create(
+        model=NAME, prompt=[ids], max_tokens=1, echo=True, logprobs=1, temperature=0, seed=1234
+    ).choices[0]
+    assert (scored.finish_reason, scored.text[-1]) == ("stop", "5")
+    expected = here.compute_logprobs(tinker.ModelInput.from_ints(ids)).result()
+    assert len(scored.logprobs.token_logprobs) == len(ids) + 1
+    assert np.allclose(scored.logprobs.token_logprobs[1:-1], expected[1:], atol=1e-4)
+
+
 def test_saved_adapters_are_models_too(running, chat):
     with Wire(running.url) as client:
         model = client.start(rank=8)
