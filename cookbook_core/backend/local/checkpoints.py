@@ -290,8 +290,10 @@ def check_base(checkpoint: Checkpoint, base: BaseModel) -> None:
     current, saved = base.identity(), checkpoint.base
     if saved and saved.get("fingerprint") != current["fingerprint"]:
         fix = "Pass the model it was trained on as base_model."
-        if (trained := saved.get("quantized", "")) != current.get("quantized", ""):
-            fix += f' Trained with dtype="{trained or "auto"}".'
+        dtypes = {None: "auto", "nf4": "nf4"}
+        trained = saved.get("quantized")
+        if trained != current.get("quantized") and trained in dtypes:
+            fix += f' It was trained with dtype="{dtypes[trained]}".'
         raise CheckpointError(
             f"{checkpoint.path}: base model",
             "not the one it was trained on",

@@ -26,10 +26,7 @@ BOUND_16 = 6e-3
 """The same in 16 bits, where rounding gives 2e-3."""
 
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PACKAGES = {
-    "bitsandbytes": ("bitsandbytes", INSTALL),
-    "torchao": ("torchao", "pip install torchao"),
-}
+_INSTALL = {"bitsandbytes": INSTALL, "torchao": "pip install torchao"}
 
 
 # ---- loading -------------------------------------------------------------------------------------
@@ -56,10 +53,9 @@ def loading_options(
         fix = "Leave dtype out, or pass the model it was quantized from."
         what = "the folder is quantized already"
         raise ConfigError("dtype", what, expected=scheme_of(saved), got=repr(dtype), fix=fix)
-    package, command = _PACKAGES.get(method, ("", ""))
-    if package and importlib.util.find_spec(package) is None:
-        where, what = "dtype" if dtype == NF4 else "base_model", f"needs {package}"
-        raise ConfigError(where, what, got="none installed", fix=f"Run: {command}")
+    if method in _INSTALL and importlib.util.find_spec(method) is None:
+        where = "dtype" if dtype == NF4 else "base_model"
+        raise ConfigError(where, f"needs {method}, not installed", fix=f"Run: {_INSTALL[method]}")
     options: dict[str, Any] = {"device_map": {"": device}}
     if saved is None:
         from transformers import BitsAndBytesConfig
@@ -172,7 +168,11 @@ def dequantize(model: Any) -> None:
         plain.bias = layer.bias
         model.set_submodule(names[layer], plain.eval())
     model.is_loaded_in_4bit = model.is_quantized = False
-    for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+    for owner, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
         if hasattr(owner, name):
             delattr(owner, name)
     model._weight_conversions = None  # transformers' own, of the quantized folder: not for saving
