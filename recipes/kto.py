@@ -93,7 +93,7 @@ class Config:
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first that is available."""
     dtype: str = "auto"
-    """Type of the base model: float32 or bfloat16; auto is bfloat16 on cuda, else float32."""
+    """Type of the base model: float32, bfloat16 or nf4; auto is bfloat16 on cuda, else float32."""
     log_path: str = ""
     """Run folder; empty takes the next free runs/kto-N."""
 

@@ -160,7 +160,7 @@ def _add_serve(commands: Any) -> None:
     add("--api_key", metavar="KEY", help="clients must send it; required beyond this machine")
     add("--allow_host", metavar="NAME", action="append", default=[], help="a name clients use")
     add("--device", default="auto", help=default)
-    add("--dtype", default="auto", help="float32, bfloat16 or auto")
+    add("--dtype", default="auto", help="float32, bfloat16, nf4 or auto")
     add("--max_adapters", type=int, default=32, metavar="N", help=f"in training; {default}")
     add("--max_request_mb", type=int, default=256, metavar="N", help=f"of a request; {default}")
 

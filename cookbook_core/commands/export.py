@@ -198,6 +198,7 @@ def _keep_config(source: Path, new: Path, dtype: str, untied: bool) -> None:
     if config.get("architectures") != _read_json(new / "config.json")["architectures"]:
         return  # the language model alone was loaded out of a larger model
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+    config.pop("quantization_config", None)  # the merged weights are dequantized
     config |= dict.fromkeys(names, dtype) | ({"tie_word_embeddings": False} if untied else {})
     _write_json(new / "config.json", config)
 

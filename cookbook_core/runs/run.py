@@ -139,8 +139,8 @@ class Run:
 
         Args:
             device: "auto" (cuda, then mps, then cpu) or torch's own device string.
-            dtype: of the base model: "auto" (bfloat16 on cuda, else float32), "float32" or
-                "bfloat16".
+            dtype: of the base model: "auto" (bfloat16 on cuda, else float32), "float32",
+                "bfloat16" or "nf4" (linear layers in 4 bits).
         Returns:
             A ServiceClient that saves checkpoints in the run's folder.
         """

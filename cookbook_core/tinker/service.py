@@ -45,7 +45,8 @@ class ServiceClient:
         trust_service: train custom losses at the service without checking its gradients first.
         user_metadata, project_id, default_headers_overrides: passed to the service.
         device: "auto" (cuda, then mps, then cpu) or torch's own device string.
-        dtype: "auto" (bfloat16 on cuda, else float32), "float32", "bfloat16" or "float64".
+        dtype: "auto" (bfloat16 on cuda, else float32), "float32", "bfloat16", "float64", or "nf4":
+            as "auto", with linear layers in 4 bits (docs/memory.md).
         gradient_checkpointing: "on" recomputes layers in the backward instead of storing their
             activations; "auto" does so if they do not fit into free memory; "off" never does.
         checkpoint_dir: where `save_state` and `save_weights_for_sampler` write; by default

@@ -289,12 +289,17 @@ def check_base(checkpoint: Checkpoint, base: BaseModel) -> None:
     """
     current, saved = base.identity(), checkpoint.base
     if saved and saved.get("fingerprint") != current["fingerprint"]:
+        fix = "Pass the model it was trained on as base_model."
+        dtypes = {None: "auto", "nf4": "nf4"}
+        trained = saved.get("quantized")
+        if trained != current.get("quantized") and trained in dtypes:
+            fix += f' It was trained with dtype="{dtypes[trained]}".'
         raise CheckpointError(
             f"{checkpoint.path}: base model",
             "not the one it was trained on",
             expected=_described(saved),
             got=_described(current),
-            fix="Pass the model it was trained on as base_model.",
+            fix=fix,
         )
     for key, weight in checkpoint.base_tensors.items():
         own = base.weight(key.removeprefix("base_model.model.").replace(".base_layer", ""))
@@ -316,7 +321,8 @@ def _described(base: Mapping[str, Any]) -> str:
     """A base model as its manifest identifies it, in words."""
     kind, count = base.get("architecture"), base.get("parameters")
     weights = str(base.get("fingerprint"))[:12]
-    return f"{kind} of {count} parameters, weights {weights}, at {base.get('path')}"
+    quantized = f" in {base['quantized']}" if base.get("quantized") else ""
+    return f"{kind} of {count} parameters, weights {weights}{quantized}, at {base.get('path')}"
 
 
 def _difference(saved: torch.Tensor, own: torch.Tensor) -> str:

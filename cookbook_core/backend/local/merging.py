@@ -9,6 +9,7 @@ import torch
 
 from cookbook_core.backend.local.checkpoints import Checkpoint, check_base
 from cookbook_core.backend.local.model.loading import load_base_model
+from cookbook_core.backend.local.model.quantization import NF4, dequantize
 from cookbook_core.errors import CheckpointError, ModelError
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -18,7 +19,9 @@ def merge(checkpoint: Checkpoint, base_model: str, dtype: str | None) -> tuple[A
     """Load the base model and let peft merge the adapter into it, in float32.
 
     If the adapter is on an embedding tied to the unembedding, or the reverse, each gets a matrix of
-    its own first: peft would add to the shared one, and so change both.
+    its own first: peft would add to the shared one, and so change both. A quantized base model, or
+    an adapter that was trained over one in NF4, is merged into the dequantized weights: those are
+    the function that was trained.
 
     Args:
         checkpoint: as returned by `checkpoints.read`.
@@ -27,21 +30,22 @@ def merge(checkpoint: Checkpoint, base_model: str, dtype: str | None) -> tuple[A
     Returns:
         The model, on the CPU; and whether its embeddings were untied.
     Raises:
-        ModelError: the base model cannot be loaded, is quantized, or overflows `dtype`.
+        ModelError: the base model cannot be loaded, or overflows `dtype`.
         CheckpointError: the adapter was trained on another base model, or does not fit this one.
     """
     import peft
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base_model)
-    if getattr(config, "quantization_config", None):
-        what = "cannot merge into a quantized model exactly"
-        raise ModelError(base_model, what, fix="Pass the unquantized base model.")
     own = config.dtype or torch.float32
     working = "float64" if own == torch.float64 else "float32"
+    if checkpoint.base.get("quantized") == NF4:
+        working = NF4
     base = load_base_model(base_model, "cpu", working)
     check_base(checkpoint, base)
     model = base.model
+    if base.quantized:
+        dequantize(model)
     what, fix = "does not fit the base model", "Pass the model it was trained on as --base_model."
     try:
         with warnings.catch_warnings():

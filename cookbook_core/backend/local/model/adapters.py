@@ -22,6 +22,7 @@ import torch
 from cookbook_core.backend.local.model.flat_adapter import Adapter, Slot
 from cookbook_core.backend.local.model.fused_lora import fuse
 from cookbook_core.backend.local.model.loading import BaseModel
+from cookbook_core.backend.local.model.quantization import is_quantized, shape_of
 from cookbook_core.errors import ConfigError, ModelError
 from cookbook_core.types import LoraConfig
 
@@ -109,8 +110,8 @@ class AdapterBank:
 
         Use it inside `active(adapter)`. Each sum is made from the frozen W, which is put aside
         unchanged and put back afterwards. Which layers are merged depends on the model alone: not
-        those where the sum would round the adapter away (a base below float32) or change another
-        layer (tied embeddings).
+        those where the sum would round the adapter away (a base below float32, or quantized) or
+        change another layer (tied embeddings).
 
         Args:
             adapter: None merges nothing.
@@ -145,6 +146,7 @@ class AdapterBank:
             if adapter.slot.name in getattr(module, "lora_A", ())
             and (weight := module.get_base_layer().weight) is not embedding
             and weight.dtype in (torch.float32, torch.float64)
+            and not is_quantized(weight)
         ]
 
     def free_slots(self, used: Collection[str]) -> None:
@@ -185,7 +187,7 @@ class AdapterBank:
         )
 
     def _check(self, lora: LoraConfig) -> None:
-        widest = max(max(p.shape) for p in self.base.model.parameters())
+        widest = max(max(shape_of(p)) for p in self.base.model.parameters())
         if not _whole(lora.rank, 1, widest):
             what = "too small" if _whole(lora.rank, -math.inf, 0) else "out of range"
             rule = f"an integer from 1 to {widest}, the width of the widest layer"

@@ -2,8 +2,9 @@
 
 peft multiplies and adds in separate steps, each of which reads and writes all of y, forward and
 backward; on small models that is a tenth of a training step. Only the arithmetic is replaced,
-through peft's own hook for LoRA variants: layers, adapters and files stay peft's. Layers of another
-kind, and inputs of another dtype than the base's, are computed as peft computes them.
+through peft's own hook for LoRA variants: layers, adapters and files stay peft's. Linear layers in
+4 bits are computed so too; layers of another kind, and inputs of another dtype than the base's, are
+computed as peft computes them.
 
 Over a bfloat16 base peft multiplies in float32, without tensor cores, and keeps a float32 copy of
 every x for the backward. Here products take x as it is, and A and B rounded to the base's dtype, as
@@ -70,7 +71,7 @@ def fuse(
             values in the base's dtype whenever the slot is active.
     """
     try:
-        from peft.tuners.lora.layer import Linear, LoraVariant
+        from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
     except ImportError:  # the hook is private in peft; without it the layers compute as before
         return
 
@@ -91,9 +92,10 @@ def fuse(
             return result + lora_b(lora_a(dropout(x.to(lora_a.weight.dtype)))) * scale
 
     for module in model.modules():
-        if not isinstance(module, Linear) or slot_name not in module.lora_A:
+        if not isinstance(module, LoraLayer) or slot_name not in module.lora_A:
             continue
-        if type(module.get_base_layer()) is not torch.nn.Linear or slot_name in module.lora_variant:
+        plain = isinstance(module, Linear) and type(module.get_base_layer()) is torch.nn.Linear
+        if not (plain or type(module).__name__ == "Linear4bit") or slot_name in module.lora_variant:
             continue
         a: Any = module.lora_A[slot_name].weight
         b: Any = module.lora_B[slot_name].weight

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cookbook_core.backend.local.model import cuda, fused_cuda, fused_norm
+from cookbook_core.backend.local.model import cuda, fused_cuda, fused_norm, quantization
 from cookbook_core.errors import ConfigError, ModelError, check_choice
 from cookbook_core.storage.hub import asking_hub
 from cookbook_core.storage.paths import asset_path, usable_path
@@ -36,6 +36,7 @@ class BaseModel:
         vocab_size: rows of the embedding.
         max_context_length: positions it was built for, in tokens; None if its config has none.
         fused: by class of module, whose fused kernel its modules use on CUDA.
+        quantized: how its linear layers are: "nf4", a library's name, or "".
     """
 
     name: str
@@ -45,6 +46,7 @@ class BaseModel:
     vocab_size: int
     max_context_length: int | None
     fused: dict[str, str] = field(default_factory=dict)
+    quantized: str = ""
     _tokenizer: Any = field(default=None, repr=False)
     _identity: dict[str, Any] | None = field(default=None, repr=False)
 
@@ -67,11 +69,13 @@ class BaseModel:
         """Path, architecture, number of parameters, and a fingerprint of the weights.
 
         The fingerprint hashes about 64 numbers per parameter, rounded to bfloat16, so that it does
-        not depend on the dtype the model is loaded in.
+        not depend on the dtype the model is loaded in. Of a quantized model it hashes the
+        dequantized numbers, and `quantized` is added.
         """
         if self._identity is None:
             digest, count = hashlib.sha256(), 0
-            for name, p in sorted(self._own_parameters()):
+            for name, own in sorted(self._own_parameters()):
+                p = quantization.whole(own)
                 count += p.numel()
                 values = p.detach().flatten()[:: max(1, p.numel() // 64)].bfloat16().contiguous()
                 digest.update(f"{name}{tuple(p.shape)}".encode())
@@ -83,6 +87,8 @@ class BaseModel:
                 "parameters": count,
                 "fingerprint": digest.hexdigest()[:32],
             }
+            if self.quantized:
+                self._identity["quantized"] = self.quantized
         return self._identity
 
     def _own_parameters(self) -> Iterator[tuple[str, Any]]:
@@ -98,7 +104,7 @@ class BaseModel:
         """
         for own, p in self.model.named_parameters(remove_duplicate=False):
             if own.replace(".base_layer", "") == name:
-                return p.detach()
+                return quantization.whole(p).detach()
         return None
 
     def tokenizer(self) -> Any:
@@ -175,8 +181,10 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     A GPU older than Ampere takes float32 too, with a warning: there bfloat16 is emulated.
 
     Raises:
-        ConfigError: not "auto" or a key of DTYPES.
+        ConfigError: not "auto", "nf4" or a key of DTYPES.
     """
+    if dtype == quantization.NF4:
+        dtype = "auto"
     if dtype == "auto" and device.type == "cuda" and not cuda.has_bfloat16(device):
         log.warning(
             "%s has no bfloat16 of its own: the model is loaded in float32, which takes twice the "
@@ -186,7 +194,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return torch.float32
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    check_choice(ConfigError, "dtype", "unknown dtype", dtype, ("auto", *DTYPES))
+    check_choice(ConfigError, "dtype", "unknown dtype", dtype, ("auto", quantization.NF4, *DTYPES))
     return DTYPES[dtype]
 
 
@@ -194,10 +202,11 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     """Load a causal LM from a folder, the Hub, or the package ("tiny"), frozen, in eval mode.
 
     On CUDA each tensor goes to the device as it is read, so host memory never holds the model; see
-    `cuda.prepare` for what is set there.
+    `cuda.prepare` for what is set there. dtype="nf4" quantizes the linear layers as they are read;
+    a folder that is quantized already is loaded as it is.
 
     Raises:
-        ModelError: no such model, or not a causal LM.
+        ModelError: no such model, not a causal LM, or quantized in a way that cannot be trained.
         ConfigError: the device or dtype is unknown or not usable here.
     """
     from safetensors import SafetensorError
@@ -208,10 +217,12 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     chosen_dtype = choose_dtype(dtype, chosen_device)
     cuda.prepare(chosen_device)
     straight = {"device_map": {"": chosen_device}} if chosen_device.type == "cuda" else {}
+    saved = _saved_quantization(path)
+    straight |= quantization.loading_options(saved, dtype, chosen_device, chosen_dtype)
     try:
         with _quiet_loading(), _hub_access(path, "folder"):
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype, **straight)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
             "base_model",
@@ -223,6 +234,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     # eval for good: no dropout, in training either, so that policy and reference are the same
     # function and a ratio of 1 is exactly 1.
     model.to(chosen_device).eval().requires_grad_(False)
+    quantized = quantization.prepare(model, name, chosen_dtype)
     fused_norm.fuse(model)
     fused = fused_cuda.fuse(model) if chosen_device.type == "cuda" else {}
     text_config = model.config.get_text_config()
@@ -237,7 +249,17 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
         max_context_length=getattr(text_config, "max_position_embeddings", None),
         fused=fused,
+        quantized=quantized,
     )
+
+
+def _saved_quantization(path: str) -> Any:
+    """The quantization in a model's config.json; None where there is none to read."""
+    from transformers import AutoConfig
+
+    with _hub_access(path), suppress(OSError, ValueError, KeyError):
+        return getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
+    return None
 
 
 @contextmanager

@@ -23,6 +23,8 @@ MICRO_BATCH_SHARE = 0.4
 SHARE, so that the graph fits on a device that nobody else uses."""
 LEAST_MICRO_BATCH = 2048
 """Where the graph of so many tokens does not fit, layers are recomputed instead."""
+NF4_BLOCK, NF4_BLOCKS = 64, 256
+"""Weights in NF4 that share a scale, and scales that share a scale of theirs."""
 
 
 _OUT_OF_MEMORY = ("out of memory", "_status_alloc_failed", "can't allocate memory")
@@ -58,12 +60,12 @@ def count_graph_bytes(model: Any) -> Iterator[Callable[[], int]]:
     Yields:
         A function that returns the bytes so far.
     """
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {x.untyped_storage().data_ptr() for p in model.parameters() for x in _parts(p)}
     sizes: dict[int, int] = {}
 
     def note(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
+        for storage in (part.untyped_storage() for part in _parts(x)):
+            sizes[storage.data_ptr()] = storage.nbytes()
         return x.detach()  # x itself would keep a graph that never sees a backward alive for good
 
     def count() -> int:
@@ -99,7 +101,35 @@ def attention_shape(config: Any) -> tuple[int, int, int]:
 
 def weight_bytes(model: Any) -> int:
     """Bytes of a model's parameters."""
-    return sum(p.nbytes for p in model.parameters())
+    return sum(stored_bytes(p) for p in model.parameters())
+
+
+def stored_bytes(weight: torch.Tensor) -> int:
+    """Bytes that a parameter takes, those of its scales included."""
+    size, state = sum(x.nbytes for x in _parts(weight)), getattr(weight, "quant_state", None)
+    while state is not None:  # bitsandbytes: scales, and scales of the scales
+        tensors = (state.absmax, state.code, state.offset)
+        size += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+        state = state.state2
+    return size
+
+
+def _parts(x: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a tensor consists of: itself, or those that a quantized one of torchao has
+    inside."""
+    if not hasattr(x, "__tensor_flatten__"):
+        yield x
+        return
+    for name in x.__tensor_flatten__()[0]:
+        yield from _parts(getattr(x, name))
+
+
+def nf4_bytes(weight: torch.Tensor) -> int:
+    """`stored_bytes` of an unquantized weight once it is in NF4: 4 bits each, scales in two levels,
+    and two tables."""
+    blocks = -(-weight.numel() // NF4_BLOCK)
+    tables = 4 * (16 + 256) + 4
+    return -(-weight.numel() // 2) + blocks + 4 * -(-blocks // NF4_BLOCKS) + tables
 
 
 def tokens_that_fit(device: torch.device, bytes_per_token: float) -> int:
