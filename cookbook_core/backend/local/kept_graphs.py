@@ -90,6 +90,6 @@ def digest(data: Sequence[Datum]) -> bytes:
     total = hashlib.sha256()
     for datum in data:
         targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
-        total.update(repr((datum.model_input.to_ints(), targets.shape)).encode())
+        total.update(repr((datum.model_input.keys(), targets.shape)).encode())
         total.update(targets.tobytes())
     return total.digest()
