@@ -85,7 +85,7 @@ def qwen(kind: str, ids: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]
             **{**M_ROPE, "mrope_interleaved": True, "mrope_section": [1, 1, 0]},
             "partial_rotary_factor": 0.5,
         }
-        text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "initializer_range": 0.1}
         text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     pixels = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
     size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
