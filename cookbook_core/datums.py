@@ -7,6 +7,9 @@ A datum predicts token t+1 at position t, so a sequence of T tokens gives N = T 
     target_tokens     t1 t2 ... t(T-1)      tokens[1:]
     weights           w1 w2 ... w(T-1)      weights[1:]; 0 = no loss at that position
 
+An image takes several positions of a sequence. It is never a target: the target at a position whose
+next one is an image's is 0, with a weight of 0.
+
 Everything that belongs to a token (weights, advantages, ref_logprobs) is shifted with it. A shift
 by hand in several places is an old and silent bug of this field; here it is done in one.
 """
@@ -20,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cookbook_core.errors import ConfigError, DatumError, check_choice, raise_all
-from cookbook_core.types import Datum, ModelInput
+from cookbook_core.types import Datum, EncodedTextChunk, ImageChunk, ModelInput
 from cookbook_core.types.tensors import TensorData, to_array
 
 Reduction = Literal["none", "mean"]
@@ -52,12 +55,38 @@ def shift_tokens(tokens: Sequence[int]) -> tuple[list[int], list[int]]:
     >>> shift_tokens([5, 6, 7])
     ([5, 6], [6, 7])
     """
-    ids = ModelInput.from_ints(tokens).to_ints()
-    if len(ids) < 2:
+    model_input, targets = shift_sequence(ModelInput.from_ints(tokens))
+    return model_input.to_ints(), targets
+
+
+def shift_sequence(sequence: ModelInput) -> tuple[ModelInput, list[int]]:
+    """Split a sequence of T positions into the model's input and its targets.
+
+    Returns:
+        The first T - 1 positions, and T - 1 targets: 0 where the next position is an image's.
+    Raises:
+        DatumError: fewer than 2 positions, or an image at the end, which nothing comes after.
+    """
+    if sequence.length < 2:
         rule, fix = "at least 2 tokens", "Leave out empty rows."
         what = "too short to predict anything"
-        raise DatumError("tokens", what, expected=rule, got=len(ids), fix=fix)
-    return ids[:-1], ids[1:]
+        raise DatumError("tokens", what, expected=rule, got=sequence.length, fix=fix)
+    *chunks, last = (chunk for chunk in sequence.chunks if chunk.length)
+    if isinstance(last, ImageChunk):
+        raise DatumError(
+            f"tokens.chunks[{len(sequence.chunks) - 1}]",
+            "the sequence ends with an image, and nothing predicts an image",
+            expected="text as the last chunk",
+            fix="Leave the image out, or add the text that comes after it.",
+        )
+    if last.length > 1:
+        chunks.append(EncodedTextChunk(list(last.tokens)[:-1]))
+    return ModelInput(chunks), sequence.ids()[1:]
+
+
+def as_sequence(tokens: Sequence[int] | ModelInput) -> ModelInput:
+    """Token ids, or a ModelInput as it is."""
+    return tokens if isinstance(tokens, ModelInput) else ModelInput.from_ints(tokens)
 
 
 def shift_values(values: Any) -> np.ndarray:
@@ -70,7 +99,7 @@ def shift_values(values: Any) -> np.ndarray:
 
 
 def datum_from_tokens_weights(
-    tokens: Sequence[int],
+    tokens: Sequence[int] | ModelInput,
     weights: Sequence[float],
     max_length: int | None = None,
     *,
@@ -80,10 +109,11 @@ def datum_from_tokens_weights(
     """Build a datum that predicts each token from those before it.
 
     Args:
-        tokens: T token ids (list, numpy or torch).
+        tokens: T token ids (list, numpy or torch), or a ModelInput of T positions.
         weights: T numbers; `weights[t]` is the loss weight of *token* t (0: no loss). The first
             is dropped, since no position predicts the first token.
-        max_length: keep only the first `max_length` tokens; None keeps all.
+        max_length: keep only the first `max_length` tokens; None keeps all. An image is kept
+            whole or not at all.
         reduction: "none" leaves weights as they are (losses sum over tokens); "mean" divides
             them by their sum, so that the datum's cross-entropy is a mean in nats per token.
         allow_zero_weights: accept a datum in which no token has a weight.
@@ -112,17 +142,18 @@ def datum_from_tokens_weights(
             fix="Leave it out to keep all tokens.",
         )
     check_choice(ConfigError, "reduction", "unknown", reduction, ("none", "mean"))
-    tokens = ModelInput.from_ints(tokens).to_ints()
+    sequence = as_sequence(tokens)
     given = to_array("weights", weights, np.dtype("float64"))
-    if given.shape != (len(tokens),):
+    if given.shape != (sequence.length,):
         raise DatumError(
             "weights",
             "not one per token",
-            expected=f"shape ({len(tokens)},)",
+            expected=f"shape ({sequence.length},)",
             got=given.shape,
             fix="Pass one weight for every token, the first included.",
         )
-    inputs, targets = shift_tokens(tokens[:max_length])
+    kept = sequence if max_length is None else sequence.first(max_length)
+    model_input, targets = shift_sequence(kept)
     shifted = given[1 : len(targets) + 1]
     if not np.isfinite(shifted).all():
         at = int(np.flatnonzero(~np.isfinite(shifted))[0]) + 1
@@ -151,11 +182,11 @@ def datum_from_tokens_weights(
                 fix='Use reduction="none" for weights that cancel.',
             )
         shifted = shifted / shifted.sum()
-    return Datum(ModelInput.from_ints(inputs), {"target_tokens": targets, "weights": shifted})
+    return Datum(model_input, {"target_tokens": targets, "weights": shifted})
 
 
 def datum_from_prompt_completion(
-    prompt_tokens: Sequence[int],
+    prompt_tokens: Sequence[int] | ModelInput,
     completion_tokens: Sequence[int],
     max_length: int | None = None,
     *,
@@ -165,7 +196,7 @@ def datum_from_prompt_completion(
     """Build a datum whose loss is on the completion only.
 
     Args:
-        prompt_tokens: P >= 1 ids, weight 0.
+        prompt_tokens: P >= 1 ids, or a ModelInput of P positions; weight 0.
         completion_tokens: C >= 1 ids, weight 1: the ids that were sampled or rendered, never ids
             of re-encoded text.
         max_length: keep the first `max_length` of the P + C tokens.
@@ -185,10 +216,10 @@ def datum_from_prompt_completion(
     >>> datum.loss_fn_inputs["weights"].tolist(), datum.loss_fn_inputs["advantages"].tolist()
     ([0.0, 1.0, 1.0], [0.0, 1.0, 2.0])
     """
-    prompt = ModelInput.from_ints(prompt_tokens).to_ints()
+    prompt = as_sequence(prompt_tokens)
     completion = ModelInput.from_ints(completion_tokens).to_ints()
-    if not prompt or not completion:
-        name = "completion_tokens" if prompt else "prompt_tokens"
+    if not prompt.length or not completion:
+        name = "completion_tokens" if prompt.length else "prompt_tokens"
         raise DatumError(
             name, "empty", expected="at least one token", got=0, fix="Leave out such rows."
         )
@@ -211,10 +242,10 @@ def datum_from_turns(
     """Build a datum of several answers, whose loss is on the answers only.
 
     Args:
-        turns: S >= 1 pairs of token ids, in order: what the model was given since its last answer
-            (for the first the prompt, then what `chat.reply_tokens` returns; weight 0), and its
-            answer (weight 1): the ids that were sampled, never ids of re-encoded text. Only the
-            prompt must have a token.
+        turns: S >= 1 pairs, in order: what the model was given since its last answer (for the
+            first the prompt, then what `chat.reply_tokens` returns; token ids, or a ModelInput;
+            weight 0), and its answer (weight 1): the ids that were sampled, never ids of
+            re-encoded text. Only the prompt must have a token.
         max_length: keep the first `max_length` of all tokens.
         score_prompt: False adds "score_mask", 1 on the answers, as in
             `datum_from_prompt_completion`.
@@ -234,12 +265,14 @@ def datum_from_turns(
     >>> datum.loss_fn_inputs["weights"].tolist(), datum.loss_fn_inputs["advantages"].tolist()
     ([0.0, 1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 2.0, 3.0])
     """
-    parts = [tuple(ModelInput.from_ints(ids).to_ints() for ids in turn) for turn in turns]
-    for i, part in enumerate(parts):
-        if len(part) != 2:
-            rule, got = "a pair (given, answer) of token ids", f"{len(part)} parts"
+    for i, turn in enumerate(turns):
+        if len(turn) != 2:
+            rule, got = "a pair (given, answer) of token ids", f"{len(turn)} parts"
             raise DatumError(f"turns[{i}]", "not a turn", expected=rule, got=got)
-    if not parts or not parts[0][0]:
+    parts = [
+        (as_sequence(given), ModelInput.from_ints(answer).to_ints()) for given, answer in turns
+    ]
+    if not parts or not parts[0][0].length:
         fix = "Begin with the prompt's tokens."
         raise DatumError("turns", "no prompt", expected="at least one token", got=0, fix=fix)
     rows: dict[str, Any] = {}
@@ -269,12 +302,18 @@ def _not_per_token(key: str, of: str, length: int, shape: tuple[int, ...]) -> Da
 
 
 def _datum_of_turns(
-    turns: Sequence[Any], max_length: int | None, score_prompt: bool, rows: dict[str, Any]
+    turns: Sequence[tuple[ModelInput, list[int]]],
+    max_length: int | None,
+    score_prompt: bool,
+    rows: dict[str, Any],
 ) -> Datum:
     """Join the turns' tokens; `rows` has an array `()` or `(C_s,)` for each answer."""
-    tokens = [token for given, answer in turns for token in (*given, *answer)]
-    on = [x for given, answer in turns for x in (*[False] * len(given), *[True] * len(answer))]
-    datum = datum_from_tokens_weights(tokens, [float(x) for x in on], max_length)
+    chunks = [c for given, answer in turns for c in (*given.chunks, EncodedTextChunk(answer))]
+    sequence = ModelInput(chunks)
+    if not sequence.images:
+        sequence = ModelInput.from_ints(sequence.to_ints())
+    on = [x for given, answer in turns for x in (*[False] * given.length, *[True] * len(answer))]
+    datum = datum_from_tokens_weights(sequence, [float(x) for x in on], max_length)
     extra: dict[str, Any] = {} if score_prompt else {SCORE_MASK: on}
     for key, arrays in rows.items():
         extra[key] = np.zeros(len(on), dtype=np.float32)
@@ -385,6 +424,10 @@ def _datum_problems(
         fix = "Build datums with datum_from_prompt_completion()."
         yield DatumError(where, "wrong type", expected="Datum", got=type(datum).__name__, fix=fix)
         return
+    missing = missing_lengths(f"{where}.model_input", datum.model_input)
+    if missing:
+        yield from missing
+        return
     n = datum.model_input.length
     if n == 0:
         fix = "Leave out empty rows."
@@ -400,7 +443,8 @@ def _datum_problems(
             got=n,
             fix="Truncate with max_length when building the datum.",
         )
-    yield from input_problems(f"{where}.model_input", datum.model_input.to_ints(), vocab_size)
+        yield from _large_images(f"{where}.model_input", datum.model_input, max_context_length)
+    yield from input_problems(f"{where}.model_input", datum.model_input.ids(), vocab_size)
     for key in (input_key(datum, needed) for needed in needs):
         if key not in datum.loss_fn_inputs:
             yield missing_input(where, datum, key)
@@ -494,6 +538,44 @@ def _weight_problems(where: str, datum: Datum, targets: TensorData) -> Iterator[
         yield DatumError(
             f"{field}{at}", "not finite", expected="a finite number", got=got, fix=_FINITE
         )
+    if datum.model_input.images:
+        before_image = np.array(datum.model_input.keys()[1:]) < 0
+        for at in np.argwhere(values[:-1][before_image] != 0)[:1].tolist():
+            at[0] = int(np.flatnonzero(before_image)[at[0]])
+            yield DatumError(
+                f"{field}{at}",
+                "a weight at a position whose next one is an image's",
+                expected="0, since an image is not predicted",
+                got=values[tuple(at)],
+                fix=_BUILD,
+            )
+
+
+def _large_images(field: str, model_input: ModelInput, most: int) -> Iterator[DatumError]:
+    for j, chunk in enumerate(model_input.chunks):
+        if isinstance(chunk, ImageChunk) and chunk.length > most:
+            yield DatumError(
+                f"{field}.chunks[{j}]",
+                "an image that alone is longer than the model's context",
+                expected=f"<= {most} positions",
+                got=chunk.length,
+                fix="Resize it, and count again.",
+            )
+
+
+def missing_lengths(field: str, model_input: ModelInput) -> list[DatumError]:
+    """Report each image whose number of positions is not known."""
+    return [
+        DatumError(
+            f"{field}.chunks[{j}].expected_tokens",
+            "missing, so the length is not known",
+            expected="the number of positions that the image takes",
+            got=None,
+            fix="Make the chunk with the model's ImageReader, which counts them.",
+        )
+        for j, chunk in enumerate(model_input.chunks)
+        if isinstance(chunk, ImageChunk) and chunk.expected_tokens is None
+    ]
 
 
 def input_problems(field: str, ids: list[int], vocab_size: int | None) -> list[DatumError]:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cookbook_core.datums import SCORE_MASK
+from cookbook_core.datums import SCORE_MASK, as_sequence
 from cookbook_core.errors import ConfigError, DataError, DatumError, check_text, is_finite
 from cookbook_core.types import Datum, ModelInput
 
@@ -69,12 +69,12 @@ def single_tokens(tokenizer: Any, labels: Sequence[str]) -> list[int]:
 
 
 def datum_from_token_set(
-    tokens: Sequence[int], token_ids: Sequence[int], **loss_fn_inputs: Any
+    tokens: Sequence[int] | ModelInput, token_ids: Sequence[int], **loss_fn_inputs: Any
 ) -> Datum:
     """Build a datum that scores K candidates for the token after `tokens`.
 
     Args:
-        tokens: N >= 1 ids, the prompt.
+        tokens: the prompt, N >= 1 ids, or a ModelInput of N positions.
         token_ids: K >= 2 candidate ids.
         loss_fn_inputs: more arrays for the loss, of any shape.
     Returns:
@@ -87,8 +87,8 @@ def datum_from_token_set(
     >>> datum.loss_fn_inputs["target_tokens"].tolist(), datum.loss_fn_inputs["weights"].tolist()
     ([[8, 9], [8, 9]], [0.0, 1.0])
     """
-    tokens, ids = (ModelInput.from_ints(x).to_ints() for x in (tokens, token_ids))
-    n = len(tokens)
+    prompt, ids = as_sequence(tokens), ModelInput.from_ints(token_ids).to_ints()
+    n = prompt.length
     if n == 0 or len(ids) < 2:
         raise DatumError(
             "datum_from_token_set",
@@ -99,7 +99,7 @@ def datum_from_token_set(
         )
     weights = [0.0] * (n - 1) + [1.0]
     inputs = {"target_tokens": [ids] * n, "weights": weights, SCORE_MASK: weights, **loss_fn_inputs}
-    return Datum(ModelInput.from_ints(tokens), inputs)
+    return Datum(prompt, inputs)
 
 
 def label_distribution(

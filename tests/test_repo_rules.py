@@ -37,7 +37,7 @@ LAYERS = (
     "errors",
     "storage",
     "types",
-    "datums alignment custom_loss token_set builtin_losses regularise",
+    "datums alignment custom_loss token_set builtin_losses regularise images",
     "data chat",
     "backend",
     "tinker",

@@ -9,9 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from cookbook_core.datums import LEAST_TEMPERATURE, check_data, input_problems, shift_tokens
+from cookbook_core.datums import (
+    LEAST_TEMPERATURE,
+    check_data,
+    input_problems,
+    missing_lengths,
+    shift_sequence,
+)
 from cookbook_core.errors import ConfigError, DatumError, is_finite, raise_all
-from cookbook_core.types import Datum, ModelData, ModelInput, SamplingParams
+from cookbook_core.types import Datum, ImageChunk, ModelData, ModelInput, SamplingParams
 
 MOST_SAMPLES = 65_536
 """Completions of one prompt in one request: each needs a row of state in memory."""
@@ -19,26 +25,39 @@ MOST_SAMPLES = 65_536
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One prompt, the number of its completions, and which logprobs of the prompt to report."""
+    """One prompt, the number of its completions, and which logprobs of the prompt to report.
+
+    prompt: token ids; with images, the keys of its positions (see `ModelInput.keys`).
+    model_input: the prompt, if it has images.
+    """
 
     prompt: list[int]
     num_samples: int
     params: SamplingParams
     include_prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    model_input: ModelInput | None = None
 
 
-def check_prompt(prompt: object, where: str) -> list[int]:
-    """The token ids of a prompt.
+def check_prompt(prompt: object, where: str) -> ModelInput:
+    """The prompt, as a ModelInput with text at its end.
 
     Raises:
-        DatumError: not a ModelInput.
+        DatumError: not a ModelInput, an image without its number of positions, or one at the end.
     """
     if not isinstance(prompt, ModelInput):
         got = f"{type(prompt).__name__} {prompt!r:.80}"
         fix = "Wrap token ids with ModelInput.from_ints()."
         raise DatumError(f"{where}.prompt", "wrong type", expected="ModelInput", got=got, fix=fix)
-    return prompt.to_ints()
+    raise_all(missing_lengths(f"{where}.prompt", prompt))
+    if prompt.chunks and isinstance(prompt.chunks[-1], ImageChunk):
+        raise DatumError(
+            f"{where}.prompt.chunks[{len(prompt.chunks) - 1}]",
+            "the prompt ends with an image",
+            expected="text as the last chunk",
+            fix="Add what comes before the completion, such as the generation prompt.",
+        )
+    return prompt
 
 
 def sampling_request(
@@ -57,8 +76,15 @@ def sampling_request(
     Raises:
         DatumError, ConfigError: as for `check_prompt` and `check_request`.
     """
-    ids = check_prompt(prompt, "sample")
-    request = SampleRequest(ids, num_samples, params, include_prompt_logprobs, topk_prompt_logprobs)
+    checked = check_prompt(prompt, "sample")
+    request = SampleRequest(
+        checked.keys(),
+        num_samples,
+        params,
+        include_prompt_logprobs,
+        topk_prompt_logprobs,
+        checked if checked.images else None,
+    )
     check_request(request, vocab_size=model.vocab_size, max_context_length=model.max_context_length)
     return request
 
@@ -69,8 +95,8 @@ def prompt_datum(model: ModelData, prompt: object) -> Datum:
     Raises:
         DatumError: not a ModelInput, fewer than 2 tokens, or tokens that do not fit the model.
     """
-    inputs, targets = shift_tokens(check_prompt(prompt, "compute_logprobs"))
-    datum = Datum(ModelInput.from_ints(inputs), {"target_tokens": targets})
+    model_input, targets = shift_sequence(check_prompt(prompt, "compute_logprobs"))
+    datum = Datum(model_input, {"target_tokens": targets})
     check_data([datum], vocab_size=model.vocab_size, max_context_length=model.max_context_length)
     return datum
 
@@ -98,7 +124,15 @@ def check_request(
     if not prompt:
         fix = "Start it with the model's first token (bos) or a chat template."
         raise DatumError(f"{where}.prompt", "is empty", expected="at least 1 token", fix=fix)
-    raise_all(input_problems(f"{where}.prompt", prompt, vocab_size))
+    ids = prompt if request.model_input is None else request.model_input.ids()
+    raise_all(input_problems(f"{where}.prompt", ids, vocab_size))
+    if request.model_input and (request.include_prompt_logprobs or request.topk_prompt_logprobs):
+        raise ConfigError(
+            f"{where}.include_prompt_logprobs",
+            "not supported for a prompt with images",
+            expected="no logprobs of the prompt",
+            fix="Call compute_logprobs() for them.",
+        )
     if not isinstance(params, SamplingParams):
         got = f"{type(params).__name__} {params!r:.80}"
         raise ConfigError(

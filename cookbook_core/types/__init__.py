@@ -12,6 +12,7 @@ from cookbook_core.types.datum import (
 )
 from cookbook_core.types.model_input import (
     EncodedTextChunk,
+    ImageChunk,
     ModelInput,
     ModelInputChunk,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "ForwardBackwardOutput",
     "GetInfoResponse",
     "GetServerCapabilitiesResponse",
+    "ImageChunk",
     "LoadWeightsResponse",
     "LoraConfig",
     "LossFnInputs",

@@ -1,9 +1,12 @@
-"""ModelInput: what the model reads, as chunks of token ids."""
+"""ModelInput: what the model reads, as chunks of token ids and images."""
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -35,23 +38,78 @@ class EncodedTextChunk:
         return len(self.tokens)
 
 
-ModelInputChunk: TypeAlias = EncodedTextChunk
+@dataclass(frozen=True)
+class ImageChunk:
+    """One image, as the bytes of a PNG or JPEG file.
+
+    Args:
+        data: the file; a str is base64.
+        format: "png" or "jpeg".
+        expected_tokens: the number of positions that it takes. A model that makes another number
+            of them refuses the datum.
+
+    Raises:
+        DatumError: no bytes, another format, or a number of tokens that is not positive.
+    """
+
+    data: bytes = field(repr=False)
+    format: Literal["png", "jpeg"]
+    expected_tokens: int | None = None
+    type: Literal["image"] = "image"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", base64.b64decode(self.data))
+        given = isinstance(self.data, bytes) and bool(self.data)
+        require_type(given, "ImageChunk.data", "the bytes of a PNG or JPEG file", self.data)
+        known = self.format in ("png", "jpeg")
+        require_type(known, "ImageChunk.format", '"png" or "jpeg"', self.format)
+        count = self.expected_tokens
+        counted = count is None or (isinstance(count, (int, np.integer)) and count > 0)
+        require_type(counted, "ImageChunk.expected_tokens", "an integer >= 1, or None", count)
+
+    @property
+    def length(self) -> int:
+        """Number of positions.
+
+        Raises:
+            DatumError: expected_tokens is None.
+        """
+        if self.expected_tokens is None:
+            raise DatumError(
+                "ImageChunk.expected_tokens",
+                "missing, so the length is not known",
+                expected="the number of positions that the image takes",
+                fix="Make the chunk with the model's ImageReader, which counts them.",
+            )
+        return int(self.expected_tokens)
+
+    @functools.cached_property
+    def key(self) -> int:
+        """61 bits of the SHA-256 of the file: equal for equal images."""
+        return int.from_bytes(hashlib.sha256(self.data).digest()[:8], "big") >> 3
+
+
+ModelInputChunk: TypeAlias = EncodedTextChunk | ImageChunk
 
 
 @dataclass(frozen=True)
 class ModelInput:
-    """What the model reads: chunks of token ids, in order. `from_ints` builds it from a list.
+    """What the model reads: chunks of token ids and images, in order.
+
+    `from_ints` builds it from a list. An image takes as many positions as it has expected_tokens.
 
     Raises:
-        DatumError: chunks that are not a list of EncodedTextChunk (the SDK's own are converted).
+        DatumError: chunks that are not a list of EncodedTextChunk and ImageChunk (the SDK's own are
+            converted).
     """
 
     chunks: Sequence[ModelInputChunk]
 
     def __post_init__(self) -> None:
-        rule, listed = "a list of EncodedTextChunk", isinstance(self.chunks, (list, tuple))
+        rule, listed = "a list of chunks", isinstance(self.chunks, (list, tuple))
         require_type(listed, "ModelInput.chunks", rule, self.chunks)
-        if not all(isinstance(chunk, EncodedTextChunk) for chunk in self.chunks):
+        if not all(isinstance(chunk, (EncodedTextChunk, ImageChunk)) for chunk in self.chunks):
             object.__setattr__(self, "chunks", _own_chunks(self.chunks))
 
     @classmethod
@@ -73,12 +131,66 @@ class ModelInput:
         return cls(chunks=[EncodedTextChunk(tokens=ids.tolist())])
 
     def to_ints(self) -> list[int]:
-        """All token ids, in order."""
-        return [token for chunk in self.chunks for token in chunk.tokens]
+        """All token ids, in order.
+
+        Raises:
+            DatumError: there is an image.
+        """
+        for i, chunk in enumerate(self.chunks):
+            text = isinstance(chunk, EncodedTextChunk)
+            require_type(text, f"ModelInput.chunks[{i}]", "text only", chunk)
+        return self.ids()
+
+    @property
+    def images(self) -> list[ImageChunk]:
+        """Its images, in order."""
+        return [chunk for chunk in self.chunks if isinstance(chunk, ImageChunk)]
+
+    def ids(self, image: int = 0) -> list[int]:
+        """One id per position: of text the token ids, at all positions of images `image`."""
+        return [
+            token
+            for chunk in self.chunks
+            for token in ([image] * chunk.length if isinstance(chunk, ImageChunk) else chunk.tokens)
+        ]
+
+    def keys(self) -> list[int]:
+        """One integer per position, with which inputs can be compared as lists of token ids can.
+
+        Of text the token ids. Of an image negative numbers made from its key: an odd one at its
+        first position, the same even one at the others, so that two equal images in a row stay two.
+        """
+        keys: list[int] = []
+        for chunk in self.chunks:
+            if isinstance(chunk, ImageChunk):
+                first = -2 * chunk.key - 1
+                keys += [first, *[first - 1] * (chunk.length - 1)]
+            else:
+                keys += chunk.tokens
+        return keys
+
+    def first(self, length: int) -> ModelInput:
+        """Return the first `length` positions, without an image that does not fit whole.
+
+        An image before the cut is left out too: nothing comes after it that could be predicted.
+        """
+        chunks: list[ModelInputChunk] = []
+        for chunk in self.chunks:
+            if chunk.length > length:
+                if isinstance(chunk, EncodedTextChunk) and length:
+                    chunks.append(EncodedTextChunk(list(chunk.tokens)[:length]))
+                break
+            chunks.append(chunk)
+            length -= chunk.length
+        else:
+            return self
+        while chunks and isinstance(chunks[-1], ImageChunk):
+            chunks.pop()
+        return ModelInput(chunks)
 
     @property
     def length(self) -> int:
-        """Number of tokens."""
+        """Number of positions."""
         return sum(chunk.length for chunk in self.chunks)
 
     @classmethod
@@ -99,20 +211,25 @@ def own_input(value: Any) -> Any:
     """Convert the SDK's ModelInput, recognised by its list of chunks; return other values as is.
 
     Raises:
-        DatumError: a chunk that is not text.
+        DatumError: a chunk that is neither text nor an image.
     """
     if isinstance(value, ModelInput) or not isinstance(getattr(value, "chunks", None), list):
         return value
     return ModelInput(value.chunks)
 
 
-def _own_chunks(chunks: Sequence[Any]) -> list[EncodedTextChunk]:
+def _own_chunks(chunks: Sequence[Any]) -> list[ModelInputChunk]:
     """Convert the SDK's chunks, recognised by their type tag."""
+    own: list[ModelInputChunk] = []
     for i, chunk in enumerate(chunks):
-        text = getattr(chunk, "type", None) == "encoded_text" and hasattr(chunk, "tokens")
-        rule = "EncodedTextChunk (text only)"
-        require_type(text, f"ModelInput.chunks[{i}]", rule, chunk)
-    return [EncodedTextChunk(chunk.tokens) for chunk in chunks]
+        kind = getattr(chunk, "type", None)
+        if kind == "image" and hasattr(chunk, "data"):
+            own.append(ImageChunk(chunk.data, chunk.format, chunk.expected_tokens))
+            continue
+        text = kind == "encoded_text" and hasattr(chunk, "tokens")
+        require_type(text, f"ModelInput.chunks[{i}]", "EncodedTextChunk or ImageChunk", chunk)
+        own.append(EncodedTextChunk(chunk.tokens))
+    return own
 
 
 def require_type(good: bool, where: str, rule: str, value: object) -> None:

@@ -326,6 +326,7 @@ class LocalSampler:
         """Queued; decoded together with requests of this snapshot that are waiting by then."""
         wanted = include_prompt_logprobs, topk_prompt_logprobs
         request = sampling_request(self.model_data, prompt, num_samples, params, *wanted)
+        self._engine.check_prompt(prompt, "sample")
         sample = partial(self._engine.sample, self._adapter)
         return self._worker.submit_grouped("sample", sample, request, ("sample", id(self)))
 
@@ -341,6 +342,7 @@ class LocalSampler:
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
         """log p of each prompt token given those before it, through the training's scoring path."""
         datum = prompt_datum(self.model_data, prompt)
+        self._engine.check_prompt(prompt, "compute_logprobs")
         score = partial(self._engine.compute_logprobs, self._adapter)
         group = "compute_logprobs", id(self)
         return self._worker.submit_grouped("compute_logprobs", score, datum, group)

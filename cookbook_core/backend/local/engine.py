@@ -21,9 +21,11 @@ import torch
 from cookbook_core.backend.local.model.adapters import Adapter, AdapterBank
 from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.backend.local.model.memory import is_out_of_memory, total_bytes
+from cookbook_core.backend.local.model.vision import missing_support
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.sampler import sample_batch
 from cookbook_core.backend.local.scoring.backward import BatchScores, ScoredBatch, views_of
+from cookbook_core.backend.local.scoring.image_check import check_images, no_images
 from cookbook_core.backend.local.scoring.loss_operands import OperandsFollow
 from cookbook_core.backend.local.scoring.memory_limits import MemoryLimits
 from cookbook_core.backend.local.scoring.scorer import Scorer
@@ -37,7 +39,14 @@ from cookbook_core.custom_loss import (
     merge_metrics,
 )
 from cookbook_core.errors import LossError, RequestError
-from cookbook_core.types import Datum, ForwardBackwardOutput, SampleResponse, TensorData
+from cookbook_core.types import (
+    Datum,
+    ForwardBackwardOutput,
+    ImageChunk,
+    ModelInput,
+    SampleResponse,
+    TensorData,
+)
 
 MERGE_FROM = 16
 """Completion tokens from which merging the adapter costs less than it saves (a pass or two)."""
@@ -50,7 +59,7 @@ class Engine:
 
     def __init__(self, base: BaseModel, gradient_checkpointing: str = "auto") -> None:
         self.base = base
-        self.scorer = Scorer(base.model, base.device)
+        self.scorer = Scorer(base.model, base.device, base.image_reader)
         self.bank = AdapterBank(base)
         self.limits = MemoryLimits(base, self.scorer, gradient_checkpointing)
         self.budget = CacheBudget.of(base)
@@ -72,10 +81,11 @@ class Engine:
             loss_type_input: what the loss takes.
             kept: the scores of the same tokens under unchanged weights, from `forward_with_graph`.
         """
+        check_images(self.scorer, data, adapter.slot.params)
         if kept is None:
             scoring = self.score_with_graph(adapter, data, loss_type_input)
         else:
-            scoring = self._scored_before(adapter, kept)
+            scoring = self._scored_before(adapter, data, kept)
         with scoring as scored:
             with self._in_loss(data, scored):
                 result = differentiate(
@@ -138,7 +148,7 @@ class Engine:
             datum_indices: each datum's index in the caller's batch, for errors; None: 0 to D-1.
         """
         # the attention stays switched until the backward, which may compute layers again
-        packed = self.scorer.attention(packed=self.scorer.packs)
+        packed = self.scorer.attention(packed=self.scorer.packs_all(data))
         with self.bank.active(adapter) as params, packed:
             yield ScoredBatch(
                 self.scorer, self.limits, data, params, loss_type_input, datum_indices
@@ -152,15 +162,18 @@ class Engine:
         loss_type_input: LossTypeInput = "logprobs",
     ) -> ForwardBackwardOutput:
         """Logprobs and the value of `loss_fn`, without a gradient."""
+        check_images(self.scorer, data, adapter.slot.params)
         if loss_type_input == "vocab_logprobs":
             return self._forward_vocabulary(adapter, data, loss_fn)
         logprobs = self.score(adapter, data)
         return _output(logprobs, evaluate(loss_fn, data, logprobs), {})
 
     @contextmanager
-    def _scored_before(self, adapter: Adapter, kept: BatchScores) -> Iterator[BatchScores]:
+    def _scored_before(
+        self, adapter: Adapter, data: Sequence[Datum], kept: BatchScores
+    ) -> Iterator[BatchScores]:
         """The state in which `kept` was scored: the graph reads the parameters in its backward."""
-        packed = self.scorer.attention(packed=self.scorer.packs)
+        packed = self.scorer.attention(packed=self.scorer.packs_all(data))
         with self.bank.active(adapter, unchanged=True), packed:
             yield kept
 
@@ -168,6 +181,7 @@ class Engine:
         self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn
     ) -> tuple[ForwardBackwardOutput, BatchScores]:
         """`forward`, and the scores with their graph for `forward_backward(kept=...)`."""
+        check_images(self.scorer, data, adapter.slot.params)
         with self.score_with_graph(adapter, data) as scored:
             result = evaluate(loss_fn, data, scored.logprobs)
         return _output(scored.logprobs, result, {}), scored
@@ -214,13 +228,39 @@ class Engine:
     def compute_logprobs(
         self, adapter: Adapter | None, data: Sequence[Datum]
     ) -> list[list[float | None]]:
-        """log p of each prompt token, None at position 0, of prompts that are scored together."""
-        return [[None, *lp.tolist()] for lp in self.score(adapter, data)]
+        """log p of each prompt token, of prompts that are scored together.
+
+        None at position 0 and at positions of images, which are not predicted.
+        """
+        check_images(self.scorer, data, adapter.slot.params if adapter else {}, "prompts")
+        return [
+            [None, *_of_text(datum, lp.tolist())]
+            for datum, lp in zip(data, self.score(adapter, data), strict=True)
+        ]
+
+    def check_prompt(self, prompt: ModelInput, where: str) -> None:
+        """Check a prompt's images, by any thread: it is then computed together with others.
+
+        Raises:
+            DatumError: the model reads no images, or one is broken or has another length.
+            ModelError: the model's processor cannot be loaded.
+        """
+        for j, chunk in enumerate(prompt.chunks):
+            if isinstance(chunk, ImageChunk):
+                spot = f"{where}.prompt.chunks[{j}]"
+                if problem := missing_support(self.base.model):
+                    raise no_images(spot, problem)
+                self.base.image_reader().check(chunk, spot)
 
     def sample(
         self, adapter: Adapter | None, requests: Sequence[SampleRequest]
     ) -> list[SampleResponse]:
         """Completions of all requests, decoded together."""
+        tower = None
+        if prompts := [Datum(r.model_input) for r in requests if r.model_input is not None]:
+            params = adapter.slot.params if adapter else {}
+            check_images(self.scorer, prompts, params, "prompts")
+            tower = self.scorer.tower()
         tokenizer = None
         if any(r.params.stop is None or _has_text(r.params.stop) for r in requests):
             tokenizer = self.base.tokenizer()
@@ -228,7 +268,12 @@ class Engine:
         merged = self.merged(adapter) if longest >= MERGE_FROM else contextlib.nullcontext()
         with self.bank.active(adapter), torch.no_grad(), merged:
             return sample_batch(
-                self.base.model, tokenizer, requests, budget=self.budget, head=self.scorer.head
+                self.base.model,
+                tokenizer,
+                requests,
+                budget=self.budget,
+                head=self.scorer.head,
+                tower=tower,
             )
 
     def merged(self, adapter: Adapter | None) -> AbstractContextManager[None]:
@@ -263,6 +308,14 @@ def _sum(grads: Sequence[torch.Tensor], more: Sequence[torch.Tensor | None]) -> 
     """Add the gradient through the logprobs and the loss's direct gradient (param_grads)."""
     extra = more or [None] * len(grads)
     return [g if e is None else g + e for g, e in zip(grads, extra, strict=True)]
+
+
+def _of_text(datum: Datum, logprobs: list[float]) -> list[float | None]:
+    """The logprobs `(N,)` of a prompt's targets, None where the target is an image's position."""
+    if not datum.model_input.images:
+        return [*logprobs]
+    text = [key >= 0 for key in datum.model_input.keys()[1:]] + [True]
+    return [lp if on else None for lp, on in zip(logprobs, text, strict=True)]
 
 
 def _has_text(stop: Any) -> bool:

@@ -91,7 +91,7 @@ def digest(data: Sequence[Datum]) -> bytes:
     total = hashlib.sha256()
     for datum in data:
         targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
-        scored = datum.model_input.to_ints(), targets.shape, temperature_of(datum)
+        scored = datum.model_input.keys(), targets.shape, temperature_of(datum)
         total.update(repr(scored).encode())
         total.update(targets.tobytes())
     return total.digest()

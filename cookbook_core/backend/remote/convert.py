@@ -23,7 +23,9 @@ from cookbook_core.types import (
     AdamParams,
     Datum,
     ForwardBackwardOutput,
+    ImageChunk,
     ModelInput,
+    ModelInputChunk,
     OptimStepResponse,
     SampledSequence,
     SampleResponse,
@@ -131,8 +133,17 @@ def _tensor_out(types: Any, tensor: TensorData) -> Any:
 
 
 def prompt_out(types: Any, prompt: ModelInput) -> Any:
-    """The SDK's ModelInput with the same token ids."""
-    return types.ModelInput.from_ints([int(token) for token in prompt.to_ints()])
+    """The SDK's ModelInput with the same token ids and images."""
+    if not prompt.images:
+        return types.ModelInput.from_ints([int(token) for token in prompt.to_ints()])
+    return types.ModelInput(chunks=[_chunk_out(types, chunk) for chunk in prompt.chunks])
+
+
+def _chunk_out(types: Any, chunk: ModelInputChunk) -> Any:
+    if isinstance(chunk, ImageChunk):
+        count = None if chunk.expected_tokens is None else int(chunk.expected_tokens)
+        return types.ImageChunk(data=chunk.data, format=chunk.format, expected_tokens=count)
+    return types.EncodedTextChunk(tokens=[int(token) for token in chunk.tokens])
 
 
 def adam_out(types: Any, params: AdamParams) -> Any:

@@ -23,6 +23,7 @@ from cookbook_core.backend.local.model.flat_adapter import Adapter, Slot
 from cookbook_core.backend.local.model.fused_lora import fuse
 from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.backend.local.model.quantization import is_quantized, shape_of
+from cookbook_core.backend.local.model.vision import language_model
 from cookbook_core.errors import ConfigError, ModelError
 from cookbook_core.types import LoraConfig
 
@@ -212,8 +213,7 @@ class AdapterBank:
         model = self.base.model
         unembed = model.get_output_embeddings()
         unembed = getattr(unembed, "base_layer", unembed)
-        composite = model.config.get_text_config() is not model.config
-        language = set((model.get_decoder() if composite else model).modules())
+        language = set(language_model(model).modules())
         wanted, others = set[str](), set[str]()
         for path, module in model.named_modules():
             if not isinstance(module, (torch.nn.Linear, Conv1D)) or ".lora_" in path:

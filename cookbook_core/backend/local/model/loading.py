@@ -14,6 +14,7 @@ import torch
 
 from cookbook_core.backend.local.model import cuda, fused_cuda, fused_norm, quantization
 from cookbook_core.errors import ConfigError, ModelError, check_choice
+from cookbook_core.images import ImageReader, load_processor
 from cookbook_core.storage.hub import asking_hub
 from cookbook_core.storage.paths import asset_path, usable_path
 from cookbook_core.types import ModelData
@@ -48,6 +49,7 @@ class BaseModel:
     fused: dict[str, str] = field(default_factory=dict)
     quantized: str = ""
     _tokenizer: Any = field(default=None, repr=False)
+    _image_reader: ImageReader | None = field(default=None, repr=False)
     _identity: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
@@ -112,6 +114,17 @@ class BaseModel:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.path)
         return self._tokenizer
+
+    def image_reader(self) -> ImageReader:
+        """The reader of the model's images.
+
+        Raises:
+            ModelError: the model's processor cannot be loaded.
+        """
+        if self._image_reader is None:
+            with _hub_access(self.path):
+                self._image_reader = ImageReader(load_processor(self.path))
+        return self._image_reader
 
 
 def resolve_model(name: str) -> str:
@@ -201,6 +214,8 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> BaseModel:
     """Load a causal LM from a folder, the Hub, or the package ("tiny"), frozen, in eval mode.
 
+    A model with a vision tower is loaded with it.
+
     On CUDA each tensor goes to the device as it is read, so host memory never holds the model; see
     `cuda.prepare` for what is set there. dtype="nf4" quantizes the linear layers as they are read;
     a folder that is quantized already is loaded as it is.
@@ -210,7 +225,6 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
         ConfigError: the device or dtype is unknown or not usable here.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     path = resolve_model(name)
     chosen_device = choose_device(device)
@@ -221,7 +235,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     straight |= quantization.loading_options(saved, dtype, chosen_device, chosen_dtype)
     try:
         with _quiet_loading(), _hub_access(path, "folder"):
-            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype, **straight)
+            model: Any = _auto_class(path).from_pretrained(path, dtype=chosen_dtype, **straight)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -260,6 +274,18 @@ def _saved_quantization(path: str) -> Any:
     with _hub_access(path), suppress(OSError, ValueError, KeyError):
         return getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
     return None
+
+
+def _auto_class(path: str) -> Any:
+    """The class of transformers that loads a model with all the parts that its folder has."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    config = AutoConfig.from_pretrained(path)
+    sees = getattr(config, "vision_config", None) is not None
+    if sees and config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 @contextmanager

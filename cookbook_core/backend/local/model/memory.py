@@ -21,6 +21,8 @@ MICRO_BATCH_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
 MICRO_BATCH_SHARE = 0.4
 """The share of total memory, less the weights, for the whole graph of one micro-batch. Less than
 SHARE, so that the graph fits on a device that nobody else uses."""
+FEATURE_BYTES, FEATURE_SHARE = 1 << 30, 0.05
+"""Most bytes of image features that are kept, and the most of total memory."""
 LEAST_MICRO_BATCH = 2048
 """Where the graph of so many tokens does not fit, layers are recomputed instead."""
 NF4_BLOCK, NF4_BLOCKS = 64, 256
@@ -99,6 +101,16 @@ def attention_shape(config: Any) -> tuple[int, int, int]:
     return heads, keys, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
+def feature_bytes(model: Any, device: torch.device) -> int:
+    """Most bytes of image features that are kept; 0 for a model without a vision tower.
+
+    A function of total memory, as `micro_batch_tokens`.
+    """
+    if getattr(model.config, "vision_config", None) is None:
+        return 0
+    return min(FEATURE_BYTES, int(FEATURE_SHARE * total_bytes(device)))
+
+
 def weight_bytes(model: Any) -> int:
     """Bytes of a model's parameters."""
     return sum(stored_bytes(p) for p in model.parameters())
@@ -144,7 +156,8 @@ def micro_batch_tokens(model: Any, device: torch.device) -> int:
     on it in their last bits. In steps of 1,024, so that cards of one kind agree.
     """
     most = MICRO_BATCH_TOKENS.get(device.type, MICRO_BATCH_TOKENS["mps"])
-    room = MICRO_BATCH_SHARE * (total_bytes(device) - weight_bytes(model))
+    taken = weight_bytes(model) + feature_bytes(model, device)
+    room = MICRO_BATCH_SHARE * (total_bytes(device) - taken)
     fits = int(room / estimate_graph_bytes(model).whole) // 1024 * 1024
     return min(most, max(LEAST_MICRO_BATCH, fits))
 

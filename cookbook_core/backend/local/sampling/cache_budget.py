@@ -16,6 +16,7 @@ import torch
 from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.backend.local.model.memory import (
     attention_shape,
+    feature_bytes,
     free_bytes,
     total_bytes,
     weight_bytes,
@@ -52,7 +53,8 @@ class CacheBudget:
         """The budget of a model, without adapters, on its device."""
         config = base.model.config.get_text_config(decoder=True)
         slot = slot_bytes(config, base.model.dtype)
-        room = total_bytes(base.device) - weight_bytes(base.model)
+        taken = weight_bytes(base.model) + feature_bytes(base.model, base.device)
+        room = total_bytes(base.device) - taken
         tokens = max(1, int(SHARE * room) // slot)
         if base.device.type == "cpu":
             tokens = min(tokens, CPU_TOKENS)

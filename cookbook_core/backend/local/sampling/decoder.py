@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from cookbook_core.backend.local.model.vision import VisionTower
 from cookbook_core.backend.local.sampling.draw import score
 from cookbook_core.backend.local.sampling.kv_cache import RowCache, move_indices
 from cookbook_core.backend.local.scoring.target_logprobs import Head
 from cookbook_core.errors import ModelError
+from cookbook_core.types import ModelInput
 
 OPEN_ENDED = 1024  # tokens assumed for max_tokens=None when rows are batched
 _PREFILL_TOKENS = 8192  # most prompt tokens in one forward
@@ -29,9 +32,14 @@ _SCORE_ELEMENTS = 2**25  # most logits alive while prompts are scored
 
 @dataclass
 class Prompt:
-    """A distinct prompt: its ids and, after prefill, its logprobs if they were requested."""
+    """A distinct prompt: its ids and, after prefill, its logprobs if they were requested.
+
+    tokens: with images the keys of its positions.
+    model_input: the prompt, if it has images.
+    """
 
     tokens: list[int]
+    model_input: ModelInput | None = None
     scored: bool = False
     top_k: int = 0
     logprobs: list[float] = field(default_factory=list)  # of tokens[1:]
@@ -48,12 +56,18 @@ class Decoder:
     Args:
         core: the causal LM.
         head: see `find_head`; computes the logits of a model in 16 bits, which would round them.
+        tower: for prompts with images.
     Attributes:
         pads: whether this model's layers allow prompts of different lengths in one cache.
+        pad: `(R,)`, columns of padding in each row after `prefill`; not kept up to date.
+        ahead: `(R,)`, what is added to a column for the position of its token: minus the padding,
+            and what images take less or more in positions than in columns.
     """
 
-    def __init__(self, core: Any, head: Head | None = None) -> None:
-        self.core = core
+    def __init__(
+        self, core: Any, head: Head | None = None, tower: VisionTower | None = None
+    ) -> None:
+        self.core, self._tower = core, tower
         self._head = head if core.dtype.itemsize < 4 else None
         self._model = getattr(core, core.base_model_prefix) if self._head else core
         self.config = core.config.get_text_config(decoder=True)
@@ -90,7 +104,10 @@ class Decoder:
         longest = max(limits)
         self._pads = [self.width + 1 - len(prompt.tokens) for prompt in prompts]
         last = [prompt.tokens[-1] for prompt in prompts]
-        self.pad, tokens = torch.tensor([self._pads, last], device=self.device)
+        shift = {id(prompt): self._shift(prompt) for prompt in distinct}
+        ahead = [shift[id(p)] - pad for p, pad in zip(prompts, self._pads, strict=True)]
+        numbers = torch.tensor([self._pads, ahead, last], device=self.device)
+        self.pad, self.ahead, tokens = numbers
         self.mask = None
         if any(self._pads):
             columns = torch.arange(self.width + longest, device=self.device)
@@ -115,6 +132,12 @@ class Decoder:
                 layer.rows = len(prompts)
         self._choose_mask()
         return tokens
+
+    def _shift(self, prompt: Prompt) -> int:
+        """How much larger the position of the next token is than the number of tokens."""
+        if prompt.model_input is None or self._tower is None or not self._tower.in_space:
+            return 0
+        return int(self._tower.places(prompt.model_input).max()) + 1 - len(prompt.tokens)
 
     def _copy(self, cache: RowCache, place: dict[int, int], prompts: list[Prompt]) -> None:
         """Copy the prompts in a prefill's cache to their rows.
@@ -145,18 +168,18 @@ class Decoder:
     def _groups(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
         """Group prompts of similar length for one prefill.
 
-        Prompts with requested logprobs form their own groups.
+        Prompts with requested logprobs form their own groups, and so do prompts with images.
         """
         if not self.pads:
             yield prompts
             return
         group: list[Prompt] = []
-        for prompt in sorted(prompts, key=lambda p: (p.scored, len(p.tokens))):
+        for prompt in sorted(prompts, key=_kind_and_length):
             length = len(prompt.tokens)
             if length == 1:
                 continue
             if group and (
-                prompt.scored != group[0].scored
+                _kind_and_length(prompt)[:2] != _kind_and_length(group[0])[:2]
                 or 4 * len(group[0].tokens) < 3 * length
                 or (len(group) + 1) * length > _PREFILL_TOKENS
             ):
@@ -181,9 +204,18 @@ class Decoder:
             if scored:
                 most = min(most, _SCORE_ELEMENTS // self.config.vocab_size)
             piece = max(1, most // len(group))
+        first = torch.zeros(len(group), dtype=torch.int64, device=self.device)
+        if self._tower is not None and any(p.model_input is not None for p in group):
+            values = [p.model_input or ModelInput.from_ints(p.tokens) for p in group]
+            inputs = self._tower.padded(values)
+            cut = {
+                name: x[..., :width] if isinstance(x, Tensor) else x for name, x in inputs.items()
+            }
+            # in one piece: of an image every token may see every other
+            self.forward(cache, cut.pop("input_ids"), first, None, False, cut)
+            return cache
         ids = torch.tensor([p.tokens + [0] * (width + 1 - len(p.tokens)) for p in group])
         ids = ids.to(self.device)
-        first = torch.zeros(len(group), dtype=torch.int64, device=self.device)
         for start in range(0, width, piece):
             end = min(start + piece, width)
             logits = self.forward(cache, ids[:, start:end], first + start, None, scored)
@@ -199,7 +231,7 @@ class Decoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token to each row, `(R,)`; return the next `(R, V)` logits."""
-        position = self.width - self.pad
+        position = self.width + self.ahead
         self.width += 1
         if self.pads and self.width > self.cache.capacity:
             self.cache.reserve(2 * self.cache.capacity)
@@ -214,14 +246,20 @@ class Decoder:
         else:
             self.cache.reorder_cache(index)
         self._pads = [self._pads[i] for i in order]
-        self.pad = self.pad[index]
+        self.ahead = self.ahead[index]
         if self.mask is not None:
             self.mask = self.mask[index]
         self._choose_mask()
         return index
 
     def forward(
-        self, cache: Any, ids: Tensor, first: Tensor, mask: Tensor | None, whole: bool
+        self,
+        cache: Any,
+        ids: Tensor,
+        first: Tensor,
+        mask: Tensor | None,
+        whole: bool,
+        images: Mapping[str, Any] = MappingProxyType({}),
     ) -> Tensor:
         """One forward of the model.
 
@@ -231,17 +269,24 @@ class Decoder:
             first: `(R,)`, position of column 0.
             mask: `(R, columns so far)` bool, False at padding; None without any.
             whole: return the logits of all N positions, not only of the last.
+            images: further arguments of the model, in place of what they are computed to here.
         """
         extra: dict[str, Any] = {self._cache_name: cache}
         if self._takes_position_ids:
             extra["position_ids"] = first[:, None] + torch.arange(ids.shape[1], device=self.device)
         if self._takes_logits_to_keep:
             extra["logits_to_keep"] = 0 if whole else 1
+        extra.update(images)
         output = self._model(input_ids=ids, attention_mask=mask, use_cache=True, **extra)
         if self._head is None:
             return output.logits
         hidden = output.last_hidden_state if whole else output.last_hidden_state[:, -1:]
         return self._head.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+
+
+def _kind_and_length(prompt: Prompt) -> tuple[bool, bool, int]:
+    """By what prompts are sorted for prefills."""
+    return prompt.scored, prompt.model_input is not None, len(prompt.tokens)
 
 
 def _keep_scores(group: list[Prompt], logits: Tensor, targets: Tensor) -> None:

@@ -102,8 +102,8 @@ class StaticLoop:
 
     With B rows and C columns, live rows first:
 
-    tokens: `(B,)`, drawn last. pad: `(B,)`, columns of padding. last: `(B,)`, the largest position;
-        rows that have stopped stay there.
+    tokens: `(B,)`, drawn last. pad: `(B,)`, columns of padding. ahead: `(B,)`, see `Decoder`.
+    last: `(B,)`, the largest position; rows that have stopped stay there.
     mask: `(B, C)`, False at padding.
     column: the column that the next step fills. count: steps so far. Both 0-d.
     uniforms: `(DRAWS, B)`. params: `(4, B)`, see `pack`.
@@ -116,10 +116,12 @@ class StaticLoop:
         size, columns = allocation(len(rows), columns_of(rows))
         prompts = [row.prompt for row in rows]
         tokens = decoder.prefill(prompts, [row.limit for row in rows], (size, columns))
-        self.ints = torch.zeros(3, size, dtype=torch.int64, device=device)
-        self.tokens, self.pad, self.last = self.ints
+        self.ints = torch.zeros(4, size, dtype=torch.int64, device=device)
+        self.tokens, self.pad, self.ahead, self.last = self.ints
         self.last[: len(rows)] = torch.tensor([len(r.prompt.tokens) + r.limit - 1 for r in rows])
+        self.last[: len(rows)] += decoder.ahead + decoder.pad
         self.pad[: len(rows)] = decoder.pad
+        self.ahead[: len(rows)] = decoder.ahead
         self.tokens[: len(rows)] = tokens
         self.mask = torch.arange(columns, device=device) >= self.pad[:, None]
         self.width = decoder.width
@@ -165,7 +167,7 @@ class StaticLoop:
 
     def logits(self, rows: int, columns: int) -> Tensor:
         """Append `tokens` to the first `rows` rows; `(rows, V)`."""
-        position = torch.minimum(self.column - self.pad[:rows], self.last[:rows])
+        position = torch.minimum(self.column + self.ahead[:rows], self.last[:rows])
         ids, mask = self.tokens[:rows, None], self.mask[:rows, :columns]
         return self.decoder.forward(self.decoder.cache, ids, position, mask, False)[:, -1]
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from cookbook_core.backend.local.model.memory import is_out_of_memory, release_cached
+from cookbook_core.backend.local.model.vision import VisionTower
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.decoder import Decoder, Prompt
 from cookbook_core.backend.local.sampling.draw import (
@@ -52,6 +53,7 @@ def sample_batch(
     max_context_length: int | None = None,
     budget: CacheBudget | None = None,
     head: Head | None = None,
+    tower: VisionTower | None = None,
 ) -> list[SampleResponse]:
     """Decode all requests together.
 
@@ -69,6 +71,7 @@ def sample_batch(
         budget: most rows x columns of one KV cache; other rows wait for the next loop. An
             open-ended request (max_tokens None) counts as 1024 tokens. None: the CPU's.
         head: the model's (see `find_head`), for logits that are not rounded to 16 bits.
+        tower: the model's, for prompts with images.
 
     Returns:
         One response per request, in order; logprobs in nats.
@@ -91,13 +94,14 @@ def sample_batch(
     prompts: dict[tuple[int, ...], Prompt] = {}
     rows: list[list[Row]] = []
     for request in requests:
-        prompt = prompts.setdefault(tuple(request.prompt), Prompt(list(request.prompt)))
+        prompt = Prompt(list(request.prompt), request.model_input)
+        prompt = prompts.setdefault(tuple(request.prompt), prompt)
         prompt.top_k = max(prompt.top_k, request.topk_prompt_logprobs)
         prompt.scored |= request.include_prompt_logprobs or prompt.top_k > 0
         rows.append(_rows_of(request, prompt, tokenizer, eos, generator, max_context_length))
     with _inference(core):
         flat = [row for group in rows for row in group]
-        _decode_all(Decoder(core, head), flat, budget or CacheBudget())
+        _decode_all(Decoder(core, head, tower), flat, budget or CacheBudget())
     return [
         _response(request, prompts[tuple(request.prompt)], group)
         for request, group in zip(requests, rows, strict=True)

@@ -11,15 +11,22 @@ shapes, so equal adapters give equal bits.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from cookbook_core.backend.local.model.memory import micro_batch_tokens
+from cookbook_core.backend.local.model.memory import feature_bytes, micro_batch_tokens
+from cookbook_core.backend.local.model.vision import VisionTower, language_model, missing_support
 from cookbook_core.backend.local.scoring import attention, packing
+from cookbook_core.backend.local.scoring.image_check import (
+    has_images,
+    image_batch,
+    probe_inputs,
+    reading_problem,
+)
 from cookbook_core.backend.local.scoring.micro_batches import (
     MicroBatch,
     by_length,
@@ -36,6 +43,8 @@ from cookbook_core.backend.local.scoring.target_logprobs import (
     sum_by_row,
     target_logprobs,
 )
+from cookbook_core.errors import CookbookError, ModelError
+from cookbook_core.images import ImageReader
 from cookbook_core.types import Datum, ModelInput
 
 log = logging.getLogger(__name__)
@@ -44,8 +53,17 @@ log = logging.getLogger(__name__)
 class Scorer:
     """Logprobs of target tokens under whatever adapter is active in `model`."""
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        image_reader: Callable[[], ImageReader] | None = None,
+    ) -> None:
         self.model = model
+        self._image_reader = image_reader
+        self._tower: VisionTower | str | None = None
+        """Why there is none, or the tower; None before the first image."""
+        self._packs_images = False
         self.device = device
         self.backbone = getattr(model, model.base_model_prefix, model)
         self.head: Head | None = find_head(model)
@@ -83,8 +101,8 @@ class Scorer:
     ) -> list[MicroBatch]:
         """The micro-batches in which `data` goes through the model: a function of the tokens."""
         budget = micro_batch_tokens or self.micro_batch_tokens
-        lists = [datum.model_input.to_ints() for datum in data]
-        if self.packs:
+        lists = [datum.model_input.keys() for datum in data]
+        if self.packs_all(data):
             groups = packing.micro_batches(lists, budget)
             return [packed(data, lists, group) for group in groups]
         groups = by_length(lists, budget)
@@ -168,6 +186,8 @@ class Scorer:
         inputs: dict[str, Any] = {"input_ids": ids.view(batch.ids.shape)}
         if batch.layout is not None:
             inputs |= {"position_ids": rest.pop(0)[None], "layout": batch.layout}
+        if has_images(batch.data):
+            inputs = image_batch(batch, self.tower())
         with self.attention(packed=batch.layout is not None):
             if self.head is None:
                 states = self.model(**inputs, use_cache=False).logits
@@ -182,6 +202,55 @@ class Scorer:
         """int64 arrays on the device, after one copy."""
         whole = torch.from_numpy(np.concatenate(arrays)).to(self.device)
         return list(whole.split([len(array) for array in arrays]))
+
+    # ---- images ----------------------------------------------------------------------------------
+
+    def tower(self) -> VisionTower:
+        """The model's vision tower, after a comparison with the model's own forward on first use.
+
+        Raises:
+            ModelError: this model is not given images, with the reason.
+        """
+        if self._tower is None:
+            self._tower = self._checked_tower()
+        if isinstance(self._tower, str):
+            raise ModelError(
+                "base_model",
+                "it is given no images",
+                got=self._tower,
+                fix="Take a model that reads images, or leave them out.",
+            )
+        return self._tower
+
+    def _checked_tower(self) -> VisionTower | str:
+        problem = missing_support(self.model)
+        if problem or self._image_reader is None:
+            return problem or "its images have no reader"
+        try:
+            reader = self._image_reader()
+            bound = feature_bytes(self.model, self.device)
+            tower = VisionTower(self.model, reader, self.device, bound)
+            problem = reading_problem(self, tower)
+        except CookbookError as error:
+            return str(error)
+        if problem:
+            return f"images would be read in another way than the model's own ({problem})"
+        self._tower = tower
+        if self.packs:
+            lists = probe_sequences(self.model, self.device)
+            data = [Datum(value) for value in probe_inputs(tower, lists)]
+            self._packs_images = self._packs_exactly(data, "sequences with images")
+        return tower
+
+    def packs_all(self, data: Sequence[Datum]) -> bool:
+        """Whether all of a batch goes through the model in packed rows: a function of its tokens.
+
+        A batch with images goes padded as a whole if the model cannot pack images.
+        """
+        if not has_images(data):
+            return self.packs
+        self.tower()
+        return self._packs_images
 
     # ---- packed attention ------------------------------------------------------------------------
 
@@ -202,14 +271,18 @@ class Scorer:
         if not self._switchable:
             return False
         lists = probe_sequences(self.model, self.device)
-        data = [Datum(ModelInput.from_ints(ids)) for ids in lists]
+        return self._packs_exactly([Datum(ModelInput.from_ints(ids)) for ids in lists], "sequences")
+
+    def _packs_exactly(self, data: Sequence[Datum], what: str) -> bool:
+        lists = [datum.model_input.keys() for datum in data]
         every = list(range(len(lists)))
         problem = packing_problem(self, packed(data, lists, every), padded(data, lists, every))
         if problem:
             log.warning(
-                "%s: sequences are scored in padded batches and shared prefixes recomputed, as "
+                "%s: %s are scored in padded batches and shared prefixes recomputed, as "
                 "packed rows do not give this architecture's own results on %s (%s).",
                 type(self.model).__name__,
+                what,
                 self.device.type,
                 problem,
             )
@@ -251,5 +324,6 @@ def _switchable(model: Any) -> list[tuple[Any, str]]:
     """(config, its own attention) for each config whose attention transformers can switch."""
     if not model._can_set_attn_implementation():
         return []
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    modules = language_model(model).modules()
+    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}
     return [(config, config._attn_implementation) for config in configs.values()]
