@@ -22,6 +22,7 @@ th, td { text-align: left; padding: .3em 1em .3em 0; border-bottom: 1px solid #8
          white-space: nowrap; font-variant-numeric: tabular-nums }
 th, .note { font-weight: 400; font-size: .9em; opacity: .7 } .note { margin: .4em 0 }
 .wrap { white-space: normal; overflow-wrap: anywhere; min-width: 8em }
+div:first-of-type td:first-child { width: 13em }
 svg { vertical-align: middle; color: #4583f5 }
 """
 _NOTE = """loss: the value computed here for the last batch, and the curve of the last 20. Of a loss
