@@ -401,7 +401,7 @@ def test_a_reward_that_raises_leaves_the_runs_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr("recipes.grpo.exact_match", failing)
     config = Config(num_steps=9, batch_size=4, test_rows=10, log_path=str(tmp_path / "run"))
-    place = r'reward "exact" for tiny/grpo.*:\d+, the prompt .What is .*judge is down'
+    place = r'reward "exact" for grpo_train.jsonl:\d+, the prompt .What is .*judge is down'
     with pytest.raises(RewardError, match=place):
         train(config)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
