@@ -53,7 +53,8 @@ def examine_file(
     size = getattr(config, "group_size", 1)
     data = _example_data(module)
     report = examine(loss_fn, data, loss_type_input=loss_type_input, group_size=size)
-    if callable(estimator := getattr(module, "advantages", None)):
+    estimator: Any = getattr(module, "advantages", None)
+    if callable(estimator):
         findings = (*examine_advantages(estimator), *report.findings)
         report = dataclasses.replace(report, findings=findings)
     new = [flag for flag in flags if config is not None and not hasattr(config, flag)]
