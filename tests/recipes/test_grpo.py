@@ -218,7 +218,8 @@ def test_errors_say_where():
     bare = datum_from_prompt_completion([1], [2, 3])
     with pytest.raises(DatumError, match=r'data\[1\].*"advantages"'):
         grpo_loss([datum(), bare], [torch.zeros(2)] * 2, CONFIG)
-    for wrong in ({"group_size": 1}, {"kl_coef": -1.0}, {"max_tokens": 0}, {"clip": (0.2, 0.2)}):
+    wrongs = ({"group_size": 1}, {"kl_coef": -1.0}, {"max_tokens": 0}, {"clip": (0.2, 0.2)})
+    for wrong in (*wrongs, {"temperature": 0.0}, {"temperature": float("nan")}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             Config(**wrong)
 
