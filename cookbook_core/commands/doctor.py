@@ -54,7 +54,7 @@ def examine_file(
     data = _example_data(module)
     report = examine(loss_fn, data, loss_type_input=loss_type_input, group_size=size)
     estimator: Any = getattr(module, "advantages", None)
-    if callable(estimator):
+    if inspect.isfunction(estimator):
         findings = (*examine_advantages(estimator), *report.findings)
         report = dataclasses.replace(report, findings=findings)
     new = [flag for flag in flags if config is not None and not hasattr(config, flag)]
