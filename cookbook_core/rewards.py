@@ -117,7 +117,7 @@ def grade(
         [sum(functions[name][0] * values[name, i][g] for name in functions) for g in range(len(c))]
         for i, c in enumerate(completions)
     ]
-    count = sum(map(len, completions))
+    count = max(1, sum(map(len, completions)))
     return rewards, {
         f"reward_{name}": sum(sum(values[name, i]) for i in range(len(rows))) / count
         for name in functions

@@ -133,7 +133,7 @@ def dpo_loss(data: Data, logprobs: Logprobs, *, beta: float) -> Result:
 def ipo_loss(data: Data, logprobs: Logprobs, *, beta: float) -> Result:
     """Squared distance of the log-ratio margin to 1 / (2 beta), mean over pairs.
 
-    Source: Azar et al. 2023, arXiv 2310.12036, equation 17 (tau is beta). Differs: nothing; TRL
+    Source: Azar et al. 2023, arXiv 2310.12036v2, equation 17 (tau is beta). Differs: nothing; TRL
     takes the mean over tokens. Arguments, metrics and errors as in dpo_loss. nats^2.
     """
     margin = pair_margin(log_ratios(data, logprobs))
@@ -156,8 +156,9 @@ def cdpo_loss(data: Data, logprobs: Logprobs, *, beta: float, smoothing: float =
 def simpo_loss(data: Data, logprobs: Logprobs, *, scale: float = 2.0, gamma: float = 1.0) -> Result:
     """DPO without reference, on log p per token and with a margin of gamma, mean over pairs.
 
-    Source: Meng et al. 2024, arXiv 2405.14734, equation 6 (beta is scale, 1/nats). Differs:
-    nothing. Data without "ref_logprobs"; reward_margin times scale. The rest as in dpo_loss.
+    Source: Meng et al. 2024, arXiv 2405.14734, its objective (beta is scale, 1/nats).
+    Differs: nothing. Data without "ref_logprobs"; reward_margin times scale. The rest as in
+    dpo_loss.
     """
     margin = scale * pair_margin(mean_logprobs(data, logprobs))
     return -F.logsigmoid(margin - gamma).mean(), pair_metrics(data, logprobs, margin)
@@ -166,8 +167,9 @@ def simpo_loss(data: Data, logprobs: Logprobs, *, scale: float = 2.0, gamma: flo
 def orpo_loss(data: Data, logprobs: Logprobs, *, odds_coef: float = 0.1) -> Result:
     """Negative log p per token of the chosen, plus a log odds ratio term, mean over pairs.
 
-    Source: Hong et al. 2024, arXiv 2403.07691, equations 4 to 7 (lambda is odds_coef). Differs:
-    1 - q is at least 1e-6. Data without "ref_logprobs"; reward_margin is the mean log odds ratio.
+    Source: Hong et al. 2024, arXiv 2403.07691, equations 4, 6 and 7 (lambda is odds_coef).
+    Differs: 1 - q is at least 1e-6. Data without "ref_logprobs"; reward_margin is the mean log
+    odds ratio.
     """
     mean = mean_logprobs(data, logprobs)
     margin = pair_margin(mean - torch.log(-torch.expm1(mean.clamp(max=-1e-6))))
@@ -178,8 +180,8 @@ def orpo_loss(data: Data, logprobs: Logprobs, *, odds_coef: float = 0.1) -> Resu
 def rpo_loss(data: Data, logprobs: Logprobs, *, beta: float, nll_coef: float = 0.1) -> Result:
     """DPO plus nll_coef times the negative log p per token of the chosen, mean over pairs.
 
-    Source: Pang et al. 2024, arXiv 2404.19733, equation 1 (alpha is nll_coef, 1 there). Differs:
-    nothing. The rest as in dpo_loss.
+    Source: Pang et al. 2024, arXiv 2404.19733, the DPO + NLL loss (alpha is nll_coef, 1 there).
+    Differs: nothing. The rest as in dpo_loss.
     """
     loss, metrics = dpo_loss(data, logprobs, beta=beta)
     return loss - nll_coef * mean_logprobs(data, logprobs)[0::2].mean(), metrics

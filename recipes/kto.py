@@ -8,7 +8,7 @@ p is the policy in training, p_ref a frozen reference, beta (1/nats) how closely
 probabilities are summed over the answer's tokens (nats). z0 estimates KL(p || p_ref): the mean of r
 where each prompt of the batch gets the answer of the next one. It carries no gradient.
 
-Paper: Ethayarajh et al. 2024, arXiv 2402.01306, equation 8; z0 as in its section 4.1. Left out: a
+Paper: Ethayarajh et al. 2024, arXiv 2402.01306; z0 is estimated as there. Left out: a
 z0 of all processes together. Where good and bad answers are unequally many, the paper sets
 desirable_weight * (number of good) / (undesirable_weight * number of bad) to between 1 and 4/3.
 
@@ -117,7 +117,7 @@ def kto_loss(
 
         L = mean_i weight_i * (1 - sigmoid(beta * (r_i - z0)))    with z0 - r_i where i is bad
 
-    Source: Ethayarajh et al. 2024, arXiv 2402.01306, equation 8. Differs: nothing.
+    Source: Ethayarajh et al. 2024, arXiv 2402.01306, the KTO loss. Differs: nothing.
 
     Args:
         data: D datums with "weights" (1 on the completion), "ref_logprobs" and "desirable" (1 on

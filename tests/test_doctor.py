@@ -24,6 +24,7 @@ from cookbook_core import (
     align_weights,
     chat,
     check_alignment,
+    clients,
     datum_from_prompt_completion,
     tinker,
     weighted_mean,
@@ -36,6 +37,7 @@ from cookbook_core.commands import cli
 from cookbook_core.commands import doctor as doctor_command
 from cookbook_core.data import load_rows
 from cookbook_core.doctor import Report, examine
+from cookbook_core.doctor.advantages import examine_advantages
 from cookbook_core.doctor.examples import example_data
 from cookbook_core.errors import ConfigError
 from recipes import bradley_terry, dpo, grpo, kto, sft, token_set_kl
@@ -242,7 +244,7 @@ def recipe_data(name: str, tokenizer: Any) -> list[tinker.Datum]:
         rows = load_rows("tiny/token_set_kl", ("text", "label_probs"))[:12]
         return token_set_kl.build_data(rows, tokenizer, token_set_kl.Config(), "train")[0]
     rows = load_rows("tiny/grpo", ("prompt", "answer"))[:3]
-    rows = grpo.with_prompt_tokens(rows, tokenizer, 512)
+    rows = clients.with_prompt_tokens(rows, tokenizer, 512)
     draw = random.Random(0)
     groups = [
         [
@@ -830,6 +832,46 @@ def test_kl_estimators_are_told_apart_at_any_scale_and_reduction() -> None:
     assert "does not enter the loss" in words_of(off, "kl")
 
 
+# ---- advantages ----------------------------------------------------------------------------------
+
+
+def centred(rewards: list[float]) -> list[float]:
+    return [r - sum(rewards) / len(rewards) for r in rewards]
+
+
+def standardised(rewards: list[float]) -> list[float]:
+    std = (sum(c * c for c in centred(rewards)) / len(rewards)) ** 0.5
+    return [c / std if std else 0.0 for c in centred(rewards)]
+
+
+def nan_where_equal(rewards: list[float]) -> list[float]:
+    x = torch.tensor(rewards)
+    return ((x - x.mean()) / x.std()).tolist()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "words"),
+    [
+        (lambda rewards: [-c for c in centred(rewards)], "a higher advantage for a higher reward"),
+        (nan_where_equal, r"\[1.0, 1.0, 1.0, 1.0\].*got \[nan, nan, nan, nan\].*deviation is 0"),
+        (lambda rewards: centred(rewards)[1:], "4 finite numbers"),
+        (lambda rewards: sorted(centred(rewards)), "a higher advantage for a higher reward"),
+        (lambda rewards: [r + i / 99 for i, r in enumerate(rewards)], "the order of the"),
+        (lambda rewards: 1 / 0, "raised for rewards.*ZeroDivisionError"),
+    ],
+)
+def test_a_wrong_advantage_estimator_is_a_defect(estimator: Any, words: str) -> None:
+    (found,) = examine_advantages(estimator)
+    assert found.status == "defect"
+    assert re.search(words, " ".join(str(found).split()))
+
+
+def test_right_ones_pass_and_uncentred_ones_get_notes() -> None:
+    for estimator in (centred, standardised, grpo.advantages):
+        assert [f.status for f in examine_advantages(estimator)] == ["ok"]
+    assert [f.status for f in examine_advantages(list)] == ["ok", "note", "note"]
+
+
 # ---- data ----------------------------------------------------------------------------------------
 
 
@@ -940,6 +982,8 @@ COMMANDS = {
     "recipes/dpo.py --loss rpo": 0,
     "recipes/kto.py --undesirable_weight 1.3": 0,
     "recipes/grpo.py:grpo_loss": 0,
+    "recipes/grpo.py --ratio sequence": 0,
+    "recipes/grpo.py --ratio cispo": 0,
     "recipes/grpo.py --kl_estimator k1_no_regularisation": 1,
     "recipes/grpo.py --group_size=6 --clip=(0.9,1.3)": 0,
     "recipes/bradley_terry.py:bradley_terry_loss": 0,

@@ -2,7 +2,7 @@
 
 The file is imported, nothing in it is trained, and no model is loaded. The datums come from its
 function example_data(), called without arguments or with the loss's name, else they are made from
-what the loss reads.
+what the loss reads. Where the file has a function advantages(rewards), that is examined too.
 Further arguments of the loss come from flags (--beta 0.1), else from the defaults of the file's
 Config, else from its own.
 """
@@ -25,6 +25,7 @@ from typing import Any
 
 from cookbook_core.custom_loss import LossFn, name_of
 from cookbook_core.doctor import Finding, Report, examine
+from cookbook_core.doctor.advantages import examine_advantages
 from cookbook_core.errors import ConfigError, nearest
 from cookbook_core.runs.config import without_bool_values
 from cookbook_core.types import Datum
@@ -52,6 +53,10 @@ def examine_file(
     size = getattr(config, "group_size", 1)
     data = _example_data(module, name_of(loss_fn))
     report = examine(loss_fn, data, loss_type_input=loss_type_input, group_size=size)
+    estimator: Any = getattr(module, "advantages", None)
+    if inspect.isfunction(estimator):
+        findings = (*examine_advantages(estimator), *report.findings)
+        report = dataclasses.replace(report, findings=findings)
     new = [flag for flag in flags if config is not None and not hasattr(config, flag)]
     if report.ok and new:
         what = f"{', '.join(new)}: no field of Config yet"

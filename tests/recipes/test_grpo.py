@@ -218,7 +218,8 @@ def test_errors_say_where():
     bare = datum_from_prompt_completion([1], [2, 3])
     with pytest.raises(DatumError, match=r'data\[1\].*"advantages"'):
         grpo_loss([datum(), bare], [torch.zeros(2)] * 2, CONFIG)
-    for wrong in ({"group_size": 1}, {"kl_coef": -1.0}, {"max_tokens": 0}, {"clip": (0.2, 0.2)}):
+    wrongs = ({"group_size": 1}, {"kl_coef": -1.0}, {"max_tokens": 0}, {"clip": (0.2, 0.2)})
+    for wrong in (*wrongs, {"temperature": 0.0}, {"temperature": float("nan")}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             Config(**wrong)
 
@@ -401,7 +402,7 @@ def test_a_reward_that_raises_leaves_the_runs_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr("recipes.grpo.exact_match", failing)
     config = Config(num_steps=9, batch_size=4, test_rows=10, log_path=str(tmp_path / "run"))
-    place = r'reward "exact" for tiny/grpo.*:\d+, the prompt .What is .*judge is down'
+    place = r'reward "exact" for grpo_train.jsonl:\d+, the prompt .What is .*judge is down'
     with pytest.raises(RewardError, match=place):
         train(config)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

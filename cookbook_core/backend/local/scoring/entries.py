@@ -71,8 +71,8 @@ def target_entries(data: Sequence[Datum], rows: Sequence[torch.Tensor]) -> Entri
         targets.append(wide[on].flatten())
         places.append(place[on].flatten())
         temperatures.append(np.full(len(at[-1]), temperature_of(datum)))
-    columns = [np.concatenate(each) for each in (at, targets, places, temperatures)]
-    return _sorted(*columns, shapes)
+    joined = map(np.concatenate, (at, targets, places, temperatures))
+    return _sorted(next(joined), next(joined), next(joined), next(joined), shapes)
 
 
 def position_entries(rows: Sequence[torch.Tensor]) -> Entries:

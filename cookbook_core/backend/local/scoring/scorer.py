@@ -120,7 +120,8 @@ class Scorer:
         states, ids, rows, starts = self._states(batch, *arrays)
         scale = None
         if entries.temperatures is not None:
-            scale = torch.from_numpy(1 / entries.temperatures)[:, None].to(self.device)
+            dtype = at_least_float32(states[:0]).dtype  # some devices have no float64
+            scale = torch.tensor(1 / entries.temperatures, dtype=dtype)[:, None].to(self.device)
         bounds = [*entries.starts.tolist(), len(entries.targets)]
         targets = Targets(ids, rows, starts, bounds, scale)
         if self.head is not None:

@@ -115,7 +115,8 @@ class Targets:
     rows: `(E,)` int64, ascending: the row of each.
     starts: `(N,)` int64: the first of each row's; every row has one.
     bounds: the values of `starts`, and E, on the host.
-    scale: `(N, 1)`: what each row's logits are multiplied by, 1 / temperature; None is 1.
+    scale: `(N, 1)`: what each row's logits are multiplied by, 1 / temperature, in the dtype of the
+        logits; None is 1.
     """
 
     ids: torch.Tensor
@@ -236,7 +237,7 @@ def _checkpointed(head: Head, hidden: torch.Tensor, targets: Targets) -> torch.T
 
 def scaled(logits: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """Logits `(N, V)` times the scale of their row `(N, 1)`; None is 1."""
-    return logits if scale is None else logits * scale.to(logits.dtype)
+    return logits if scale is None else logits * scale
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -340,13 +341,12 @@ def _tiles(
                 expected.add_(_mm_into_float32(p.to(tile.dtype), tile))
             else:
                 expected.add_(p.to(tile.dtype) @ tile)
-    factor = None if scale is None else scale.to(dtype)
-    slopes = head.slope(top if factor is None else top / factor[rows, 0])
+    slopes = head.slope(top if scale is None else top / scale[rows, 0])
     if not isinstance(slopes, torch.Tensor):
         slopes = torch.full_like(top, slopes)
     logprobs = top - peak[rows, 0] - total.log()[rows, 0]
     expected = expected.div_(total) if keep else expected
-    if factor is not None:
-        slopes = slopes * factor[rows, 0]
-        expected = expected.mul_(factor) if keep else expected
+    if scale is not None:
+        slopes = slopes * scale[rows, 0]
+        expected = expected.mul_(scale) if keep else expected
     return logprobs, slopes, expected
