@@ -14,6 +14,7 @@ from typing import Any
 MODELS = {
     "small": {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096},
     "bigvocab": {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 65536},
+    "vocab150k": {"hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 151936},
     "medium": {"hidden_size": 512, "num_hidden_layers": 8, "vocab_size": 32768},
 }
 WORKLOADS = ("sft", "sft_completion", "dpo", "reward", "grpo", "grpo_long")

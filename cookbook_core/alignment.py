@@ -172,7 +172,7 @@ def check_rows(where: str, tables: Sequence[Any], count: int) -> None:
 
 
 def map_rows(
-    fn: Callable[..., Any], logprobs: torch.Tensor, *others: Any, rows: torch.Tensor | None = None
+    fn: Callable[..., Any], logprobs: Any, *others: Any, rows: torch.Tensor | None = None
 ) -> Any:
     """Apply a function to some rows of a table of logprobs, in little memory.
 
@@ -196,9 +196,8 @@ def map_rows(
     >>> map_rows(lambda lp: -(lp.exp() * lp).sum(-1), table, rows=torch.tensor([0, 2]))
     tensor([1.3863, 1.3863])
     """
-    table: Any = logprobs
-    if hasattr(table, "map"):
-        return (table if rows is None else table.subset(rows)).map(fn, *others)
+    if hasattr(logprobs, "map"):
+        return (logprobs if rows is None else logprobs.subset(rows)).map(fn, *others)
     own = logprobs if rows is None else logprobs[rows]
     check_rows("others", others, len(own))
     result = fn(own, *(other[:].to(own.device) for other in others))

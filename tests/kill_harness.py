@@ -37,6 +37,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "grpo": {"batch_size": 4, "group_size": 4, "eval_every": 40, "test_rows": 4, "max_tokens": 8},
     "dpo": {"batch_size": 2, "eval_every": 40, "test_rows": 4},
     "kto": {"batch_size": 4, "eval_every": 40, "test_rows": 8},
+    "distill": {"batch_size": 4, "group_size": 2, "eval_every": 40, "test_rows": 4},
     "bradley_terry": {"batch_size": 2, "eval_every": 40, "test_rows": 4},
     "token_set_kl": {"batch_size": 4, "eval_every": 40, "test_rows": 4},
 }

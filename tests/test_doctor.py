@@ -981,6 +981,9 @@ COMMANDS = {
     "recipes/dpo.py --beta 0.5": 0,
     "recipes/dpo.py --loss rpo": 0,
     "recipes/kto.py --undesirable_weight 1.3": 0,
+    "recipes/distill.py:exact_loss --divergence jensen_shannon": 0,
+    "recipes/distill.py:top_k_loss": 0,
+    "recipes/distill.py:sampled_loss --divergence reverse": 0,
     "recipes/grpo.py:grpo_loss": 0,
     "recipes/grpo.py --ratio sequence": 0,
     "recipes/grpo.py --ratio cispo": 0,
@@ -1193,6 +1196,10 @@ def test_a_file_can_bring_its_own_example_data(tmp_path: Path, capsys: Any) -> N
     file.write_text(OWN_DATA, encoding="utf-8")
     assert main([str(file)]) == 0
     assert "table_loss on 4 datums; it reads table" in capsys.readouterr().out
+    named = OWN_DATA.replace("example_data():", "example_data(loss):")
+    file.write_text(named.replace("range(4)", "range(len(loss))"), encoding="utf-8")
+    assert main([str(file)]) == 0
+    assert "table_loss on 10 datums; it reads table" in capsys.readouterr().out
     file.write_text(OWN_DATA.replace("range(4)", "rang(4)"), encoding="utf-8")
     assert main([str(file)]) == 2
     error = capsys.readouterr().err
