@@ -19,16 +19,16 @@ single turns (give datum_from_turns an advantage for each answer).
 Data: columns prompt, text or messages, and answer, which the environment reads. The bundled task is
 sums of three digits, too hard for the bundled model; but it may write "compute 318 + 274", and a
 calculator replies "592". Reward: 1 for the right number as last answer. GRPO reinforces only what
-already happens now and then, so the first command teaches conversations of which four in ten have
-such a call, while the others answer wrongly.
+happens now and then: the first command teaches such calls, and wrong answers in six of ten rows.
 
-    python -m recipes.sft --dataset tiny/calculator --train_on all --log_path runs/calls
-    python -m recipes.tool_rl --init_from runs/calls    # one to two minutes on two cores
+    python -m recipes.sft --dataset tiny/calculator --train_on all --learning_rate 5e-3 \
+        --log_path runs/calls
+    python -m recipes.tool_rl --init_from runs/calls    # each about a minute on two cores
     python -m recipes.tool_rl --model Qwen/Qwen3-0.6B --dataset my_questions.jsonl --max_tokens 256
 
-What you should see: reward from about 0.25 to over 0.9, calls from about 0.4 to 1. The nulls:
-unaided, the reward of episodes without a call, stays at 0; and calling always, but copying as badly
-as at the start, gives reward / calls of the first evaluation, about 0.65. A loss near 0 is normal.
+What you should see: reward from about 0.4, the warm start's own rate, to over 0.9, because calls
+rise from about 0.4 to 1. The null: unaided, the reward without a call, stays below 0.01. A loss
+near 0 is normal: the advantages of a group sum to 0.
 """
 
 from dataclasses import dataclass, field
@@ -64,7 +64,7 @@ class Config:
     """Longest answer, tokens."""
     kl_coef: runs.NonNegativeFloat = 0.02
     """Weight of the KL term; 0 leaves it out."""
-    num_steps: runs.PositiveInt = 50
+    num_steps: runs.PositiveInt = 30
     """Rollout steps."""
     batch_size: runs.PositiveInt = 16
     """Prompts per step."""
