@@ -276,7 +276,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
     train_rows, test_rows = train_test(config.dataset, fields, config.test_rows, config.seed)
     panels = [
         runs.Panel("reward", "mean per episode", ["reward", "test_reward"]),
-        runs.Panel("tool", "share of episodes, reward", ["test_calls", "test_unaided"], 0.0),
+        runs.Panel("tool", "share of episodes, reward", ["test_calls", "test_unaided"]),
         runs.Panel("KL to the reference", "nats per token", ["kl", "test_kl"], 0.0, "untrained"),
         runs.Panel("episodes that teach nothing", "share", ["cut", "test_cut", "zero_variance"]),
     ]
