@@ -27,8 +27,7 @@ happens now and then: the first command teaches such calls, and wrong answers in
     python -m recipes.tool_rl --model Qwen/Qwen3-0.6B --dataset my_questions.jsonl --max_tokens 256
 
 What you should see: reward from about 0.4, the warm start's own rate, to over 0.9, because calls
-rise from about 0.4 to 1. The null: unaided, the reward without a call, stays below 0.01. A loss
-near 0 is normal: the advantages of a group sum to 0.
+rise from about 0.4 to 1; the null, unaided, the reward without a call, stays below 0.01.
 """
 
 from dataclasses import dataclass, field
@@ -212,8 +211,7 @@ def play(
 ) -> list[Episode]:
     """An episode of each row, in order, all advanced by one answer at a time.
 
-    One that is not over after max_turns answers, or has more than `longest` tokens before its next
-    answer, stays not done and gets reward 0.
+    One not over after max_turns answers, or with more than `longest` tokens, gets reward 0.
     """
     tokenizer = sampler.get_tokenizer()
     episodes = [
@@ -234,9 +232,6 @@ def play(
     for episode in episodes:
         if not episode.done:
             episode.reward = 0.0
-    if not any(episode.done for episode in episodes):
-        place = getattr(rows[0], "where", "the first row")
-        print(f"no episode was over after {config.max_turns} answers, from {place} on: reward 0")
     return episodes
 
 
@@ -310,7 +305,12 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             return {f"test_{k}": v for k, v in measure(episodes, data).items()}, shown
 
         before, shown_before = run.once("before", evaluate)
-        if before["test_reward"] == 0:
+        if before["test_cut"] == 1:
+            place = getattr(test_rows[0], "where", "the held-out rows")
+            print(
+                f"{place}: neither this episode nor another one is over after --max_turns answers"
+            )
+        elif before["test_reward"] == 0:
             print("no held-out episode has a reward: first run the first command of this file")
         for step in run.steps(client):
             if step % config.eval_every == 0:
