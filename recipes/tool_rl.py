@@ -1,4 +1,4 @@
-"""GRPO over episodes of several turns: learn to use a tool, from a reward at the end.
+r"""GRPO over episodes of several turns: learn to use a tool, from a reward at the end.
 
     L = sum over sampled tokens of w * (-ratio * A + kl_coef * KL)
     ratio = p(token) / p_sampled(token),   w = 1 / number of sampled tokens of the step
@@ -23,7 +23,7 @@ happens now and then: the first command teaches such calls, and wrong answers in
 
     python -m recipes.sft --dataset tiny/calculator --train_on all --learning_rate 5e-3 \
         --log_path runs/calls
-    python -m recipes.tool_rl --init_from runs/calls    # each about a minute on two cores
+    python -m recipes.tool_rl --init_from runs/calls    # each one to two minutes on two cores
     python -m recipes.tool_rl --model Qwen/Qwen3-0.6B --dataset my_questions.jsonl --max_tokens 256
 
 What you should see: reward from about 0.4, the warm start's own rate, to over 0.9, because calls
