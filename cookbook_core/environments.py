@@ -13,7 +13,7 @@ class Environment(Protocol):
     """What an episode is played against; it lives for one episode."""
 
     def step(self, answer: str, /) -> tuple[str, float, bool]:
-        """Take the policy's answer, without end tokens; return (reply, reward, done).
+        """Take the policy's answer, without special tokens; return (reply, reward, done).
 
         The rewards of an episode's steps add up. After done, the reply is not used.
         """

@@ -1,4 +1,4 @@
-"""GRPO over episodes of several turns: learn to use a tool, from a reward at the end.
+r"""GRPO over episodes of several turns: learn to use a tool, from a reward at the end.
 
     L = sum over sampled tokens of w * (-ratio * A + kl_coef * KL)
     ratio = p(token) / p_sampled(token),   w = 1 / number of sampled tokens of the step
@@ -19,16 +19,15 @@ single turns (give datum_from_turns an advantage for each answer).
 Data: columns prompt, text or messages, and answer, which the environment reads. The bundled task is
 sums of three digits, too hard for the bundled model; but it may write "compute 318 + 274", and a
 calculator replies "592". Reward: 1 for the right number as last answer. GRPO reinforces only what
-already happens now and then, so the first command teaches conversations of which four in ten have
-such a call, while the others answer wrongly.
+happens now and then: the first command teaches such calls, and wrong answers in six of ten rows.
 
-    python -m recipes.sft --dataset tiny/calculator --train_on all --log_path runs/calls
-    python -m recipes.tool_rl --init_from runs/calls    # one to two minutes on two cores
+    python -m recipes.sft --dataset tiny/calculator --train_on all --learning_rate 5e-3 \
+        --log_path runs/calls
+    python -m recipes.tool_rl --init_from runs/calls    # each one to two minutes on two cores
     python -m recipes.tool_rl --model Qwen/Qwen3-0.6B --dataset my_questions.jsonl --max_tokens 256
 
-What you should see: reward from about 0.25 to over 0.9, calls from about 0.4 to 1. The nulls:
-unaided, the reward of episodes without a call, stays at 0; and calling always, but copying as badly
-as at the start, gives reward / calls of the first evaluation, about 0.65. A loss near 0 is normal.
+What you should see: reward from about 0.4, the warm start's own rate, to over 0.9, because calls
+rise from about 0.4 to 1; the null, unaided, the reward without a call, stays below 0.01.
 """
 
 from dataclasses import dataclass, field
@@ -64,7 +63,7 @@ class Config:
     """Longest answer, tokens."""
     kl_coef: runs.NonNegativeFloat = 0.02
     """Weight of the KL term; 0 leaves it out."""
-    num_steps: runs.PositiveInt = 50
+    num_steps: runs.PositiveInt = 30
     """Rollout steps."""
     batch_size: runs.PositiveInt = 16
     """Prompts per step."""
@@ -212,8 +211,7 @@ def play(
 ) -> list[Episode]:
     """An episode of each row, in order, all advanced by one answer at a time.
 
-    One that is not over after max_turns answers, or has more than `longest` tokens before its next
-    answer, stays not done and gets reward 0.
+    One not over after max_turns answers, or with more than `longest` tokens, gets reward 0.
     """
     tokenizer = sampler.get_tokenizer()
     episodes = [
@@ -234,9 +232,6 @@ def play(
     for episode in episodes:
         if not episode.done:
             episode.reward = 0.0
-    if not any(episode.done for episode in episodes):
-        place = getattr(rows[0], "where", "the first row")
-        print(f"no episode was over after {config.max_turns} answers, from {place} on: reward 0")
     return episodes
 
 
@@ -276,7 +271,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
     train_rows, test_rows = train_test(config.dataset, fields, config.test_rows, config.seed)
     panels = [
         runs.Panel("reward", "mean per episode", ["reward", "test_reward"]),
-        runs.Panel("tool", "share of episodes, reward", ["test_calls", "test_unaided"], 0.0),
+        runs.Panel("tool", "share of episodes, reward", ["test_calls", "test_unaided"]),
         runs.Panel("KL to the reference", "nats per token", ["kl", "test_kl"], 0.0, "untrained"),
         runs.Panel("episodes that teach nothing", "share", ["cut", "test_cut", "zero_variance"]),
     ]
@@ -310,7 +305,12 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             return {f"test_{k}": v for k, v in measure(episodes, data).items()}, shown
 
         before, shown_before = run.once("before", evaluate)
-        if before["test_reward"] == 0:
+        if before["test_cut"] == 1:
+            place = getattr(test_rows[0], "where", "the held-out rows")
+            print(
+                f"{place}: neither this episode nor another one is over after --max_turns answers"
+            )
+        elif before["test_reward"] == 0:
             print("no held-out episode has a reward: first run the first command of this file")
         for step in run.steps(client):
             if step % config.eval_every == 0:

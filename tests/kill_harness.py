@@ -40,6 +40,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "distill": {"batch_size": 4, "group_size": 2, "eval_every": 40, "test_rows": 4},
     "bradley_terry": {"batch_size": 2, "eval_every": 40, "test_rows": 4},
     "token_set_kl": {"batch_size": 4, "eval_every": 40, "test_rows": 4},
+    "tool_rl": {
+        "dataset": "tiny/grpo",
+        "batch_size": 4,
+        "group_size": 4,
+        "eval_every": 40,
+        "test_rows": 4,
+    },
 }
 
 

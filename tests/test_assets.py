@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "cookbook_core" / "assets"
 MODEL = ASSETS / "tiny_model"
 DATA = ASSETS / "data"
-SPLITS = ("sft", "dpo", "grpo", "token_set_kl", "multiple_choice")
+SPLITS = ("sft", "dpo", "grpo", "token_set_kl", "multiple_choice", "calculator")
 
 pytest.importorskip("transformers")
 

@@ -40,7 +40,7 @@ from cookbook_core.doctor import Report, examine
 from cookbook_core.doctor.advantages import examine_advantages
 from cookbook_core.doctor.examples import example_data
 from cookbook_core.errors import ConfigError
-from recipes import bradley_terry, dpo, grpo, kto, sft, token_set_kl
+from recipes import bradley_terry, dpo, grpo, kto, sft, token_set_kl, tool_rl
 
 ROOT = Path(__file__).parents[1]
 Loss = Callable[[Any, Any], Any]
@@ -53,6 +53,7 @@ RECIPES: dict[str, Loss] = {
     "grpo": partial(grpo.grpo_loss, config=grpo.Config()),
     "bradley_terry": bradley_terry.bradley_terry_loss,
     "token_set_kl": partial(token_set_kl.token_set_kl_loss, mass_coef=0.1),
+    "tool_rl": partial(tool_rl.tool_rl_loss, kl_coef=0.02),
 }
 
 

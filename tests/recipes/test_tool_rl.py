@@ -211,29 +211,23 @@ def test_a_truncated_answer_is_ended_by_a_token_without_weight(tokenizer):
     assert weights.count(1.0) == len(tokenizer.encode("compute 2 + 3")) + 2
 
 
-def test_episodes_that_never_end_are_cut_without_reward(tokenizer, monkeypatch, capsys):
+class Endless(Calculator):
+    """Never over, and generous."""
+
+    def step(self, answer):
+        return "again", 1.0, False
+
+
+def test_episodes_that_never_end_are_cut_without_reward(tokenizer, monkeypatch):
     """At max_turns, or where the next answer would not fit; what was earned before is lost."""
-
-    class Endless(Calculator):
-        def step(self, answer):
-            return "again", 1.0, False
-
     monkeypatch.setattr(tool_rl, "Calculator", Endless)
     (row,) = rows_of(tokenizer, "2 + 3")
-    sampler = Scripted(tokenizer, [f"5{END}"], [f"5{END}"], [f"5{END}"])
+    sampler = Scripted(tokenizer, *[[f"5{END}"]] * 3)
     (episode,) = play(sampler, [row], Config(max_turns=2), 200, "0")
     assert (len(sampler.prompts), episode.reward, episode.done) == (2, 0.0, False)
-    assert "no episode was over after 2 answers" in capsys.readouterr().out
     sampler.prompts.clear()
-    longest = len(row["prompt_tokens"])
-    (episode,) = play(sampler, [row], Config(max_turns=3), longest, "0")
-    assert (len(sampler.prompts), episode.done) == (1, False)
-    data = build_data([episode, episode], 2)
-    sampled = [d.loss_fn_inputs["sampling_logprobs"] for d in data]
-    data = [tool_rl.datum_from_turns(episode.turns, weights=1.0, ref_logprobs=0.0)] * 2
-    data = [tool_rl.tinker.Datum(d.model_input, {**d.loss_fn_inputs, "sampling_logprobs": s})
-            for d, s in zip(data, sampled, strict=True)]  # fmt: skip
-    assert measure([episode, episode], data)["cut"] == 1.0
+    (episode,) = play(sampler, [row], Config(), len(row["prompt_tokens"]), "0")
+    assert (len(sampler.prompts), episode.reward, episode.done) == (1, 0.0, False)
 
 
 def test_measure_by_hand(tokenizer):
@@ -371,6 +365,14 @@ def test_an_environment_that_raises_leaves_the_runs_files(tmp_path, monkeypatch)
     assert steps[:3] == [0, 0, 1]
     assert steps[-1] < 8
     assert (tmp_path / "run" / "checkpoints" / "model-0" / "weights" / "reference").is_dir()
+
+
+def test_a_run_whose_episodes_never_end_names_a_row_and_finishes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool_rl, "Calculator", Endless)
+    sizes = {"num_steps": 1, "batch_size": 2, "group_size": 2, "test_rows": 2}
+    after = train(Config(**SMALL, **sizes, log_path=str(tmp_path / "run")))
+    assert (after["test_cut"], after["test_reward"]) == (1.0, 0.0)
+    assert "grpo_test.jsonl:1: neither this episode nor another" in capsys.readouterr().out
 
 
 def test_a_run_without_any_reward_says_so(tmp_path, capsys):

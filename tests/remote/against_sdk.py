@@ -603,6 +603,7 @@ SMALL = {
     },
     "bradley_terry": {"batch_size": 2},
     "token_set_kl": {"batch_size": 2},
+    "tool_rl": {"dataset": "tiny/grpo", "batch_size": 2, "group_size": 2, "max_tokens": 4},
 }
 
 
@@ -612,17 +613,19 @@ def test_the_recipes_run_unchanged_and_resume(name, tmp_path, core, monkeypatch)
     if OLDEST and name != "dpo":
         pytest.skip("one recipe is enough for the older SDK")
     recipe = importlib.import_module(f"recipes.{name}")
-    stem = recipe.Config().dataset.removeprefix("tiny/")
-    rows = TINY.parent / "data" / (f"{stem}.jsonl" if name == "distill" else f"{stem}_train.jsonl")
+    dataset = recipe.Config(**SMALL[name]).dataset.removeprefix("tiny/")
+    file = f"{dataset}.jsonl" if name == "distill" else f"{dataset}_train.jsonl"
+    rows = TINY.parent / "data" / file
     small = tmp_path / "rows.jsonl"
     lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)[:8]
     small.write_text("".join(lines), encoding="utf-8")
     resumes = name in ("sft", "dpo")
     steps = 3 if resumes else 2
-    settings = {"num_steps": steps, "eval_every": 2, "test_rows": 2, "dataset": str(small)}
+    settings = {"num_steps": steps, "eval_every": 2, "test_rows": 2}
+    settings = SMALL[name] | settings | {"dataset": str(small)}
 
     def config(folder: str):
-        return recipe.Config(**settings, **SMALL[name], log_path=str(tmp_path / folder))
+        return recipe.Config(**settings, log_path=str(tmp_path / folder))
 
     optim_step, calls = tinker.TrainingClient.optim_step, [0]
 
@@ -646,7 +649,7 @@ def test_the_recipes_run_unchanged_and_resume(name, tmp_path, core, monkeypatch)
         [row["loss"] for row in read_metrics(tmp_path / folder) if "loss" in row]
         for folder in ("cut", "here")
     ]
-    if name not in ("grpo", "distill"):  # whose samples are drawn with folded seeds
+    if name not in ("grpo", "distill", "tool_rl"):  # whose samples are drawn with folded seeds
         assert losses[0] == pytest.approx(losses[1], abs=1e-4)
         assert {k: summary[k] for k in expected} == pytest.approx(expected, abs=1e-3)
     record = json.loads((tmp_path / "cut" / "progress.json").read_text(encoding="utf-8"))
