@@ -141,7 +141,9 @@ def whole(weight: torch.Tensor) -> torch.Tensor:
         return weight
     if (state := getattr(weight, "quant_state", None)) is None:
         return weight.dequantize()
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import (  # pyright: ignore[reportMissingImports]
+        dequantize_4bit,
+    )
 
     values = dequantize_4bit(weight.data, state)
     return values.t() if getattr(weight, "is_transposed", False) else values
