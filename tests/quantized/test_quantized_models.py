@@ -1,4 +1,9 @@
-"""Quantized base models: the results of the dequantized ones, exactly; wrong layers are refused."""
+"""Quantized base models: the results of the dequantized ones, exactly; wrong layers are refused.
+
+`make test` puts bitsandbytes and torchao into a folder of their own:
+
+    PYTHONPATH=.venv/quantized python -m pytest tests/quantized
+"""
 
 from __future__ import annotations
 
@@ -26,7 +31,7 @@ from tests.test_gradient_parity import squared
 
 MISSING = [n for n in ("bitsandbytes", "torchao") if importlib.util.find_spec(n) is None]
 if MISSING and os.environ.get("QUANTIZED") != "required":
-    pytest.skip(f"not installed: {', '.join(MISSING)}", allow_module_level=True)
+    pytest.skip(f"not on the path: {', '.join(MISSING)}", allow_module_level=True)
 
 SECONDS = 60
 DATA = make_random_data(6, lengths=(5, 30))

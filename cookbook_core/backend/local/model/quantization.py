@@ -21,7 +21,7 @@ NF4 = "nf4"
 INSTALL = 'pip install "cookbook-core[quantized]"'
 BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Largest root mean square of the difference, as a share of that of the values, between a layer and
-the matrix it stands for. Rounding gives 1e-6; layers that quantize their input 9e-3 and more."""
+the matrix it stands for. Rounding gives 1e-6; layers that quantize their input 1e-2 and more."""
 BOUND_16 = 6e-3
 """The same in 16 bits, where rounding gives 2e-3."""
 
