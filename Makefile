@@ -10,6 +10,9 @@ export SIMULATED ?= if-possible
 # the oldest versions that pyproject.toml allows, for Python up to 3.12; see
 # tests/test_dependencies.py
 OLDEST := $(VENV)/oldest
+# bitsandbytes and torchao, for tests/quantized alone: where they are installed, peft imports them in
+# every process, which takes seconds
+QUANTIZED := $(VENV)/quantized
 # the oldest and the newest tinker SDK the remote backend supports; see tests/remote/test_sdks.py
 SDKS := 0.25.0 0.38.0
 # an older one whose programs `cookbook serve` serves; see tests/serve/test_sdks.py
@@ -28,8 +31,10 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/simulated
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/simulated \
+	  --ignore tests/quantized
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/simulated
+	QUANTIZED=required PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest tests/quantized
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +46,8 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/installed-test: $(VENV)/installed constraints-oldest.txt constraints-lm-eval.txt
 	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
+	$(BIN)/pip install -q --no-deps --upgrade --target $(QUANTIZED) -c constraints.txt \
+	  bitsandbytes torchao
 	rm -rf $(OLDEST)
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 13))'; then \
 	  grep -v '^torch==' constraints-oldest.txt >$(VENV)/oldest.txt && \

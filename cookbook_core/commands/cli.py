@@ -7,6 +7,7 @@
     cookbook export runs/dpo-1 --to merged
     cookbook check --base_url http://127.0.0.1:8000
     cookbook serve --model tiny
+    cookbook memory Qwen/Qwen3-8B --device_memory 24GB
 
 Exit code: 0 done; 1 a file is broken, a check failed or the loss has a defect; 2 the command is
 mistaken.
@@ -63,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     commands.add_parser("list", help="list the recipes and tutorials").set_defaults(run=_list)
-    for add_command in (_add_new, _add_doctor, _add_compare, _add_export, _add_check, _add_serve):
+    for add_command in (
+        _add_new, _add_doctor, _add_compare, _add_export, _add_check, _add_serve, _add_memory
+    ):  # fmt: skip
         add_command(commands)
     return parser
 
@@ -165,6 +168,28 @@ def _add_serve(commands: Any) -> None:
     add("--max_request_mb", type=int, default=256, metavar="N", help=f"of a request; {default}")
 
 
+def _add_memory(commands: Any) -> None:
+    command = commands.add_parser(
+        "memory",
+        help="say what fits into a device's memory, and in which dtype",
+        description="Print, for a LoRA adapter in training, how many tokens' whole graphs are "
+        "kept, the longest row that fits with layers recomputed, and the tokens of a KV cache "
+        "(docs/memory.md). Only the model's config is read.",
+    )
+    command.set_defaults(run=_memory)
+    add = command.add_argument
+    add("models", metavar="MODEL", nargs="+", help="a folder, a hub name or tiny")
+    add(
+        "--device_memory",
+        "--device-memory",
+        metavar="SIZE",
+        action="append",
+        default=[],
+        help="such as 24GB; repeatable; default: this machine's device",
+    )
+    add("--rank", type=int, default=32, help="of the adapter; default: %(default)s")
+
+
 # ---- commands ------------------------------------------------------------------------------------
 
 
@@ -213,6 +238,12 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     given = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__}
     serve(Settings(**{**given, "model": arguments.model or ["tiny"]}))
+
+
+def _memory(arguments: argparse.Namespace) -> None:
+    from cookbook_core.commands.memory import table
+
+    print(table(arguments.models, arguments.device_memory, arguments.rank))
 
 
 if __name__ == "__main__":

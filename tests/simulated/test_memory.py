@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cookbook_core import clients, tinker
+from cookbook_core.backend.local import memory_table
 from cookbook_core.errors import CookbookError
 from cookbook_core.tinker import TrainingClient
 from tests.conftest import make_random_data
@@ -136,6 +137,26 @@ def test_a_batch_whose_loss_fails_is_freed(client: TrainingClient) -> None:
     gradient_of(client, DATA[:1])  # until the next call the error's traceback holds the graph
     gc.collect()
     assert falls_to(before)
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "llama"])
+def test_the_table_bounds_the_memory_of_a_row(
+    arch: str,
+    make_service: Callable[..., tinker.ServiceClient],
+    model_folder: Callable[..., str],
+) -> None:
+    """Layers recomputed: a gradient peaks at 0.5 to 1 of what `cookbook memory` counts."""
+    wide = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6, "head_dim": 16}
+    folder = model_folder(arch, **wide, max_position_embeddings=4096)
+    sizes = memory_table.measure(folder, 4)
+    made = make_service(device="sim", dtype="bfloat16").create_lora_training_client(folder, rank=4)
+    client = made.result(SECONDS)
+    engine_of(client).limits.mode = "on"
+    rows = make_random_data(1, lengths=(2000, 2000))
+    gradient_of(client, rows)
+    adapter_of(client).grads = None
+    peak = peak_of("sim", lambda: gradient_of(client, rows))
+    assert 0.5 < peak / (2000 * sizes.row) < 1.0
 
 
 def test_a_step_that_does_not_fit_changes_nothing(client: TrainingClient) -> None:

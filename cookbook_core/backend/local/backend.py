@@ -12,12 +12,20 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from cookbook_core.backend.local import checkpoints
+from cookbook_core.backend.local import checkpoints, memory_table
 from cookbook_core.backend.local.engine import Engine
 from cookbook_core.backend.local.kept_graphs import KeptGraphs
 from cookbook_core.backend.local.model.adapters import Adapter
-from cookbook_core.backend.local.model.loading import load_base_model
-from cookbook_core.backend.local.model.memory import keep_freed_memory
+from cookbook_core.backend.local.model.loading import (
+    choose_device,
+    choose_dtype,
+    load_base_model,
+)
+from cookbook_core.backend.local.model.memory import (
+    is_out_of_memory,
+    keep_freed_memory,
+    release_cached,
+)
 from cookbook_core.backend.local.model_ids import ModelIds
 from cookbook_core.backend.local.multiprocess.engine import SharedEngine
 from cookbook_core.backend.local.multiprocess.group import joined
@@ -139,11 +147,22 @@ class LocalBackend:
 
 
 def load_engine(name: str, device: str, dtype: str, gradient_checkpointing: str) -> Engine:
-    """The engine of a base model; under torchrun, one that shares its work among the processes."""
+    """The engine of a base model; under torchrun, one that shares its work among the processes.
+
+    Raises:
+        ModelError: it does not fit into the device's memory, or cannot be loaded.
+    """
     group = joined()
-    if group is not None:
-        return SharedEngine.load(group, name, device, dtype, gradient_checkpointing)
-    return Engine(load_base_model(name, device, dtype), gradient_checkpointing)
+    try:
+        if group is not None:
+            return SharedEngine.load(group, name, device, dtype, gradient_checkpointing)
+        return Engine(load_base_model(name, device, dtype), gradient_checkpointing)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    chosen = choose_device(device)
+    release_cached(chosen)
+    raise memory_table.too_large(name, chosen, choose_dtype(dtype, chosen))
 
 
 def check_metadata(user_metadata: Any) -> None:

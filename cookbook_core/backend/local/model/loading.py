@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,17 +225,22 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
         ConfigError: the device or dtype is unknown or not usable here.
     """
     from safetensors import SafetensorError
+    from transformers import AutoConfig
 
     path = resolve_model(name)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     cuda.prepare(chosen_device)
     straight = {"device_map": {"": chosen_device}} if chosen_device.type == "cuda" else {}
-    saved = _saved_quantization(path)
-    straight |= quantization.loading_options(saved, dtype, chosen_device, chosen_dtype)
     try:
         with _quiet_loading(), _hub_access(path, "folder"):
-            model: Any = _auto_class(path).from_pretrained(path, dtype=chosen_dtype, **straight)
+            config = AutoConfig.from_pretrained(path)
+            saved = getattr(config, "quantization_config", None)
+            straight |= quantization.loading_options(saved, dtype, chosen_device, chosen_dtype)
+            kind = _auto_class(config)
+            model: Any = kind.from_pretrained(path, dtype=chosen_dtype, **straight)
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -267,21 +272,11 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     )
 
 
-def _saved_quantization(path: str) -> Any:
-    """The quantization in a model's config.json; None where there is none to read."""
-    from transformers import AutoConfig
-
-    with _hub_access(path), suppress(OSError, ValueError, KeyError):
-        return getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
-    return None
-
-
-def _auto_class(path: str) -> Any:
+def _auto_class(config: Any) -> Any:
     """The class of transformers that loads a model with all the parts that its folder has."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    config = AutoConfig.from_pretrained(path)
     sees = getattr(config, "vision_config", None) is not None
     if sees and config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return AutoModelForImageTextToText

@@ -136,9 +136,22 @@ def _parts(x: Any) -> Iterator[torch.Tensor]:
         yield from _parts(getattr(x, name))
 
 
+def nf4_weight_bytes(model: Any) -> int:
+    """What `weight_bytes` of an unquantized model is once it is loaded in NF4.
+
+    Linear layers other than the unembedding take 4 bits a weight, scales in two levels, and tables.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head, size = model.get_output_embeddings(), weight_bytes(model)
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head:
+            size += nf4_bytes(module.weight) - module.weight.nbytes
+    return size
+
+
 def nf4_bytes(weight: torch.Tensor) -> int:
-    """`stored_bytes` of an unquantized weight once it is in NF4: 4 bits each, scales in two levels,
-    and two tables."""
+    """`stored_bytes` of an unquantized weight once it is in NF4."""
     blocks = -(-weight.numel() // NF4_BLOCK)
     tables = 4 * (16 + 256) + 4
     return -(-weight.numel() // 2) + blocks + 4 * -(-blocks // NF4_BLOCKS) + tables
@@ -146,7 +159,12 @@ def nf4_bytes(weight: torch.Tensor) -> int:
 
 def tokens_that_fit(device: torch.device, bytes_per_token: float) -> int:
     """Number of tokens whose graphs fit into the share of free memory that they may take."""
-    return int(SHARE * free_bytes(device) / bytes_per_token)
+    return tokens_in(free_bytes(device), bytes_per_token)
+
+
+def tokens_in(free: float, bytes_per_token: float) -> int:
+    """Number of tokens whose graphs fit into the share of `free` bytes that they may take."""
+    return int(SHARE * free / bytes_per_token)
 
 
 def micro_batch_tokens(model: Any, device: torch.device) -> int:

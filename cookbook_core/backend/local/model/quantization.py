@@ -21,7 +21,7 @@ NF4 = "nf4"
 INSTALL = 'pip install "cookbook-core[quantized]"'
 BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Largest root mean square of the difference, as a share of that of the values, between a layer and
-the matrix it stands for. Rounding gives 1e-6; layers that quantize their input 9e-3 and more."""
+the matrix it stands for. Rounding gives 1e-6; layers that quantize their input 1e-2 and more."""
 BOUND_16 = 6e-3
 """The same in 16 bits, where rounding gives 2e-3."""
 
@@ -141,7 +141,9 @@ def whole(weight: torch.Tensor) -> torch.Tensor:
         return weight
     if (state := getattr(weight, "quant_state", None)) is None:
         return weight.dequantize()
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import (  # pyright: ignore[reportMissingImports]
+        dequantize_4bit,
+    )
 
     values = dequantize_4bit(weight.data, state)
     return values.t() if getattr(weight, "is_transposed", False) else values

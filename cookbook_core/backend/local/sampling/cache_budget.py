@@ -54,8 +54,7 @@ class CacheBudget:
         config = base.model.config.get_text_config(decoder=True)
         slot = slot_bytes(config, base.model.dtype)
         taken = weight_bytes(base.model) + feature_bytes(base.model, base.device)
-        room = total_bytes(base.device) - taken
-        tokens = max(1, int(SHARE * room) // slot)
+        tokens = tokens_in(total_bytes(base.device) - taken, slot)
         if base.device.type == "cpu":
             tokens = min(tokens, CPU_TOKENS)
         return cls(tokens, slot, base.device)
@@ -87,6 +86,16 @@ class CacheBudget:
             self.lowered,
             before,
         )
+
+
+def tokens_in(room: float, slot: int) -> int:
+    """Most rows x columns of a KV cache with `room` bytes beside the model.
+
+    Args:
+        room: bytes.
+        slot: bytes of a token, see `slot_bytes`.
+    """
+    return max(1, int(SHARE * room) // slot)
 
 
 def slot_bytes(config: Any, dtype: torch.dtype) -> int:
