@@ -114,9 +114,12 @@ def weight_bytes(model: Any) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
-def tokens_that_fit(device: torch.device, bytes_per_token: float) -> int:
-    """Number of tokens whose graphs fit into the share of free memory that they may take."""
-    return int(SHARE * free_bytes(device) / bytes_per_token)
+def tokens_that_fit(device: torch.device, bytes_per_token: float, reserved: int = 0) -> int:
+    """Number of tokens whose graphs fit into the share of free memory that they may take.
+
+    `reserved`: bytes of the free memory that are for something else.
+    """
+    return int(SHARE * max(0, free_bytes(device) - reserved) / bytes_per_token)
 
 
 def micro_batch_tokens(model: Any, device: torch.device) -> int:
