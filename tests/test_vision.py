@@ -233,6 +233,19 @@ def test_gradients_are_those_of_plain_autograd(family, engine_of):
     assert_close(found, want, 1e-6 if family in PACKED else 1e-11)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_gradients_are_equal_to_the_bit_where_layers_are_recomputed(family, engine_of):
+    engine = engine_of(family)
+    recomputing = Engine(loading.load_base_model(engine.base.path, "cpu"), "on")
+    data, grads = mixed(engine), []
+    for each in (engine, recomputing):
+        adapter = adapted(each)
+        each.forward_backward(adapter, data, CE)
+        assert adapter.grads is not None
+        grads.append(adapter.grads)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_is_on_the_language_model_only(family, engine_of):
     names = engine_of(family).bank.create(LoraConfig(rank=2, seed=0)).slot.params

@@ -218,6 +218,4 @@ def missing_support(model: Any) -> str:
     version = transformers.__version__
     if tuple(map(int, version.split(".")[:2])) < tuple(map(int, NEEDS.split("."))):
         return f"images need transformers {NEEDS} or newer, and {version} is installed"
-    return (
-        f"transformers' {type(model).__name__} does not take the features of images that are kept"
-    )
+    return f"transformers' {type(model).__name__} takes no features in place of pixels"
