@@ -570,7 +570,6 @@ def missing_lengths(field: str, model_input: ModelInput) -> list[DatumError]:
             f"{field}.chunks[{j}].expected_tokens",
             "missing, so the length is not known",
             expected="the number of positions that the image takes",
-            got=None,
             fix="Make the chunk with the model's ImageReader, which counts them.",
         )
         for j, chunk in enumerate(model_input.chunks)

@@ -138,7 +138,7 @@ def test_text_files_name_their_encoding(path):
         if not isinstance(node, ast.Call):
             continue
         called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        if ast.unparse(node.func) in ("os.open", "runs.Run.open") or called not in (
+        if ast.unparse(node.func) in ("os.open", "runs.Run.open", "Image.open") or called not in (
             "open",
             "read_text",
             "write_text",

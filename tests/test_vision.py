@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,10 +16,13 @@ from cookbook_core import datum_from_prompt_completion
 from cookbook_core.backend.local.engine import Engine
 from cookbook_core.backend.local.model import loading, vision
 from cookbook_core.backend.local.model.adapters import Adapter
+from cookbook_core.backend.local.multiprocess import engine as multiprocess
+from cookbook_core.backend.local.multiprocess.group import Packet
 from cookbook_core.backend.sampling_requests import sampling_request
 from cookbook_core.builtin_losses import builtin_loss
 from cookbook_core.errors import DatumError
 from cookbook_core.types import (
+    AdamParams,
     Datum,
     EncodedTextChunk,
     ImageChunk,
@@ -229,6 +233,19 @@ def test_gradients_are_those_of_plain_autograd(family, engine_of):
     assert_close(found, want, 1e-6 if family in PACKED else 1e-11)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_gradients_are_equal_to_the_bit_where_layers_are_recomputed(family, engine_of):
+    engine = engine_of(family)
+    recomputing = Engine(loading.load_base_model(engine.base.path, "cpu"), "on")
+    data, grads = mixed(engine), []
+    for each in (engine, recomputing):
+        adapter = adapted(each)
+        each.forward_backward(adapter, data, CE)
+        assert adapter.grads is not None
+        grads.append(adapter.grads)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_is_on_the_language_model_only(family, engine_of):
     names = engine_of(family).bank.create(LoraConfig(rank=2, seed=0)).slot.params
@@ -289,7 +306,7 @@ def test_scoring_after_everything_was_dropped_gives_equal_bits(engine_of, monkey
     adapter, data = adapted(engine), mixed(engine)
     want = engine.score(adapter, data)
     tower = engine.scorer.tower()
-    monkeypatch.setattr(tower, "_bound", 0)
+    monkeypatch.setattr(tower, "bound", 0)
     tower._kept.clear()
     before = tower.runs
     found = engine.score(adapter, data)
@@ -337,6 +354,51 @@ def test_prompt_logprobs_are_none_at_images(engine_of):
     datum = datum_from_prompt_completion(ModelInput(prompt.chunks[:2]), [43])
     (logprobs,) = engine.compute_logprobs(None, [datum])
     assert [lp is None for lp in logprobs] == [True, False, *[True] * 16, False]
+
+
+# ---- clients and processes -----------------------------------------------------------------------
+
+
+def test_clients_train_score_and_sample(engine_of, service):
+    """One step on a pair lowers its loss; the sampler's logprobs are the training's."""
+    reader = engine_of("qwen3_vl").base.image_reader()
+    client = service.create_lora_training_client(engine_of("qwen3_vl").base.path, rank=4, seed=0)
+    client = client.result(60)
+    prompt = ModelInput([text(40, 41), reader.chunk(picture(0)), text(43)])
+    pair = [datum_from_prompt_completion(prompt, end) for end in ([50, 51], [52])]
+
+    def loss_fn(data: Any, logprobs: Any) -> Any:
+        del data
+        return -torch.nn.functional.logsigmoid(logprobs[0][-2:].sum() - logprobs[1][-1]), {}
+
+    first = client.forward_backward_custom(pair, loss_fn).result(60)
+    client.optim_step(AdamParams(learning_rate=1e-2)).result(60)
+    second = client.forward_backward_custom(pair, loss_fn).result(60)
+    assert second.loss < first.loss
+    sampler = client.save_weights_and_get_sampling_client()
+    answer = sampler.sample(prompt, 2, SamplingParams(max_tokens=3, seed=0)).result(60)
+    assert len(answer.sequences) == 2
+    whole = sampler.compute_logprobs(prompt.append(text(50, 51))).result(60)
+    trained = second.loss_fn_outputs[0]["logprobs"].to_numpy()[-2:]
+    assert whole[-2:] == pytest.approx(trained.tolist(), abs=1e-6)
+    with pytest.raises(DatumError, match=r"sample\.prompt\.chunks\[1\]\.expected_tokens"):
+        sampler.sample(
+            ModelInput([text(5), ImageChunk(picture(0), "png", 9), text(6)]),
+            1,
+            SamplingParams(max_tokens=2),
+        )
+
+
+def test_images_reach_other_processes_as_they_are(engine_of):
+    data = mixed(engine_of("llava"))
+    sent = multiprocess._packet(data, [1, 5, 6])
+    assert sent.header["images"][2] is None
+    packet = Packet(json.loads(json.dumps(sent.header)), sent.tensors)
+    received = multiprocess._datums(packet)
+    assert [d.model_input for d in received] == [
+        *(data[i].model_input for i in (1, 5)),
+        ModelInput.from_ints(data[6].model_input.to_ints()),
+    ]
 
 
 # ---- bad input -----------------------------------------------------------------------------------

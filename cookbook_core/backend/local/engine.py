@@ -25,7 +25,11 @@ from cookbook_core.backend.local.model.vision import missing_support
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.sampler import sample_batch
 from cookbook_core.backend.local.scoring.backward import BatchScores, ScoredBatch, views_of
-from cookbook_core.backend.local.scoring.image_check import check_images, no_images
+from cookbook_core.backend.local.scoring.image_check import (
+    check_chunks,
+    check_images,
+    no_images,
+)
 from cookbook_core.backend.local.scoring.loss_operands import OperandsFollow
 from cookbook_core.backend.local.scoring.memory_limits import MemoryLimits
 from cookbook_core.backend.local.scoring.scorer import Scorer
@@ -42,7 +46,6 @@ from cookbook_core.errors import LossError, RequestError
 from cookbook_core.types import (
     Datum,
     ForwardBackwardOutput,
-    ImageChunk,
     ModelInput,
     SampleResponse,
     TensorData,
@@ -242,15 +245,15 @@ class Engine:
         """Check a prompt's images, by any thread: it is then computed together with others.
 
         Raises:
-            DatumError: the model reads no images, or one is broken or has another length.
+            DatumError: the model reads no images, or as `check_chunks`.
             ModelError: the model's processor cannot be loaded.
         """
-        for j, chunk in enumerate(prompt.chunks):
-            if isinstance(chunk, ImageChunk):
-                spot = f"{where}.prompt.chunks[{j}]"
-                if problem := missing_support(self.base.model):
-                    raise no_images(spot, problem)
-                self.base.image_reader().check(chunk, spot)
+        if not prompt.images:
+            return
+        if problem := missing_support(self.base.model):
+            at = prompt.chunks.index(prompt.images[0])
+            raise no_images(f"{where}.prompt.chunks[{at}]", problem)
+        check_chunks(f"{where}.prompt", prompt, self.base.model, self.base.image_reader())
 
     def sample(
         self, adapter: Adapter | None, requests: Sequence[SampleRequest]

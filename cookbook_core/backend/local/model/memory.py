@@ -157,14 +157,17 @@ def nf4_bytes(weight: torch.Tensor) -> int:
     return -(-weight.numel() // 2) + blocks + 4 * -(-blocks // NF4_BLOCKS) + tables
 
 
-def tokens_that_fit(device: torch.device, bytes_per_token: float) -> int:
-    """Number of tokens whose graphs fit into the share of free memory that they may take."""
-    return tokens_in(free_bytes(device), bytes_per_token)
+def tokens_that_fit(device: torch.device, bytes_per_token: float, reserved: int = 0) -> int:
+    """Number of tokens whose graphs fit into the share of free memory that they may take.
+
+    `reserved`: bytes of the free memory that are for something else.
+    """
+    return tokens_in(free_bytes(device) - reserved, bytes_per_token)
 
 
 def tokens_in(free: float, bytes_per_token: float) -> int:
     """Number of tokens whose graphs fit into the share of `free` bytes that they may take."""
-    return int(SHARE * free / bytes_per_token)
+    return int(SHARE * max(0, free) / bytes_per_token)
 
 
 def micro_batch_tokens(model: Any, device: torch.device) -> int:

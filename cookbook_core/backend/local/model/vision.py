@@ -64,19 +64,19 @@ class VisionTower:
 
     def __init__(self, model: Any, reader: ImageReader, device: torch.device, bound: int) -> None:
         self._model = getattr(model, model.base_model_prefix)
-        self.reader, self._device, self._bound = reader, device, bound
+        self.reader, self._device, self.bound = reader, device, bound
         self.image_token: int = model.config.image_token_id
         self.runs = 0
         self._kept: OrderedDict[int, Features] = OrderedDict()
         self._two_way = "token_type_ids" in inspect.signature(self._model.forward).parameters
-        self.in_space = hasattr(self._model, "get_rope_index")
+        self.in_space = in_space(model)
 
     def features(self, chunk: ImageChunk) -> Features:
         """The features of an image, computed unless they are kept."""
         if chunk.key not in self._kept:
             self._kept[chunk.key] = self._run(chunk)
             total = self.nbytes
-            while total > self._bound and len(self._kept) > 1:
+            while total > self.bound and len(self._kept) > 1:
                 total -= self._kept.popitem(last=False)[1].nbytes
         self._kept.move_to_end(chunk.key)
         return self._kept[chunk.key]
@@ -199,6 +199,11 @@ def language_model(model: Any) -> Any:
     return model.get_decoder() if composite else model
 
 
+def in_space(model: Any) -> bool:
+    """Whether a model's tokens have positions in time, height and width (M-RoPE)."""
+    return hasattr(getattr(model, model.base_model_prefix), "get_rope_index")
+
+
 def missing_support(model: Any) -> str:
     """Why a model cannot be given images, whatever its processor does; "" if it can."""
     import transformers
@@ -206,11 +211,11 @@ def missing_support(model: Any) -> str:
     inner = getattr(model, model.base_model_prefix, None)
     if getattr(model.config, "vision_config", None) is None or inner is None:
         return "it reads text only"
+    if not hasattr(model.config, "image_token_id"):
+        return "its config names no token that stands for images"
     if "mm_encoder_outputs" in inspect.signature(inner.forward).parameters:
         return ""
     version = transformers.__version__
     if tuple(map(int, version.split(".")[:2])) < tuple(map(int, NEEDS.split("."))):
         return f"images need transformers {NEEDS} or newer, and {version} is installed"
-    return (
-        f"transformers' {type(model).__name__} does not take the features of images that are kept"
-    )
+    return f"transformers' {type(model).__name__} takes no features in place of pixels"

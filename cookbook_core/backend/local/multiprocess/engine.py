@@ -38,7 +38,16 @@ from cookbook_core.backend.sampling_requests import SampleRequest
 from cookbook_core.custom_loss import LossTypeInput
 from cookbook_core.datums import SCORE_MASK, TEMPERATURE
 from cookbook_core.errors import CookbookError, ModelError, ProcessError
-from cookbook_core.types import Datum, ModelInput, SampledSequence, SampleResponse, SamplingParams
+from cookbook_core.types import (
+    Datum,
+    EncodedTextChunk,
+    ImageChunk,
+    ModelInput,
+    ModelInputChunk,
+    SampledSequence,
+    SampleResponse,
+    SamplingParams,
+)
 
 COPIES = 4
 """Adapters of which each rank keeps copies: a policy, its reference, a snapshot and one more. The
@@ -146,11 +155,14 @@ class SharedEngine(Engine):
     def sample(
         self, adapter: Adapter | None, requests: Sequence[SampleRequest]
     ) -> list[SampleResponse]:
-        """As `Engine.sample`; each rank takes whole requests. Missing seeds are drawn on rank 0."""
+        """As `Engine.sample`; each rank takes whole requests. Missing seeds are drawn on rank 0.
+
+        With images among the prompts rank 0 takes all of them.
+        """
         requests = [_seeded(request) for request in requests]
         costs = [r.num_samples * (r.params.max_tokens or 1) for r in requests]
         shares = spread(costs, self._group.size)
-        if not any(shares[1:]):
+        if not any(shares[1:]) or any(r.model_input is not None for r in requests):
             return super().sample(adapter, requests)
         work = [
             Packet({"requests": [dataclasses.asdict(requests[i]) for i in share]})
@@ -163,8 +175,8 @@ class SharedEngine(Engine):
         return _in_order(shares, [mine, *([_response(r) for r in each] for each in answers)])
 
     def _shares(self, data: Sequence[Datum]) -> list[list[int]]:
-        lists = [datum.model_input.to_ints() for datum in data]
-        return share_out(lists, self._group.size, reuse_prefixes=self.scorer.packs)
+        lists = [datum.model_input.keys() for datum in data]
+        return share_out(lists, self._group.size, reuse_prefixes=self.scorer.packs_all(data))
 
     @contextmanager
     def _request(
@@ -353,20 +365,45 @@ def _in_order(shares: Sequence[Sequence[int]], results: Sequence[Sequence[Any]])
 
 def _packet(data: Sequence[Datum], share: Sequence[int], **header: Any) -> Packet:
     """The datums of a share, reduced to what scoring reads."""
-    keys, tensors = [], []
+    keys, images, tensors = [], [], []
     for datum in (data[i] for i in share):
         keys.append([key for key in _KEYS if key in datum.loss_fn_inputs])
-        tensors.append(torch.tensor(datum.model_input.to_ints()))
+        chunks = datum.model_input.chunks
+        pictured = bool(datum.model_input.images)
+        images.append([_image_fields(chunk) for chunk in chunks] if pictured else None)
+        if pictured:
+            tensors += [_as_tensor(chunk) for chunk in chunks]
+        else:
+            tensors.append(torch.tensor(datum.model_input.to_ints()))
         tensors += [datum.loss_fn_inputs[key].to_torch() for key in keys[-1]]
-    return Packet({**header, "keys": keys, "datum_indices": list(share)}, tensors)
+    more = {"keys": keys, "images": images, "datum_indices": list(share)}
+    return Packet({**header, **more}, tensors)
+
+
+def _image_fields(chunk: ModelInputChunk) -> tuple[str, int] | None:
+    """Format and length of an image; None for text."""
+    return (chunk.format, chunk.length) if isinstance(chunk, ImageChunk) else None
+
+
+def _as_tensor(chunk: ModelInputChunk) -> torch.Tensor:
+    """The bytes of an image, uint8, or token ids."""
+    if isinstance(chunk, ImageChunk):
+        return torch.frombuffer(bytearray(chunk.data), dtype=torch.uint8)
+    return torch.tensor(list(chunk.tokens), dtype=torch.int64)
 
 
 def _datums(packet: Packet) -> list[Datum]:
     tensors = iter(packet.tensors)
     data = []
-    for keys in packet.header["keys"]:
-        tokens = ModelInput.from_ints(next(tensors).tolist())
-        data.append(Datum(tokens, {key: next(tensors) for key in keys}))
+    for keys, images in zip(packet.header["keys"], packet.header["images"], strict=True):
+        chunks: list[ModelInputChunk] = []
+        for fields in images or [None]:
+            x = next(tensors)
+            if fields is None:
+                chunks.append(EncodedTextChunk(x.tolist()))
+            else:
+                chunks.append(ImageChunk(x.numpy().tobytes(), *fields))
+        data.append(Datum(ModelInput(chunks), {key: next(tensors) for key in keys}))
     return data
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from cookbook_core.backend.local.model.memory import is_out_of_memory
-from cookbook_core.backend.local.model.vision import VisionTower, language_model
+from cookbook_core.backend.local.model.vision import VisionTower, in_space, language_model
 from cookbook_core.backend.local.scoring.micro_batches import MicroBatch
 from cookbook_core.backend.local.scoring.packing_check import BOUNDS, STRICT, rms_ratio
 from cookbook_core.errors import DatumError, ModelError
+from cookbook_core.images import ImageReader
 from cookbook_core.types import Datum, EncodedTextChunk, ImageChunk, ModelInput
 
 SIZES = ((64, 64), (96, 64))
@@ -109,7 +110,8 @@ def check_images(
 
     Raises:
         DatumError: an image that this model does not read or that is broken, another number of
-            positions than expected, or the id that stands for images among the text.
+            positions than expected, two images in a row that the model takes for one, or the id
+            that stands for images among the text.
     """
     if not has_images(data):
         return
@@ -125,18 +127,36 @@ def check_images(
         raise no_images(where, error.got) from error
     _check_adapter(scorer.model, lora, where)
     for i, datum in enumerate(data):
-        for j, chunk in enumerate(datum.model_input.chunks):
-            where = f"{name}[{i}].model_input.chunks[{j}]"
-            if isinstance(chunk, ImageChunk):
-                tower.reader.check(chunk, where)
-            elif tower.image_token in chunk.tokens:
+        check_chunks(f"{name}[{i}].model_input", datum.model_input, scorer.model, tower.reader)
+
+
+def check_chunks(where: str, value: ModelInput, model: Any, reader: ImageReader) -> None:
+    """Check an input for a model that reads images; those not read before are read.
+
+    Raises:
+        DatumError: as `check_images`.
+    """
+    apart = in_space(model)
+    for j, chunk in enumerate(value.chunks):
+        spot = f"{where}.chunks[{j}]"
+        if not isinstance(chunk, ImageChunk):
+            if model.config.image_token_id in chunk.tokens:
                 raise DatumError(
-                    where,
+                    spot,
                     "the token that stands for images, in text",
                     expected="an ImageChunk for each image",
-                    got=f"token {tower.image_token}",
+                    got=f"token {model.config.image_token_id}",
                     fix="Put the chunk in place of the placeholders.",
                 )
+        elif apart and j and isinstance(value.chunks[j - 1], ImageChunk):
+            raise DatumError(
+                spot,
+                "an image directly after another, which this model cannot tell apart",
+                expected="text between them",
+                fix="Put the model's tokens for the end and the start of an image there.",
+            )
+        else:
+            reader.check(chunk, spot)
 
 
 def no_images(where: str, reason: str) -> DatumError:

@@ -127,7 +127,8 @@ class MemoryLimits:
         size = self.graph_bytes(params)
         tokens = self.graph_tokens
         if tokens is None:
-            tokens = tokens_that_fit(self.base.device, size.whole)
+            features = self.scorer.bytes_to_come()
+            tokens = tokens_that_fit(self.base.device, size.whole, features)
         lowered = [entry for length, entry in self._lowered.items() if length <= longest]
         micro = self.scorer.micro_batch_tokens
         return Limits(

@@ -243,6 +243,11 @@ class Scorer:
             self._packs_images = self._packs_exactly(data, "sequences with images")
         return tower
 
+    def bytes_to_come(self) -> int:
+        """Bytes by which the kept features of images may still grow."""
+        tower = self._tower
+        return max(0, tower.bound - tower.nbytes) if isinstance(tower, VisionTower) else 0
+
     def packs_all(self, data: Sequence[Datum]) -> bool:
         """Whether all of a batch goes through the model in packed rows: a function of its tokens.
 
