@@ -105,9 +105,14 @@ def frozen_copy(
     return service.create_training_client_from_state(path, model).result()
 
 
-def score(client: TrainingClient, data: Sequence[Datum]) -> list[torch.Tensor]:
+def score(client: TrainingClient | SamplingClient, data: Sequence[Datum]) -> list[torch.Tensor]:
     """Compute logprobs of the datums' target_tokens under the client's weights, without gradient.
 
+    Args:
+        client: of weights in training, of a snapshot, or of a bare base model; the same weights
+            give the same bits. All datums are scored in one pass, except by sampling clients of a
+            service.
+        data: D datums.
     Returns:
         D tensors, nats, each of the shape of its target_tokens.
     """

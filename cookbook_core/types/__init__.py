@@ -32,12 +32,14 @@ from cookbook_core.types.results import (
     ModelData,
     ModelID,
     OptimStepResponse,
+    PromptAltTokens,
     SampledSequence,
     SampleResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
     StopReason,
     SupportedModel,
+    TopkLogprobs,
 )
 from cookbook_core.types.tensors import (
     TensorData,
@@ -62,6 +64,7 @@ __all__ = [
     "ModelInput",
     "ModelInputChunk",
     "OptimStepResponse",
+    "PromptAltTokens",
     "SampleResponse",
     "SampledSequence",
     "SamplingClientKind",
@@ -72,4 +75,5 @@ __all__ = [
     "SupportedModel",
     "TensorData",
     "TensorDtype",
+    "TopkLogprobs",
 ]

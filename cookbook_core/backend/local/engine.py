@@ -145,7 +145,7 @@ class Engine:
 
     def forward(
         self,
-        adapter: Adapter,
+        adapter: Adapter | None,
         data: Sequence[Datum],
         loss_fn: LossFn,
         loss_type_input: LossTypeInput = "logprobs",
@@ -172,7 +172,7 @@ class Engine:
         return _output(scored.logprobs, result, {}), scored
 
     def _forward_vocabulary(
-        self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn
+        self, adapter: Adapter | None, data: Sequence[Datum], loss_fn: LossFn
     ) -> ForwardBackwardOutput:
         """`forward` over the whole vocabulary; of several processes the first does all of it."""
         with self.bank.active(adapter), torch.no_grad():
@@ -209,8 +209,12 @@ class Engine:
     def compute_logprobs(
         self, adapter: Adapter | None, data: Sequence[Datum]
     ) -> list[list[float | None]]:
-        """log p of each prompt token, None at position 0, of prompts that are scored together."""
-        return [[None, *lp.tolist()] for lp in self.score(adapter, data)]
+        """log p of each prompt token, None at position 0 and where nothing is scored, of prompts
+        that are scored together."""
+        return [
+            [None, *_where_scored(datum, lp)]
+            for datum, lp in zip(data, self.score(adapter, data), strict=True)
+        ]
 
     def sample(
         self, adapter: Adapter | None, requests: Sequence[SampleRequest]
@@ -258,6 +262,12 @@ def _sum(grads: Sequence[torch.Tensor], more: Sequence[torch.Tensor | None]) -> 
     """Add the gradient through the logprobs and the loss's direct gradient (param_grads)."""
     extra = more or [None] * len(grads)
     return [g if e is None else g + e for g, e in zip(grads, extra, strict=True)]
+
+
+def _where_scored(datum: Datum, logprobs: torch.Tensor) -> list[float | None]:
+    mask = datum.loss_fn_inputs.get("score_mask")
+    scored = [True] * len(logprobs) if mask is None else mask.tolist()
+    return [lp if on else None for lp, on in zip(logprobs.tolist(), scored, strict=True)]
 
 
 def _has_text(stop: Any) -> bool:

@@ -38,7 +38,14 @@ from cookbook_core.backend.sampling_requests import SampleRequest
 from cookbook_core.custom_loss import LossTypeInput
 from cookbook_core.datums import SCORE_MASK
 from cookbook_core.errors import CookbookError, ModelError, ProcessError
-from cookbook_core.types import Datum, ModelInput, SampledSequence, SampleResponse, SamplingParams
+from cookbook_core.types import (
+    Datum,
+    ModelInput,
+    SampledSequence,
+    SampleResponse,
+    SamplingParams,
+    TopkLogprobs,
+)
 
 COPIES = 4
 """Adapters of which each rank keeps copies: a policy, its reference, a snapshot and one more. The
@@ -380,6 +387,11 @@ def _sample_request(values: dict[str, Any]) -> SampleRequest:
     return SampleRequest(**{**values, "params": SamplingParams(**values["params"])})
 
 
+def _topk(values: dict[str, Any]) -> TopkLogprobs:
+    ids, logprobs = values["token_ids"], values["logprobs"]
+    return TopkLogprobs(np.array(ids, np.int32), np.array(logprobs, np.float32))
+
+
 def _response(values: dict[str, Any]) -> SampleResponse:
     """JSON -> what `sample_batch` returns."""
     sequences = [
@@ -388,6 +400,7 @@ def _response(values: dict[str, Any]) -> SampleResponse:
             each["sequence_id"],
             np.array(each["tokens_np"], dtype=np.int64),
             np.array(each["logprobs_np"]),
+            each["topk_logprobs_np"] and _topk(each["topk_logprobs_np"]),
         )
         for each in values["sequences"]
     ]
