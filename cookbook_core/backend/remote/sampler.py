@@ -90,7 +90,8 @@ class RemoteSampler:
 
     def _check_sdk(self, label: str, method: Any, wanted: Mapping[str, Any]) -> None:
         """Raise ConfigError for an argument that the installed SDK's method does not have."""
-        for name in wanted.keys() - inspect.signature(method).parameters.keys():
+        known = inspect.signature(method).parameters
+        for name in (name for name in wanted if name not in known):
             what, fix = f"the installed tinker SDK's {label} lacks it", 'Install "tinker>=0.38".'
             raise ConfigError(name, what, fix=fix)
 
