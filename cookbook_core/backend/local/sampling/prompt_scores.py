@@ -85,34 +85,33 @@ def _score_targets(
 def _draw(
     engine: Engine, adapter: Adapter | None, items: Sequence[Item]
 ) -> dict[int, PromptAltTokens]:
-    """The alternatives of each item that asks for some: functions of its seed and position."""
-    found: dict[int, PromptAltTokens] = {}
-    for i, (request, scores) in enumerate(items):
-        if scores.alternatives:
-            found[i] = _alternatives(engine, adapter, request, scores.alternatives)
+    """The alternatives of each item that asks for some, of which one forward has all prompts."""
+    wanted = [i for i, (_, scores) in enumerate(items) if scores.alternatives]
+    found = {i: _alternatives(*items[i], torch.zeros(0, 1)) for i in wanted}
+    longer = [i for i in wanted if len(items[i][0].prompt) > 1]
+
+    def draw(_: Any, tables: Any) -> tuple[torch.Tensor, dict[str, float]]:
+        for i, table in zip(longer, tables, strict=True):
+            found[i] = _alternatives(*items[i], table)
+        return torch.zeros(()), {}
+
+    if longer:
+        data = [Datum(ModelInput.from_ints(items[i][0].prompt[:-1])) for i in longer]
+        engine.forward(adapter, data, draw, "vocab_logprobs")
     return found
 
 
-def _alternatives(
-    engine: Engine, adapter: Adapter | None, request: SampleRequest, k: int
-) -> PromptAltTokens:
-    rows, seed = len(request.prompt) - 1, request.params.seed
+def _alternatives(request: SampleRequest, scores: PromptScores, table: Any) -> PromptAltTokens:
+    """Draws of each row of `table` `(N - 1, V)`, nats: functions of the seed and the position."""
+    seed, shape = request.params.seed, (len(table), scores.alternatives)
     # beside the seed a number that no sample of the request has
     generator = np.random.default_rng(None if seed is None else [seed % 2**64, 2**63])
-    uniforms = torch.from_numpy(generator.random((rows, k)))
-    parts = [(torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k))]
-
-    def draw(_: Any, tables: Any) -> tuple[torch.Tensor, dict[str, float]]:
-        table = tables[0]
-        device = draw_device(table.device)
-        for start in range(0, rows, _ROWS):
-            logprobs = table[start : start + _ROWS].to(device)
-            drawn = draw_alternatives(logprobs, uniforms[start : start + _ROWS].to(device))
-            parts.append((drawn[0].cpu(), drawn[1].cpu()))
-        return torch.zeros(()), {}
-
-    if rows:
-        data = [Datum(ModelInput.from_ints(request.prompt[:-1]))]
-        engine.forward(adapter, data, draw, "vocab_logprobs")
+    uniforms = torch.from_numpy(generator.random(shape))
+    parts = [(torch.zeros(0, shape[1], dtype=torch.int64), torch.zeros(0, shape[1]))]
+    device = draw_device(table.device)
+    for start in range(0, len(table), _ROWS):
+        logprobs = table[start : start + _ROWS].to(device)
+        drawn = draw_alternatives(logprobs, uniforms[start : start + _ROWS].to(device))
+        parts.append((drawn[0].cpu(), drawn[1].cpu()))
     tokens, logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
     return PromptAltTokens(TensorData.from_torch(tokens), TensorData.from_torch(logprobs))
