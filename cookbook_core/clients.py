@@ -256,9 +256,14 @@ def _with_answer(datum: Datum, **rows: torch.Tensor) -> Datum:
     return with_inputs(datum, **inputs)
 
 
-def score(client: TrainingClient, data: Sequence[Datum]) -> list[torch.Tensor]:
+def score(client: TrainingClient | SamplingClient, data: Sequence[Datum]) -> list[torch.Tensor]:
     """Compute logprobs of the datums' target_tokens under the client's weights, without gradient.
 
+    Args:
+        client: of weights in training, of a snapshot, or of a bare base model; the same weights
+            give the same bits. All datums are scored in one pass, except by sampling clients of a
+            service.
+        data: D datums.
     Returns:
         D tensors, nats, each of the shape of its target_tokens.
     """
@@ -380,11 +385,11 @@ def sampled_datum(
     return with_inputs(datum, **{TEMPERATURE: sequence.temperature})
 
 
-def texts_of(tokenizer: Any, sequences: Sequence[SampledSequence]) -> list[Completion]:
+def texts_of(tokenizer: Any, sequences: Sequence[SampledSequence]) -> list[str]:
     """Decode sequences without end tokens, for rewards and for people: never train on the text.
 
     Returns:
-        Texts that also have each sequence's `tokens` and `stop_reason`.
+        Texts, each a `rewards.Completion` with the sequence's `tokens` and `stop_reason`.
     """
     return [
         Completion.of(tokenizer.decode(s.tokens, skip_special_tokens=True), s) for s in sequences

@@ -30,8 +30,9 @@ from cookbook_core.errors import (
 from cookbook_core.types import SampledSequence
 
 Row: TypeAlias = Mapping[str, Any]
-RewardFn: TypeAlias = Callable[[Any, "list[Completion]"], "Sequence[float] | Awaitable[Any]"]
-"""reward(row, completions) -> one finite number per completion; it may be `async def`."""
+RewardFn: TypeAlias = Callable[[Any, Any], "Sequence[float] | Awaitable[Any]"]
+"""reward(row, completions) -> one finite number per completion; it may be `async def`. Completions
+that `clients.texts_of` made are `Completion`s."""
 
 REPORT_SECONDS = 10.0
 """Time between two lines on how many prompts are graded."""
@@ -55,14 +56,14 @@ class Completion(str):
         return made
 
 
-def in_threads(reward_fn: Callable[[Any, list[Completion]], Sequence[float]]) -> RewardFn:
+def in_threads(reward_fn: Callable[[Any, Any], Sequence[float]]) -> RewardFn:
     """The async form of a reward function that blocks, such as one that waits for a request.
 
     It is called from several threads at a time.
     """
 
     @functools.wraps(reward_fn)
-    async def threaded(row: Any, completions: list[Completion]) -> Sequence[float]:
+    async def threaded(row: Any, completions: Any) -> Sequence[float]:
         return await asyncio.to_thread(reward_fn, row, completions)
 
     return threaded
@@ -71,7 +72,7 @@ def in_threads(reward_fn: Callable[[Any, list[Completion]], Sequence[float]]) ->
 def grade(
     functions: Mapping[str, tuple[float, RewardFn]],
     rows: Sequence[Row],
-    completions: Sequence[list[Completion]],
+    completions: Sequence[list[str]],
     *,
     limit: int = 16,
 ) -> tuple[list[list[float]], dict[str, float]]:
@@ -127,7 +128,7 @@ def grade(
 async def _grade_waiting(
     functions: Mapping[str, tuple[float, RewardFn]],
     rows: Sequence[Row],
-    completions: Sequence[list[Completion]],
+    completions: Sequence[list[str]],
     jobs: Sequence[tuple[str, int]],
     limit: int,
     values: dict[tuple[str, int], list[float]],

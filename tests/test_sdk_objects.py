@@ -322,12 +322,8 @@ NOT_SUPPORTED = {
     "type",  # a tag of the wire format
     "optimizer_config",
     "model_id",
-    "prompt_alt_tokens",
     "prompt_logprobs_np",
-    "target_prompt_logprobs",
     "topk_prompt_logprobs_np",
-    "topk_logprobs",
-    "topk_logprobs_np",
 }
 
 

@@ -22,6 +22,7 @@ OURS = describe("cookbook_core.tinker")
 
 SERVICE_ONLY = "needs the hosted service: its console, telemetry, REST interface or storage"
 DIFFERENT_METHODS = {
+    ("SamplingClient", "forward"): "scores a batch without a training client",
     ("SamplingClient", "create"): "how the SDK builds itself; clients come from ServiceClient",
     ("SamplingClient", "from_sampler_handle"): SERVICE_ONLY,
     ("SamplingClient", "get_sampler_handle"): SERVICE_ONLY,
@@ -53,11 +54,8 @@ MISSING_FIELDS = {
     ("GetInfoResponse", "optimizer_config"): "AdamW is the only optimizer",
     ("LoadWeightsResponse", "model_id"): "the client knows its own",
     ("LoadWeightsResponse", "type"): TYPE_TAG,
-    ("SampleResponse", "prompt_alt_tokens"): "not supported; an error unless left out",
     ("SampleResponse", "prompt_logprobs_np"): "given as the list prompt_logprobs",
-    ("SampleResponse", "target_prompt_logprobs"): "not supported; an error unless left out",
     ("SampleResponse", "topk_prompt_logprobs_np"): "given as the list topk_prompt_logprobs",
-    ("SampledSequence", "topk_logprobs_np"): "not supported; an error unless left out",
     ("SaveWeightsForSamplerResponse", "type"): TYPE_TAG,
     ("SaveWeightsResponse", "type"): TYPE_TAG,
     ("TensorData", "sparse_col_indices"): "sparse saves bytes on a wire; stored dense here",

@@ -227,7 +227,7 @@ def test_their_dpo_loop_is_our_dpo(on_this_machine, tmp_path):
     theirs = logged(tmp_path / "log")
     assert len(theirs) == 3
     assert theirs[0]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-7)
-    # not to the bit: it asks for reference logprobs one by one, and those that wait go together
+    # not to the bit: it asks for reference logprobs one by one, each of which is scored alone
     assert theirs[0]["margin"] == pytest.approx(0.0, abs=1e-6)
     assert all(b["dpo_loss"] < a["dpo_loss"] - 1e-3 for a, b in itertools.pairwise(theirs))
     assert (tmp_path / "checkpoints-0" / "model-0" / "weights" / "final").is_dir()

@@ -25,6 +25,7 @@ from cookbook_core.types import (
     OptimStepResponse,
     SampleResponse,
     SamplingParams,
+    TensorData,
 )
 
 
@@ -41,6 +42,11 @@ class SamplingBackend(Protocol):
         params: SamplingParams,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        *,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
     ) -> Future[SampleResponse]:
         """Draw completions of one prompt.
 
@@ -51,6 +57,10 @@ class SamplingBackend(Protocol):
                 same tokens.
             include_prompt_logprobs: also log p of each prompt token.
             topk_prompt_logprobs: also the k likeliest tokens at each prompt position.
+            topk_sample_logprobs: also the k likeliest tokens at each position of a completion.
+            target_prompt_logprobs: also log p of these tokens, see `SamplingClient.sample`.
+            prompt_alt_tokens_k: also k draws of each prompt token but the first.
+            prompt_logprobs_last_n: logprobs of the last n prompt tokens only.
 
         Returns:
             A response of exactly num_samples sequences: token ids, and one logprob (nats) for each
@@ -68,12 +78,22 @@ class SamplingBackend(Protocol):
         """
         ...
 
-    def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
+    def compute_logprobs(
+        self, prompt: ModelInput, last_n: int | None = None
+    ) -> Future[list[float | None]]:
         """log p (nats) of each prompt token given those before it; None at position 0.
 
+        last_n: of the last n tokens alone; None before them.
+
         Raises:
-            DatumError: at once; fewer than 2 tokens, or tokens that do not fit the model.
+            DatumError, ConfigError: at once; fewer than 2 tokens, or tokens that do not fit the
+                model; last_n out of range.
         """
+        ...
+
+    def forward(self, data: Sequence[Datum]) -> Future[ForwardBackwardOutput]:
+        """Logprobs of the target_tokens of D datums, as of `TrainingBackend.forward` with the
+        built-in cross_entropy."""
         ...
 
     def tokenizer(self) -> Any:

@@ -67,6 +67,8 @@ class Worker:
         function: Callable[[list[Any]], Sequence[Any]],
         item: Any,
         group: Hashable,
+        *,
+        alone: bool = False,
     ) -> Future[Any]:
         """Call `function([item, ...])`, which returns one result for each item.
 
@@ -77,10 +79,12 @@ class Worker:
             group: requests of one group run in one call: those of a `unit`, or, outside of one,
                 those that are already waiting side by side (anywhere, where the worker `gathers`).
                 Which those are depends on timing.
+            alone: outside of a unit, run by itself, unless the worker `gathers`.
         """
         unit: list[_Job] | None = getattr(self._collecting, "unit", None)
         if unit is None:
-            job = _Job(label, function, (item,), group)
+            own = (object(), group) if alone and not self._gathers else group
+            job = _Job(label, function, (item,), own)
             self._put([job])
         else:
             own = group if self._gathers else (self._collecting.key, group)

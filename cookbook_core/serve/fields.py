@@ -192,6 +192,17 @@ def datums_in(values: Sequence[Any]) -> list[Datum]:
     return data
 
 
+def targets_in(body: Fields, name: str) -> TensorData | None:
+    """A dense tensor; None if the field is missing. Unlisted cells of a sparse one would be -1 in
+    the request and have no place in the reply."""
+    given = body.mapping(name, None)
+    if given is None:
+        return None
+    inner = Fields(given, body.name_of(name))
+    inner.unsupported(sparse_crow_indices=None, sparse_col_indices=None)
+    return _tensor_in(given, body.name_of(name))
+
+
 def _tensor_in(value: Any, where: str) -> TensorData:
     body = Fields(value, where)
     kinds = ("float32", "int64")

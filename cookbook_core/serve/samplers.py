@@ -18,7 +18,7 @@ from cookbook_core.errors import RequestError
 from cookbook_core.serve import wire
 from cookbook_core.serve.models import Base
 from cookbook_core.serve.replies import Promise, Promises, Refused, Result, copy_outcome
-from cookbook_core.types import SampleResponse
+from cookbook_core.types import SampleResponse, TensorData
 
 GATHER_SECONDS = 0.004
 """After a sampling request, how long to wait for more of the same weights, each time anew."""
@@ -219,18 +219,29 @@ def _submit(start: Start, weights: Any, promise: Promise) -> None:
     promise.future.add_done_callback(lambda future: future.cancelled() and inner.cancel())
 
 
+def _as_json(tensor: TensorData) -> dict[str, Any]:
+    return {"data": tensor.data, "dtype": tensor.dtype, "shape": tensor.shape}
+
+
 def samples_result(response: SampleResponse) -> Result:
     """The result of a sampling request."""
 
     def as_json() -> dict[str, Any]:
         sequences = [
-            {"stop_reason": s.stop_reason, "tokens": list(s.tokens), "logprobs": s.logprobs}
+            {
+                "stop_reason": s.stop_reason, "tokens": list(s.tokens), "logprobs": s.logprobs,
+                "topk_logprobs": s.topk_logprobs,
+            }
             for s in response.sequences
-        ]
+        ]  # fmt: skip
+        targets, drawn = response.target_prompt_logprobs, response.prompt_alt_tokens
         return {
             "type": "sample", "sequences": sequences,
             "prompt_logprobs": response.prompt_logprobs,
             "topk_prompt_logprobs": response.topk_prompt_logprobs,
+            "target_prompt_logprobs": targets and _as_json(targets),
+            "prompt_alt_tokens": drawn
+            and {"tokens": _as_json(drawn.tokens), "logprobs": _as_json(drawn.logprobs)},
         }  # fmt: skip
 
     return Result(as_json, lambda: wire.samples_out(response))

@@ -322,10 +322,13 @@ class Service(State):
         params = _sampling_params(body.inner("sampling_params"))
         count, seq = body.integer("num_samples", 1, least=1), body.integer("seq_id", None)
         wanted = body.flag("prompt_logprobs", False), body.integer("topk_prompt_logprobs", 0)
-        body.unsupported(
-            topk_sample_logprobs=0, target_prompt_logprobs=None, prompt_alt_tokens_k=0,
-            prompt_logprobs_last_n=None, record_stability_info=False,
-        )  # fmt: skip
+        more = {
+            "topk_sample_logprobs": body.integer("topk_sample_logprobs", 0),
+            "target_prompt_logprobs": fields.targets_in(body, "target_prompt_logprobs"),
+            "prompt_alt_tokens_k": body.integer("prompt_alt_tokens_k", 0),
+            "prompt_logprobs_last_n": body.integer("prompt_logprobs_last_n", None),
+        }
+        body.unsupported(record_stability_info=False)
         sampler_id = body.text("sampling_session_id", None)
         path, base_name = body.text("model_path", None), body.text("base_model", None)
         body.end()
@@ -336,7 +339,7 @@ class Service(State):
         sampler = self.sampler(sampler_id)
 
         def start(weights: Any) -> Future[Any]:
-            return weights.sample(prompt, count, params, *wanted)
+            return weights.sample(prompt, count, params, *wanted, **more)
 
         promise = self.samplers.submit(sampler, seq, call.digest, start)
         names = [f"{promise.request_id}{i}" for i in range(min(count, 65_536))]

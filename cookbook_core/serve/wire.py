@@ -17,7 +17,14 @@ from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cookbook_core.errors import DatumError, RequestError
-from cookbook_core.types import Datum, EncodedTextChunk, ModelInput, SampleResponse, TensorData
+from cookbook_core.types import (
+    Datum,
+    EncodedTextChunk,
+    ModelInput,
+    SampleResponse,
+    TensorData,
+    TopkLogprobs,
+)
 
 FIELD = descriptor_pb2.FieldDescriptorProto
 SCHEMA: Mapping[str, Mapping[str, tuple[int, str]]] = {
@@ -55,10 +62,13 @@ SCHEMA: Mapping[str, Mapping[str, tuple[int, str]]] = {
     },
     "Sequence": {
         "stop_reason": (1, "int32"), "tokens": (2, "bytes"), "logprobs": (3, "bytes optional"),
+        "topk_sampled_logprobs": (4, "TopK"),
     },
+    "Alternatives": {"tokens": (1, "Tensor"), "logprobs": (2, "Tensor")},
     "Samples": {
         "sequences": (1, "Sequence repeated"), "prompt_logprobs": (2, "bytes optional"),
         "topk_prompt_logprobs": (3, "TopK"), "prompt_cache_hit_tokens": (4, "int32"),
+        "target_prompt_logprobs": (5, "Tensor"), "prompt_alt_tokens": (6, "Alternatives"),
     },
 }  # fmt: skip
 """By message and field: its number, and its type with "repeated", "optional" or "map" (of str)."""
@@ -66,8 +76,6 @@ DTYPES: Mapping[int, Any] = {1: np.float32, 2: np.int64, 3: np.int32}
 FLOAT32 = 1
 MOST_ELEMENTS = 1 << 26
 """Numbers of one tensor: a sparse one states its size in a few bytes."""
-NO_TOKEN = -99999.0
-"""The logprob of empty cells in a table of top-k tokens."""
 
 
 def _messages() -> dict[str, Any]:
@@ -280,19 +288,31 @@ def samples_out(response: SampleResponse) -> bytes:
         logprobs = np.asarray(sequence.logprobs, np.float32).tobytes()
         tokens = np.asarray(sequence.tokens, np.int32).tobytes()
         stopped = 0 if sequence.stop_reason == "stop" else 1
-        out.sequences.add(stop_reason=stopped, tokens=tokens, logprobs=logprobs)
+        added = out.sequences.add(stop_reason=stopped, tokens=tokens, logprobs=logprobs)
+        if sequence.topk_logprobs_np is not None:
+            _set_top(added.topk_sampled_logprobs, sequence.topk_logprobs_np)
     if response.prompt_logprobs is not None:
         known = [math.nan if lp is None else lp for lp in response.prompt_logprobs]
         out.prompt_logprobs = np.asarray(known, np.float32).tobytes()
     if response.topk_prompt_logprobs is not None:
-        rows = [row or [] for row in response.topk_prompt_logprobs]
-        k = max(map(len, rows))
-        ids = np.zeros((len(rows), k), np.int32)
-        logprobs = np.full((len(rows), k), NO_TOKEN, np.float32)
-        for i, row in enumerate(rows):
-            for j, (token, logprob) in enumerate(row):
-                ids[i, j], logprobs[i, j] = token, logprob
-        table = out.topk_prompt_logprobs
-        table.token_ids, table.logprobs = ids.tobytes(), logprobs.tobytes()
-        table.k, table.length = k, len(rows)
+        rows = response.topk_prompt_logprobs
+        k = max(len(row or ()) for row in rows)
+        _set_top(out.topk_prompt_logprobs, TopkLogprobs.from_lists(rows, k))
+    if response.target_prompt_logprobs is not None:
+        _set_tensor(out.target_prompt_logprobs, response.target_prompt_logprobs)
+    if response.prompt_alt_tokens is not None:
+        _set_tensor(out.prompt_alt_tokens.tokens, response.prompt_alt_tokens.tokens)
+        _set_tensor(out.prompt_alt_tokens.logprobs, response.prompt_alt_tokens.logprobs)
     return out.SerializeToString()
+
+
+def _set_top(message: Any, top: TopkLogprobs) -> None:
+    message.token_ids, message.logprobs = top.token_ids.tobytes(), top.logprobs.tobytes()
+    message.length, message.k = top.token_ids.shape
+
+
+def _set_tensor(message: Any, tensor: TensorData) -> None:
+    array = tensor.to_numpy()
+    dtype = 2 if tensor.dtype == "int64" else FLOAT32
+    message.dense, message.dtype = array.astype(DTYPES[dtype]).tobytes(), dtype
+    message.shape.extend(array.shape)

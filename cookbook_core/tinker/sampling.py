@@ -7,21 +7,30 @@ from dataclasses import replace
 from typing import Any
 
 from cookbook_core.backend.interface import SamplingBackend
+from cookbook_core.datums import check_data
 from cookbook_core.errors import ConfigError
 from cookbook_core.tinker.futures import APIFuture, JointCalls, async_result, async_version, mapped
-from cookbook_core.tinker.sdk_objects import own_params
-from cookbook_core.types import ModelInput, SampleResponse, SamplingParams, TensorData
+from cookbook_core.tinker.sdk_objects import own_data, own_params
+from cookbook_core.types import (
+    Datum,
+    ForwardBackwardOutput,
+    ModelInput,
+    SampleResponse,
+    SamplingParams,
+    TensorData,
+)
 from cookbook_core.types.model_input import own_input
 
 
 class SamplingClient:
     """Generation and logprobs from a snapshot of weights, which later training does not change.
 
-    Single requests are decoded together with those that are already waiting, so submit all before
-    waiting for one. Which ones share a loop depends on timing, and the shapes of its matrix
-    products move last bits. `sample_batch` decodes its prompts as one unit: the same seeds give the
-    same bits. So do `sample_async` and `compute_logprobs_async` of coroutines that are started
-    together, as `asyncio.gather` does.
+    Single requests to sample are decoded together with those that are already waiting, so submit
+    all before waiting for one. Which ones share a loop depends on timing, and the shapes of its
+    matrix products move last bits. `sample_batch` decodes its prompts as one unit: the same seeds
+    give the same bits. So do `sample_async` and `compute_logprobs_async` of coroutines that are
+    started together, as `asyncio.gather` does. A single `compute_logprobs` is computed alone;
+    `forward` scores a batch.
     """
 
     def __init__(self, backend: SamplingBackend) -> None:
@@ -52,9 +61,15 @@ class SamplingClient:
             sampling_params: max_tokens, temperature, top_k, top_p, stop and seed.
             include_prompt_logprobs: also log p of each prompt token (None at position 0).
             topk_prompt_logprobs: also the k likeliest tokens at each prompt position.
-            topk_sample_logprobs, target_prompt_logprobs, prompt_alt_tokens_k,
-                prompt_logprobs_last_n: of the SDK, not supported here; anything but the default
-                is an error.
+            topk_sample_logprobs: also the k likeliest tokens at each position of a completion,
+                under the distribution that its logprobs are of.
+            target_prompt_logprobs: also log p of these tokens: int64 `(len(prompt) - 1, K)`, row i
+                at the position of prompt token i + 1; -1 asks for nothing.
+            prompt_alt_tokens_k: also k draws, with replacement, of each prompt token but the first;
+                at temperature 1, without top_k and top_p.
+            prompt_logprobs_last_n: leave out logprobs of prompt tokens before the last n.
+
+        Logprobs of the prompt are those at temperature 1, whatever the request's.
 
         Returns:
             A future of a SampleResponse: `.result().sequences[i].tokens` and `.logprobs`.
@@ -62,18 +77,16 @@ class SamplingClient:
         Raises:
             ConfigError, DatumError: at once, before anything is queued.
         """
-        for name, value, default in (
-            ("topk_sample_logprobs", topk_sample_logprobs, 0),
-            ("target_prompt_logprobs", target_prompt_logprobs, None),
-            ("prompt_alt_tokens_k", prompt_alt_tokens_k, 0),
-            ("prompt_logprobs_last_n", prompt_logprobs_last_n, None),
-        ):
-            if type(value) is not type(default) or value != default:
-                fix = f"Leave {name} out."
-                raise ConfigError(name, "not supported here", got=repr(value), fix=fix)
+        more: dict[str, Any] = {
+            "topk_sample_logprobs": None if topk_sample_logprobs == 0 else topk_sample_logprobs,
+            "target_prompt_logprobs": target_prompt_logprobs,
+            "prompt_alt_tokens_k": None if prompt_alt_tokens_k == 0 else prompt_alt_tokens_k,
+            "prompt_logprobs_last_n": prompt_logprobs_last_n,
+        }
+        more = {name: value for name, value in more.items() if value is not None}
         prompt, params = own_input(prompt), own_params(SamplingParams, sampling_params)
         wanted = include_prompt_logprobs, topk_prompt_logprobs
-        sent = self._backend.sample(prompt, num_samples, params, *wanted)
+        sent = self._backend.sample(prompt, num_samples, params, *wanted, **more)
         if params.temperature in (0, 1):  # greedy logprobs are those at temperature 1
             return APIFuture(sent, "sample")
 
@@ -120,23 +133,45 @@ class SamplingClient:
         """log p (nats) of each prompt token given those before it; None at position 0.
 
         Locally computed by the scoring code of the training client: bit for bit the logprobs of a
-        `forward` over the same batch.
+        `forward` over this prompt alone, or over those that are awaited together.
 
         Args:
             prompt: token ids, at least two.
-            prompt_logprobs_last_n: of the SDK, not supported here; anything but None is an error.
+            prompt_logprobs_last_n: of the last n tokens only; None before them.
 
         Raises:
             ConfigError, DatumError: at once, before anything is queued.
         """
-        if prompt_logprobs_last_n is not None:
+        last_n = () if prompt_logprobs_last_n is None else (prompt_logprobs_last_n,)
+        sent = self._backend.compute_logprobs(own_input(prompt), *last_n)
+        return APIFuture(sent, "compute_logprobs")
+
+    def forward(
+        self, data: Sequence[Datum], loss_fn: str = "cross_entropy"
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Compute logprobs of target_tokens, as `TrainingClient.forward` does. Not in the SDK.
+
+        Locally in one pass over the batch, bit for bit what a training client of the same weights
+        returns. A service scores each datum by itself.
+
+        Args:
+            data: datums with target_tokens `(N,)` or `(N, K)`.
+            loss_fn: "cross_entropy" alone, which is a sum.
+
+        Returns:
+            loss_fn_outputs[i]["logprobs"]: shape of data[i]'s target_tokens, nats.
+
+        Raises:
+            DatumError, ConfigError: at once, before anything is queued.
+        """
+        if loss_fn != "cross_entropy":
+            fix = "Create a training client of these weights for other losses."
             raise ConfigError(
-                "prompt_logprobs_last_n",
-                "not supported here",
-                got=prompt_logprobs_last_n,
-                fix="Leave it out and take the last entries of the result.",
+                "loss_fn", "unknown", expected='"cross_entropy"', got=f"{loss_fn!r:.80}", fix=fix
             )
-        return APIFuture(self._backend.compute_logprobs(own_input(prompt)), "compute_logprobs")
+        own, model = own_data(data), self._backend.model_data
+        check_data(own, vocab_size=model.vocab_size, max_context_length=model.max_context_length)
+        return APIFuture(self._backend.forward(list(own)), "forward")
 
     def get_tokenizer(self) -> Any:
         """The base model's Hugging Face tokenizer."""

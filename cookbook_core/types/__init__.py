@@ -33,12 +33,14 @@ from cookbook_core.types.results import (
     ModelData,
     ModelID,
     OptimStepResponse,
+    PromptAltTokens,
     SampledSequence,
     SampleResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
     StopReason,
     SupportedModel,
+    TopkLogprobs,
 )
 from cookbook_core.types.tensors import (
     TensorData,
@@ -64,6 +66,7 @@ __all__ = [
     "ModelInput",
     "ModelInputChunk",
     "OptimStepResponse",
+    "PromptAltTokens",
     "SampleResponse",
     "SampledSequence",
     "SamplingClientKind",
@@ -74,4 +77,5 @@ __all__ = [
     "SupportedModel",
     "TensorData",
     "TensorDtype",
+    "TopkLogprobs",
 ]

@@ -253,8 +253,8 @@ def test_sampling_options_that_are_not_supported_are_refused(client):
         "sampling_params": {"max_tokens": 2, "temperature": 0.0},
     }  # fmt: skip
     for seq, (name, value) in enumerate({
-        "topk_sample_logprobs": 2, "prompt_logprobs_last_n": 3, "record_stability_info": True,
-        "prompt_alt_tokens_k": 1, "beam": 4,
+        "topk_sample_logprobs": -1, "prompt_logprobs_last_n": "3", "record_stability_info": True,
+        "target_prompt_logprobs": [[5]], "beam": 4,
     }.items()):  # fmt: skip
         reply = client.post("asample", {**good, "seq_id": seq, name: value})
         assert reply.status_code == 422

@@ -29,9 +29,15 @@ from cookbook_core.backend.local.model.memory import (
 from cookbook_core.backend.local.model_ids import ModelIds
 from cookbook_core.backend.local.multiprocess.engine import SharedEngine
 from cookbook_core.backend.local.multiprocess.group import joined
+from cookbook_core.backend.local.sampling.prompt_scores import sample_and_score
 from cookbook_core.backend.local.scoring.memory_limits import check_mode
-from cookbook_core.backend.sampling_requests import prompt_datum, sampling_request
+from cookbook_core.backend.sampling_requests import (
+    prompt_datum,
+    prompt_scores,
+    sampling_request,
+)
 from cookbook_core.backend.worker import Worker, refuse_after_failure
+from cookbook_core.builtin_losses import builtin_loss
 from cookbook_core.custom_loss import LossFn, LossTypeInput
 from cookbook_core.errors import CheckpointError, CookbookError, check_text
 from cookbook_core.storage.paths import usable_path
@@ -45,6 +51,7 @@ from cookbook_core.types import (
     OptimStepResponse,
     SampleResponse,
     SamplingParams,
+    TensorData,
 )
 
 
@@ -341,13 +348,20 @@ class LocalSampler:
         params: SamplingParams,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        *,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
     ) -> Future[SampleResponse]:
         """Queued; decoded together with requests of this snapshot that are waiting by then."""
-        wanted = include_prompt_logprobs, topk_prompt_logprobs
+        wanted = include_prompt_logprobs, topk_prompt_logprobs, topk_sample_logprobs
         request = sampling_request(self.model_data, prompt, num_samples, params, *wanted)
         self._engine.check_prompt(prompt, "sample")
-        sample = partial(self._engine.sample, self._adapter)
-        return self._worker.submit_grouped("sample", sample, request, ("sample", id(self)))
+        more = target_prompt_logprobs, prompt_alt_tokens_k, prompt_logprobs_last_n
+        item = request, prompt_scores(request, self.model_data.vocab_size, *more)
+        sample = partial(sample_and_score, self._engine, self._adapter)
+        return self._worker.submit_grouped("sample", sample, item, ("sample", id(self)))
 
     def write(self, folder: Path) -> Future[Path]:
         """Save the snapshot's weights as a new folder, which `create_sampler` opens."""
@@ -358,10 +372,20 @@ class LocalSampler:
     def unit(self) -> AbstractContextManager[None]:
         return self._worker.unit()
 
-    def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
-        """log p of each prompt token given those before it, through the training's scoring path."""
-        datum = prompt_datum(self.model_data, prompt)
+    def compute_logprobs(
+        self, prompt: ModelInput, last_n: int | None = None
+    ) -> Future[list[float | None]]:
+        """log p of each prompt token given those before it, through the training's scoring path.
+
+        Outside of a unit each is scored alone, so that results do not depend on what else waits.
+        """
+        datum = prompt_datum(self.model_data, prompt, last_n)
         self._engine.check_prompt(prompt, "compute_logprobs")
         score = partial(self._engine.compute_logprobs, self._adapter)
-        group = "compute_logprobs", id(self)
-        return self._worker.submit_grouped("compute_logprobs", score, datum, group)
+        label = "compute_logprobs"
+        return self._worker.submit_grouped(label, score, datum, (label, id(self)), alone=True)
+
+    def forward(self, data: Sequence[Datum]) -> Future[ForwardBackwardOutput]:
+        """Logprobs of a batch in one pass, through the training's scoring path."""
+        loss = builtin_loss("cross_entropy", None)
+        return self._worker.submit("forward", self._engine.forward, self._adapter, data, loss)

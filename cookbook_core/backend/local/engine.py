@@ -42,6 +42,7 @@ from cookbook_core.custom_loss import (
     evaluate,
     merge_metrics,
 )
+from cookbook_core.datums import SCORE_MASK
 from cookbook_core.errors import LossError, RequestError
 from cookbook_core.types import (
     Datum,
@@ -159,13 +160,13 @@ class Engine:
 
     def forward(
         self,
-        adapter: Adapter,
+        adapter: Adapter | None,
         data: Sequence[Datum],
         loss_fn: LossFn,
         loss_type_input: LossTypeInput = "logprobs",
     ) -> ForwardBackwardOutput:
         """Logprobs and the value of `loss_fn`, without a gradient."""
-        check_images(self.scorer, data, adapter.slot.params)
+        check_images(self.scorer, data, adapter.slot.params if adapter else {})
         if loss_type_input == "vocab_logprobs":
             return self._forward_vocabulary(adapter, data, loss_fn)
         logprobs = self.score(adapter, data)
@@ -190,7 +191,7 @@ class Engine:
         return _output(scored.logprobs, result, {}), scored
 
     def _forward_vocabulary(
-        self, adapter: Adapter, data: Sequence[Datum], loss_fn: LossFn
+        self, adapter: Adapter | None, data: Sequence[Datum], loss_fn: LossFn
     ) -> ForwardBackwardOutput:
         """`forward` over the whole vocabulary; of several processes the first does all of it."""
         with self.bank.active(adapter), torch.no_grad():
@@ -233,11 +234,12 @@ class Engine:
     ) -> list[list[float | None]]:
         """log p of each prompt token, of prompts that are scored together.
 
-        None at position 0 and at positions of images, which are not predicted.
+        None at position 0, where nothing is scored, and at positions of images, which are not
+        predicted.
         """
         check_images(self.scorer, data, adapter.slot.params if adapter else {}, "prompts")
         return [
-            [None, *_of_text(datum, lp.tolist())]
+            [None, *_where_scored(datum, lp)]
             for datum, lp in zip(data, self.score(adapter, data), strict=True)
         ]
 
@@ -313,12 +315,14 @@ def _sum(grads: Sequence[torch.Tensor], more: Sequence[torch.Tensor | None]) -> 
     return [g if e is None else g + e for g, e in zip(grads, extra, strict=True)]
 
 
-def _of_text(datum: Datum, logprobs: list[float]) -> list[float | None]:
-    """The logprobs `(N,)` of a prompt's targets, None where the target is an image's position."""
-    if not datum.model_input.images:
-        return [*logprobs]
-    text = [key >= 0 for key in datum.model_input.keys()[1:]] + [True]
-    return [lp if on else None for lp, on in zip(logprobs, text, strict=True)]
+def _where_scored(datum: Datum, logprobs: torch.Tensor) -> list[float | None]:
+    """The logprobs `(N,)` of a prompt's targets; None where none is wanted, and for images."""
+    mask = datum.loss_fn_inputs.get(SCORE_MASK)
+    scored = [True] * len(logprobs) if mask is None else mask.tolist()
+    if datum.model_input.images:
+        text = [key >= 0 for key in datum.model_input.keys()[1:]] + [True]
+        scored = [a and b for a, b in zip(scored, text, strict=True)]
+    return [lp if on else None for lp, on in zip(logprobs.tolist(), scored, strict=True)]
 
 
 def _has_text(stop: Any) -> bool:

@@ -19,7 +19,7 @@ import time
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from importlib import metadata
 from typing import Any
@@ -217,6 +217,26 @@ def settle(future: Future[Any], value: Any = None, error: BaseException | None =
             future.set_exception(error)
         else:
             future.set_result(value)
+
+
+def joined(futures: Sequence[Future[Any]], combine: Callable[[list[Any]], Any]) -> Future[Any]:
+    """A future of `combine(results)`, or of the first error in the order of the futures."""
+    out: Future[Any] = Future()
+    left, lock = [len(futures)], threading.Lock()
+
+    def done(_: Future[Any]) -> None:
+        with lock:
+            left[0] -= 1
+            if left[0]:
+                return
+        try:
+            settle(out, combine([future.result() for future in futures]))
+        except BaseException as error:  # raised by out.result()
+            settle(out, error=error)
+
+    for future in futures:
+        future.add_done_callback(done)
+    return out
 
 
 def sdk_version() -> str:

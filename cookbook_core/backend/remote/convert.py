@@ -27,10 +27,12 @@ from cookbook_core.types import (
     ModelInput,
     ModelInputChunk,
     OptimStepResponse,
+    PromptAltTokens,
     SampledSequence,
     SampleResponse,
     SamplingParams,
     TensorData,
+    TopkLogprobs,
 )
 
 if TYPE_CHECKING:
@@ -120,13 +122,14 @@ def datums_out(types: Any, data: Sequence[Datum]) -> list[Any]:
     out = []
     for datum in data:
         tensors = {k: v for k, v in datum.loss_fn_inputs.items() if k != TEMPERATURE}
-        inputs = {k: _tensor_out(types, v) for k, v in tensors.items()}
+        inputs = {k: tensor_out(types, v) for k, v in tensors.items()}
         prompt = prompt_out(types, datum.model_input)
         out.append(types.Datum(model_input=prompt, loss_fn_inputs=inputs))
     return out
 
 
-def _tensor_out(types: Any, tensor: TensorData) -> Any:
+def tensor_out(types: Any, tensor: TensorData) -> Any:
+    """The SDK's TensorData with the same values."""
     dtype = "int64" if tensor.dtype == "int64" else "float32"  # the protocol's two dtypes
     array = np.ascontiguousarray(tensor.to_numpy(), dtype=dtype)
     return types.TensorData(data=array, dtype=dtype, shape=list(array.shape))
@@ -248,12 +251,14 @@ def optim_in(response: Any, params: AdamParams) -> OptimStepResponse:
     return OptimStepResponse({**metrics, "lr": params.learning_rate})
 
 
-def sampled_in(where: str, response: Any, num_samples: int) -> SampleResponse:
-    """The completions of one prompt.
+def sampled_in(
+    where: str, response: Any, num_samples: int, wanted: Mapping[str, Any]
+) -> SampleResponse:
+    """The completions of one prompt, and what was `wanted` beside them, under the SDK's names.
 
     Raises:
-        AnswerError: not `num_samples` completions, or one whose logprobs are not a finite number
-            per token.
+        AnswerError: not `num_samples` completions, one whose logprobs are not a finite number per
+            token, or an answer without something that was wanted.
     """
     if len(response.sequences) != num_samples:
         what = "the service returned another number of completions"
@@ -275,8 +280,29 @@ def sampled_in(where: str, response: Any, num_samples: int) -> SampleResponse:
                 fix="Run `cookbook check --base_url URL`; do not train on these samples.",
             )
         name = getattr(s, "sequence_id", None) or str(i)
-        sequences.append(SampledSequence(s.stop_reason, name, tokens, logprobs))
-    return SampleResponse(sequences, response.prompt_logprobs, response.topk_prompt_logprobs)
+        top = getattr(s, "topk_logprobs", None) if "topk_sample_logprobs" in wanted else None
+        if top is not None:
+            top = TopkLogprobs.from_lists(top, wanted["topk_sample_logprobs"])
+        sequences.append(SampledSequence(s.stop_reason, name, tokens, logprobs, top))
+    targets = getattr(response, "target_prompt_logprobs", None)
+    drawn = getattr(response, "prompt_alt_tokens", None)
+    missing = {
+        "topk_sample_logprobs": any(s.topk_logprobs_np is None for s in sequences),
+        "target_prompt_logprobs": targets is None,
+        "prompt_alt_tokens_k": drawn is None,
+    }
+    for name in wanted:
+        if missing.get(name):
+            fix = f"The service may not know {name}: leave it out."
+            raise AnswerError(f"{where}: {name}", "requested, but not in the answer", fix=fix)
+    return SampleResponse(
+        sequences,
+        response.prompt_logprobs,
+        response.topk_prompt_logprobs,
+        None if targets is None else _tensor_in(targets),
+        getattr(response, "prompt_cache_hit_tokens", 0),
+        drawn and PromptAltTokens(_tensor_in(drawn.tokens), _tensor_in(drawn.logprobs)),
+    )
 
 
 def metadata_in(where: str, checkpoints: Sequence[Any], path: str) -> dict[str, str]:

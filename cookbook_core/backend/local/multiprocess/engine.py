@@ -47,6 +47,7 @@ from cookbook_core.types import (
     SampledSequence,
     SampleResponse,
     SamplingParams,
+    TopkLogprobs,
 )
 
 COPIES = 4
@@ -419,6 +420,11 @@ def _sample_request(values: dict[str, Any]) -> SampleRequest:
     return SampleRequest(**{**values, "params": SamplingParams(**values["params"])})
 
 
+def _topk(values: dict[str, Any]) -> TopkLogprobs:
+    ids, logprobs = values["token_ids"], values["logprobs"]
+    return TopkLogprobs(np.array(ids, np.int32), np.array(logprobs, np.float32))
+
+
 def _response(values: dict[str, Any]) -> SampleResponse:
     """JSON -> what `sample_batch` returns."""
     sequences = [
@@ -427,6 +433,7 @@ def _response(values: dict[str, Any]) -> SampleResponse:
             each["sequence_id"],
             np.array(each["tokens_np"], dtype=np.int64),
             np.array(each["logprobs_np"]),
+            each["topk_logprobs_np"] and _topk(each["topk_logprobs_np"]),
         )
         for each in values["sequences"]
     ]

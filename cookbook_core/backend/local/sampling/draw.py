@@ -125,6 +125,41 @@ def draw_tokens(
     return tokens, chosen[:, 0] - total.log().to(logits.dtype)
 
 
+def top_tokens(logits: Tensor, tensors: SamplingTensors, top_k: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of each row, under the distribution that `draw_tokens` reports.
+
+    Args:
+        logits: `(R, V)`, any float dtype.
+        tensors: the parameters of the R rows.
+        top_k: how many.
+
+    Returns:
+        ids and logprobs, both `(R, top_k)`, most likely first; nats.
+    """
+    logits = at_least_float32(logits)
+    if tensors.scale is not None:
+        logits = logits * tensors.scale.to(logits.dtype)
+    values, ids = logits.topk(top_k, dim=1)
+    peak = logits.max(dim=1, keepdim=True).values
+    total = (logits - peak).exp_().sum(dim=1, keepdim=True, dtype=torch.float64)
+    return ids, values - peak - total.log().to(logits.dtype)  # the bits of `draw_tokens`
+
+
+def draw_alternatives(logprobs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw k tokens of each row, with replacement.
+
+    Args:
+        logprobs: `(R, V)`, nats.
+        uniforms: `(R, k)` float64 in [0, 1).
+
+    Returns:
+        tokens and their logprobs, both `(R, k)`.
+    """
+    mass = logprobs.exp()
+    tokens = torch.stack([_invert(mass, column) for column in uniforms.unbind(1)], dim=1)
+    return tokens, logprobs.gather(1, tokens)
+
+
 def _invert(mass: Tensor, uniforms: Tensor) -> Tensor:
     """The index at which the cumulative sum of each row of `mass` `(R, V)` passes u * total."""
     rows, vocab = mass.shape

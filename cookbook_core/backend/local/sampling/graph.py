@@ -55,7 +55,8 @@ class GraphError(Exception):
 def can_capture(decoder: Decoder, rows: Sequence[Row]) -> bool:
     """Whether to decode these rows in graphs: by device, model and request alone."""
     usable = decoder.device.type == "cuda" and decoder.pads and decoder.core not in _refused
-    return usable and max(row.limit for row in rows) >= WORTH
+    plain = not any(row.top_k for row in rows)  # a graph reports no likeliest tokens
+    return usable and plain and max(row.limit for row in rows) >= WORTH
 
 
 def refuse(decoder: Decoder) -> None:

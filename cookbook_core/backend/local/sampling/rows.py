@@ -13,7 +13,7 @@ import numpy as np
 from cookbook_core.backend.local.sampling.decoder import OPEN_ENDED, Prompt
 from cookbook_core.backend.local.sampling.draw import StopRule, TextWatch, Uniforms
 from cookbook_core.errors import ModelError
-from cookbook_core.types import SampledSequence, SamplingParams, StopReason
+from cookbook_core.types import SampledSequence, SamplingParams, StopReason, TopkLogprobs
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Row:
     seed: int
     sample: int
     tokenizer: Any = None
+    top_k: int = 0
+    """Likeliest tokens to report at each position."""
 
     def __post_init__(self) -> None:
         self.start()
@@ -35,6 +37,7 @@ class Row:
         """Forget what was decoded: the next token is the first."""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.top: list[list[tuple[int, float]] | None] = []
         self.stop_reason: StopReason | None = None
         self.uniforms = Uniforms(self.seed, self.sample)
         strings = self.stop.strings
@@ -72,6 +75,7 @@ class Row:
             sequence_id=uuid.uuid4().hex,
             tokens_np=np.array(self.tokens, dtype=np.int64),
             logprobs_np=np.array(self.logprobs),
+            topk_logprobs_np=TopkLogprobs.from_lists(self.top, self.top_k) if self.top_k else None,
         )
 
 

@@ -33,6 +33,7 @@ from cookbook_core.backend.local.sampling.draw import (
     draw_tokens,
     eos_ids,
     take_uniforms,
+    top_tokens,
 )
 from cookbook_core.backend.local.sampling.graph import GraphError, allocation, can_capture, refuse
 from cookbook_core.backend.local.sampling.graph import decode as decode_in_graphs
@@ -132,6 +133,7 @@ def _rows_of(
             seed=seed,
             sample=sample,
             tokenizer=tokenizer,
+            top_k=request.topk_sample_logprobs,
         )
         for sample in range(request.num_samples)
     ]
@@ -234,6 +236,7 @@ def _decode_by_steps(decoder: Decoder, rows: list[Row]) -> None:
             uniforms = take_uniforms([row.uniforms for row in rows]).to(device)
         logits = decoder.step(tokens.to(decoder.device)).to(device)
         tokens, logprobs = draw_tokens(logits, uniforms[step % DRAWS], tensors)
+        _keep_top(rows, logits, tensors)
         # ids are exact in float64: one transfer for both
         drawn = torch.stack([tokens.double(), logprobs.double()]).tolist()
         ended = [
@@ -247,3 +250,13 @@ def _decode_by_steps(decoder: Decoder, rows: list[Row]) -> None:
             index = decoder.keep(order).to(device)
             tokens, uniforms = tokens[index], uniforms[:, index]
             tensors = SamplingTensors.of([row.params for row in rows], device)
+
+
+def _keep_top(rows: list[Row], logits: torch.Tensor, tensors: SamplingTensors) -> None:
+    """Store with each row that asks for them the likeliest tokens of this step, `(R, V)` logits."""
+    if not (most := max(row.top_k for row in rows)):
+        return
+    columns = (x.tolist() for x in top_tokens(logits, tensors, most))
+    for row, ids, values in zip(rows, *columns, strict=True):
+        if row.top_k:
+            row.top.append(list(zip(ids, values, strict=True))[: row.top_k])
