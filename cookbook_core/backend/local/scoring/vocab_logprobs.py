@@ -10,8 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from cookbook_core.alignment import check_rows
 
-MAP_CELLS = 2**23
-"""Logprobs that `VocabLogprobs.map` has in memory at a time: 32 MiB of float32."""
+MAP_CELLS = 2**24
+"""Logprobs that `VocabLogprobs.map` has in memory at a time: 64 MiB of float32. That is above the
+size from which glibc maps blocks (`keep_freed_memory`): smaller ones fragment its heap, which then
+grows with the number of rows."""
 
 _OPERATORS = (
     "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __matmul__ "
