@@ -234,8 +234,9 @@ def with_tokens(rows: list[dict], tokenizer: Any, context: str, longest: int) ->
     kept_rows = []
     for row in rows:
         with chat.naming(row):  # errors name the row
-            plain = chat.render_prompt(tokenizer, row["prompt"])
-            asked = chat.render_prompt(tokenizer, in_context(row["prompt"], context))
+            extra, prompt = chat.template_arguments(row), row["prompt"]
+            plain = chat.render_prompt(tokenizer, prompt, **extra)
+            asked = chat.render_prompt(tokenizer, in_context(prompt, context), **extra)
         if max(len(plain), len(asked)) <= longest:
             kept_rows.append({**row, "student": plain, "teacher": asked})
     return kept_rows
@@ -270,21 +271,20 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         "distill", config, config.num_steps, flags, progress=progress, best="-test_kl"
     ) as run:
         service = run.service_client(config.device, config.dtype)
-        client = clients.start(
-            service, config.model, config.init_from, config.lora_rank, seed, run.checkpoint
-        )
+        rank = config.lora_rank
+        client = clients.start(service, config.model, config.init_from, rank, seed, run.checkpoint)
         if config.teacher:
             same_size = config.estimate == "exact"
             teacher = clients.open_teacher(service, config.teacher, client, same_size=same_size)
         else:
             teacher = clients.frozen_copy(service, client, config.model, run.once)
-        tokenizer = client.get_tokenizer()
+        tokenizer = run.tokenizer(client)
         num_given = len(train_rows) + len(test_rows)
         longest = (client.get_info().model_data.max_context_length or 10**9) - config.max_tokens - 1
         train_rows = with_tokens(train_rows, tokenizer, config.context, longest)
         test_rows = with_tokens(test_rows, tokenizer, config.context, longest)
-        flag = "a smaller --max_tokens"
-        run.report_rows("prompts", len(train_rows), len(test_rows), num_given, longest, flag)
+        counts = (len(train_rows), len(test_rows), num_given, longest)
+        run.report_rows("prompts", *counts, flag="a smaller --max_tokens")
         teacher_sampler = teacher.save_weights_and_get_sampling_client().result()
 
         def answer(rows: list[dict], by: str, count: int, seed: str = "", temperature: float = 1):
@@ -342,7 +342,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         texts = zip(prompts, shown_before, shown_after, expected[:3], strict=True)
         names = ("prompt", "before", "after", "teacher")
         run.save_samples([dict(zip(names, each, strict=True)) for each in texts])
-        print(f"adapter: {adapter}\nplot: {run.plot(panels)}")
+        run.print_results(adapter, panels)
         return after
 
 

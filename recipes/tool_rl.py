@@ -192,7 +192,8 @@ class Episode:
         if not self.done:
             replies = [{"role": reply_role, "content": reply}]
             with chat.naming(self.row):  # errors name the row
-                self.given = chat.reply_tokens(tokenizer, messages, answer, replies)
+                arguments = chat.template_arguments(self.row)
+                self.given = chat.reply_tokens(tokenizer, messages, answer, replies, **arguments)
             self.messages += replies
 
 
@@ -201,9 +202,7 @@ def with_prompt_tokens(rows: list[dict], tokenizer, longest: int) -> list[dict]:
     for row in rows:
         if isinstance(row["prompt"], str):
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-        with chat.naming(row):  # errors name the row
-            row["prompt_tokens"] = chat.render_prompt(tokenizer, row["prompt"])
-    return [row for row in rows if len(row["prompt_tokens"]) <= longest]
+    return clients.with_prompt_tokens(rows, tokenizer, longest)
 
 
 def play(
@@ -284,7 +283,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
             service, config.model, config.init_from, config.lora_rank, config.seed, run.checkpoint
         )
         reference = clients.frozen_copy(service, client, config.model, run.once)
-        tokenizer = client.get_tokenizer()
+        tokenizer = run.tokenizer(client)
         num_given = len(train_rows) + len(test_rows)
         longest = (client.get_info().model_data.max_context_length or 10**9) - config.max_tokens
         train_rows = with_prompt_tokens(train_rows, tokenizer, longest)
@@ -342,7 +341,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
                 for row, b, a in zip(test_rows[:3], shown_before, shown_after, strict=True)
             ]
         )
-        print(f"adapter: {adapter}\nplot: {run.plot(panels)}")
+        run.print_results(adapter, panels)
         return after
 
 

@@ -25,6 +25,7 @@ def reply_tokens(
     messages: Sequence[Message],
     answer: Sequence[int],
     reply: Sequence[Message],
+    **arguments: Any,
 ) -> list[int]:
     """Encode what stands between a sampled answer and the next one.
 
@@ -41,6 +42,7 @@ def reply_tokens(
         messages: the conversation before the answer, earlier answers and replies included.
         answer: the sampled token ids `(C,)`, with their end token where they have one.
         reply: the messages that follow it, such as `[{"role": "tool", "content": "592"}]`.
+        **arguments: of the chat template, as for `render_prompt`.
     Returns:
         Token ids, none of which was sampled: their loss weight is 0.
     Raises:
@@ -54,7 +56,7 @@ def reply_tokens(
     if "assistant" in roles:
         rule, fix = "roles tool, user or system", "Let the model write its answers."
         raise DataError("reply", "contains an answer", expected=rule, got=roles, fix=fix)
-    before = apply_template(tokenizer, messages, generation_prompt=True)
+    before = apply_template(tokenizer, messages, True, **arguments)
     end = end_token(tokenizer)
     if end is None:
         what = "puts no end token after an answer, so that no reply can follow"
@@ -63,7 +65,7 @@ def reply_tokens(
     ended = ids[-1:] == [end]
     text = tokenizer.decode(ids[:-1] if ended else ids, clean_up_tokenization_spaces=False)
     turns = [*messages, {"role": "assistant", "content": text}, *reply]
-    whole = apply_template(tokenizer, turns, generation_prompt=True)
+    whole = apply_template(tokenizer, turns, True, **arguments)
     rest = _after_answer(whole, before, text)
     tokens = _encode(tokenizer, rest)
     at = tokens.index(end) if end in tokens else 0
