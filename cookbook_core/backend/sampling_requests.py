@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,19 @@ LEAST_TEMPERATURE = 1e-6
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One prompt, the number of its completions, and which logprobs of the prompt to report."""
+    """One prompt, the number of its completions, and which logprobs of the prompt to report.
+
+    on_token: called with (sample, n, token) when the n-th token of a sample, from 1, has been
+        drawn; by the thread that decodes, so it must neither block nor raise. Where memory ran out,
+        samples start again, and so do their n.
+    """
 
     prompt: list[int]
     num_samples: int
     params: SamplingParams
     include_prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    on_token: Callable[[int, int, int], None] | None = None
 
 
 def check_prompt(prompt: object, where: str) -> list[int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -322,10 +323,15 @@ class LocalSampler:
         params: SamplingParams,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        on_token: Callable[[int, int, int], None] | None = None,
     ) -> Future[SampleResponse]:
-        """Queued; decoded together with requests of this snapshot that are waiting by then."""
+        """Queued; decoded together with requests of this snapshot that are waiting by then.
+
+        on_token: see `SampleRequest`.
+        """
         wanted = include_prompt_logprobs, topk_prompt_logprobs
         request = sampling_request(self.model_data, prompt, num_samples, params, *wanted)
+        request = replace(request, on_token=on_token)
         sample = partial(self._engine.sample, self._adapter)
         return self._worker.submit_grouped("sample", sample, request, ("sample", id(self)))
 

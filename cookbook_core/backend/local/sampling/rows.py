@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ class Row:
     seed: int
     sample: int
     tokenizer: Any = None
+    on_token: Callable[[int, int, int], None] | None = None
+    """See `SampleRequest`."""
 
     def __post_init__(self) -> None:
         self.start()
@@ -58,6 +60,8 @@ class Row:
             )
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        if self.on_token is not None:
+            self.on_token(self.sample, len(self.tokens), token)
         if token in self.stop.ids or (self.watch is not None and self.watch.matches(self.tokens)):
             self.stop_reason = "stop"
         elif len(self.tokens) == self.limit:

@@ -128,6 +128,7 @@ def _rows_of(
             seed=seed,
             sample=sample,
             tokenizer=tokenizer,
+            on_token=request.on_token,
         )
         for sample in range(request.num_samples)
     ]
