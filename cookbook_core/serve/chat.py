@@ -302,9 +302,9 @@ async def _events(service: Service, ask: _Ask, style: _Style) -> AsyncIterator[d
             for i, row in enumerate(found, start=first):
                 queue.put_nowait((i, row))
 
-    jobs = [asyncio.create_task(one(i * count, p)) for i, p in enumerate(ask.prompts)]
     texts = [Growing(ask.wanted) for _ in range(count * len(ask.prompts))]
     rows: list[Completion] = []
+    jobs = [asyncio.create_task(one(i * count, p)) for i, p in enumerate(ask.prompts)]
     try:
         while len(rows) < len(texts):
             match await queue.get():

@@ -36,7 +36,8 @@ class Wanted:
     @cached_property
     def stop(self) -> tuple[str, ...]:
         """The strings at which to stop, then the texts of the end-of-sequence tokens."""
-        ends = [end_token(self.tokenizer), self.tokenizer.eos_token_id]
+        ends = [end_token(self.tokenizer)] if self.tokenizer.chat_template else []
+        ends.append(self.tokenizer.eos_token_id)
         texts = [self.tokenizer.decode([end]) for end in ends if end is not None]
         return (*(self.params.stop or ()), *dict.fromkeys(texts))  # pyright: ignore
 
