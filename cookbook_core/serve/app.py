@@ -26,6 +26,7 @@ from cookbook_core.serve.service import CLIENT_CONFIG, Service
 from cookbook_core.serve.state import Options
 
 API = "/api/v1"
+LIST_RUNS = f"List them: GET {API}/training_runs."
 PROMISES = (
     "create_model", "unload_model", "forward", "forward_backward", "optim_step", "save_weights",
     "save_weights_for_sampler", "load_weights", "asample", "create_custom_loss",
@@ -207,6 +208,8 @@ class Rest:
         """Saved checkpoints, of one run or of all."""
         run = request.path_params.get("run")
         rows = await asyncio.to_thread(self._service.saved.checkpoints, run)
+        if run is not None and not rows and run not in self._service.models:
+            raise missing("training_run_id", run, LIST_RUNS)
         return _page_of("checkpoints", [public(row) for row in rows], request)
 
     async def training_runs(self, request: Request) -> Any:
@@ -217,7 +220,7 @@ class Rest:
         """One run."""
         run, runs = request.path_params["run"], await self._runs()
         if run not in runs:
-            raise missing("training_run_id", run, f"List them: GET {API}/training_runs.")
+            raise missing("training_run_id", run, LIST_RUNS)
         return runs[run]
 
     async def _runs(self) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def test_lists(trained):
     assert page["cursor"]["total_count"] >= 2
     for query in ("limit=-1", "offset=x", "limit=99999999999"):
         assert client.get(f"checkpoints?{query}").status_code == 422
-    assert client.get("training_runs/dead:train:0").status_code == 404
+    for path in ("training_runs/dead:train:0", "training_runs/dead:train:0/checkpoints"):
+        assert client.get(path).status_code == 404
     info = client.post("weights_info", {"tinker_path": paths[0]}).json()
     assert info["train_attn"]
     assert info["train_mlp"]
