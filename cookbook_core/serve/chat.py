@@ -8,11 +8,12 @@ Streams send text as it is decoded; with logprobs or echo, each answer when it i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -260,11 +261,12 @@ async def _answer(service: Service, ask: _Ask, style: _Style) -> Response:
 
         async def lines() -> AsyncIterator[str]:
             yield _event({**about, **first})
-            try:
-                async for event in events:
-                    yield _event({**about, **event})
-            except Exception as error:
-                yield _event(_error(error)[1])
+            async with contextlib.aclosing(events):  # also where the client leaves
+                try:
+                    async for event in events:
+                        yield _event({**about, **event})
+                except Exception as error:
+                    yield _event(_error(error)[1])
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(lines(), media_type="text/event-stream")
@@ -276,7 +278,9 @@ async def _answer(service: Service, ask: _Ask, style: _Style) -> Response:
     return JSONResponse({**about, "choices": choices, "usage": _usage(ask, rows)})
 
 
-async def _events(service: Service, ask: _Ask, style: _Style) -> AsyncIterator[dict[str, Any]]:
+async def _events(
+    service: Service, ask: _Ask, style: _Style
+) -> AsyncGenerator[dict[str, Any], None]:
     """The events of a stream, of which each has one choice; choices alternate.
 
     Raises:

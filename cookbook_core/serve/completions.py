@@ -106,8 +106,9 @@ class Growing:
         Raises:
             RequestError: it does not begin with what was sent.
         """
-        if not text.startswith(self.sent):  # drawn again, and its logits moved by a last bit
-            raise RequestError("stream", "memory ran out, and the tokens drawn again differ")
+        if not text.startswith(self.sent):  # where memory ran out, tokens drawn again may differ
+            what, fix = "the whole answer does not begin with what was sent", "Ask again."
+            raise RequestError("stream", what, fix=fix)
         return self._send(text)
 
     def _certain(self) -> int:
