@@ -15,8 +15,9 @@ from cookbook_core.errors import VersionError
 
 ROOT = Path(__file__).parents[1]
 SUITES = (
-    *("checkpoints", "export", "fused_lora", "fused_norm", "gradient_parity", "packing"),
-    *("sampler", "scoring", "vocab_logprobs"),
+    *("test_checkpoints", "test_export", "test_fused_lora", "test_fused_norm"),
+    *("test_gradient_parity", "test_packing", "test_sampler", "test_scoring"),
+    *("test_vocab_logprobs", "serve/test_protocol", "serve/test_chat"),
 )
 
 
@@ -26,7 +27,7 @@ def test_the_backend_with_the_oldest_versions() -> None:
     if not folder.is_dir():
         pytest.skip(f"no {folder}; make test installs it, up to Python 3.12")
     path = os.pathsep.join([str(ROOT), str(folder)])
-    suites = [f"tests/test_{name}.py" for name in SUITES]
+    suites = [f"tests/{name}.py" for name in SUITES]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *suites],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
@@ -41,9 +42,10 @@ def pins(name: str) -> dict[str, str]:
 
 
 def ranges() -> dict[str, tuple[str, str]]:
-    """Low and high ("" without any) of each dependency in pyproject.toml."""
+    """Low and high ("" without any) of each dependency, those of the extra serve included."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    listed = text.split("\ndependencies = [", 1)[1].split("]", 1)[0]
+    starts = ("\ndependencies = [", "\nserve = [")
+    listed = "".join(text.split(start, 1)[1].split("]", 1)[0] for start in starts)
     found = re.findall(r'"([\w-]+)>=([\d.]+)(?:,<([\d.]+))?"', listed)
     assert len(found) == listed.count('"') / 2
     return {name: (low, high) for name, low, high in found}

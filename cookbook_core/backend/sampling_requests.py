@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,9 @@ class SampleRequest:
 
     prompt: token ids; with images, the keys of its positions (see `ModelInput.keys`).
     model_input: the prompt, if it has images.
+    on_token: called with (sample, n, token) when the n-th token of a sample, from 1, has been
+        drawn; by the thread that decodes, so it must neither block nor raise. Where memory ran out,
+        samples start again, and so do their n.
     """
 
     prompt: list[int]
@@ -38,6 +41,7 @@ class SampleRequest:
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
     model_input: ModelInput | None = None
+    on_token: Callable[[int, int, int], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class Subject:
     def refuser(self, error: BaseException) -> str:
         """Prefix for the error of bad input: "not sent: " if it did not reach the service."""
         causes = error.__cause__, getattr(error.__cause__, "__cause__", None)
-        reached = any(hasattr(cause, "status_code") for cause in causes)
+        reached = any(type(cause).__module__.partition(".")[0] == "tinker" for cause in causes)
         return "" if reached or not self.below else "not sent: "
 
     def step_unchecked(self) -> Any:

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from starlette.requests import Request
 
 from cookbook_core.errors import ConfigError, DatumError, RequestError, check_choice, is_finite
 from cookbook_core.serve import wire
 from cookbook_core.types import Datum, EncodedTextChunk, ModelInput, TensorData
 
 REQUIRED: Any = object()
+SMALL_BODY = 1 << 14
+"""Bytes that are decoded in the event loop's thread; larger bodies would delay heartbeats."""
+
+
+def raw_body(request: Request) -> bytes:
+    """The body, decompressed: see `guard`."""
+    return request.scope["cookbook.body"]
+
+
+def digest(request: Request) -> bytes:
+    """Identifies the body."""
+    return hashlib.sha256(raw_body(request)).digest()
+
+
+async def fields_of(request: Request) -> Fields:
+    """The fields of a JSON body."""
+    raw = raw_body(request)
+    if len(raw) > SMALL_BODY:
+        return Fields(await asyncio.to_thread(parse_json, raw))
+    return Fields(parse_json(raw))
 
 
 def parse_json(raw: bytes) -> Any:
@@ -126,13 +150,9 @@ class Fields:
             self._read.add(name)
             given = self._value.get(name)
             if given is not None and given != value:
-                raise RequestError(
-                    self.name_of(name),
-                    "not supported by this server",
-                    expected=f"{value!r}",
-                    got=f"{given!r:.80}",
-                    fix=f"Leave {name} out.",
-                )
+                what, fix = "not supported by this server", f"Leave {name} out."
+                rule, got = repr(value), f"{given!r:.80}"
+                raise RequestError(self.name_of(name), what, expected=rule, got=got, fix=fix)
 
     def end(self) -> None:
         """Refuse fields that were not read, unless they are null.
@@ -161,11 +181,11 @@ def prompt_in(value: Any, where: str) -> ModelInput:
         if (kind := chunk.text("type", "encoded_text")) != "encoded_text":
             raise wire.not_text(f"{where}.chunks[{j}]", kind)
         tokens = chunk.items("tokens")
-        if not all(type(token) is int and -(2**63) <= token < 2**63 for token in tokens):
-            bad = next(t for t in tokens if type(t) is not int or not -(2**63) <= t < 2**63)
+        bad = [t for t in tokens if type(t) is not int or not -(2**63) <= t < 2**63]
+        if bad:
             rule, at = "token ids (integers)", f"{where}.chunks[{j}].tokens"
             fix = "Encode text with the model's tokenizer."
-            raise DatumError(at, "not token ids", expected=rule, got=f"{bad!r:.80}", fix=fix)
+            raise DatumError(at, "not token ids", expected=rule, got=f"{bad[0]!r:.80}", fix=fix)
         chunk.end()
         chunks.append(EncodedTextChunk(tokens))
     body.end()

@@ -12,6 +12,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -65,13 +66,17 @@ def _functions() -> Mapping[str, Callable[..., Any]]:
     return found | {f"math.{name}": getattr(math, name) for name in _MATH}
 
 
+Argument = Callable[[Mapping[str, Any]], Any]
+"""Makes an argument from the results of the nodes before it, by name."""
+
+
 @dataclass(frozen=True)
 class _Node:
     op: str
     name: str
     target: str
-    args: list[Any]
-    kwargs: dict[str, Any]
+    args: Argument
+    kwargs: Argument
 
 
 class GraphLoss:
@@ -104,53 +109,38 @@ class GraphLoss:
             rule = f"1 to {MOST_NODES} nodes"
             what, fix = "too many or none", "Pass the function to forward_backward_custom()."
             raise RequestError("graph.nodes", what, expected=rule, got=len(given), fix=fix)
-        self._nodes = [self._node(item, i) for i, item in enumerate(given)]
-        self._check_references()
+        self._nodes: list[_Node] = []
+        for i, item in enumerate(given):
+            self._nodes.append(self._node(item, f"graph.nodes[{i}]"))
+        placeholders = [node.target for node in self._nodes if node.op == "placeholder"]
+        if placeholders != self._inputs:
+            what, fix = "placeholders are not the inputs", "Send the graph as it was traced."
+            rule, got = self._inputs, placeholders[:20]
+            raise RequestError("graph.nodes", what, expected=rule, got=got, fix=fix)
+        if [node.op for node in self._nodes].index("output") != len(self._nodes) - 1:
+            raise RequestError("graph.nodes", "output is not the last node")
 
     @property
     def needs(self) -> list[str]:
         """Names of the loss_fn_inputs that every datum must have."""
         return ["target_tokens", *self._inputs[1:]]
 
-    def _node(self, item: Any, i: int) -> _Node:
-        where = f"graph.nodes[{i}]"
-        body = Fields(item, where)
-        node = _Node(
-            body.text("op"), body.text("name"), body.text("target"),
-            body.items("args", []), body.mapping("kwargs", {}),
-        )  # fmt: skip
+    def _node(self, item: Any, where: str) -> _Node:
+        """A node that uses earlier ones only, and an operation of the lists."""
+        body, known = Fields(item, where), {node.name for node in self._nodes}
+        op, name, target = body.text("op"), body.text("name"), body.text("target")
+        args = _argument(body.items("args", []), known, where)
+        kwargs = _argument({"dict": body.mapping("kwargs", {})}, known, where)
         body.end()
         ops = ("placeholder", "call_function", "call_method", "output")
-        check_choice(RequestError, f"{where}.op", "not allowed in a loss", node.op, ops)
-        if node.op in ("call_function", "call_method"):
-            known = _functions() if node.op == "call_function" else _METHODS
-            if node.target not in known:
-                raise RequestError(
-                    f"{self.__name__}: {node.target}",
-                    "this operation is not among those that a loss may use here",
-                    got=f"{node.op} in node {node.name!r}",
-                    fix="Compute it another way, or pass the function itself to "
-                    "forward_backward_custom().",
-                )
-        return node
-
-    def _check_references(self) -> None:
-        """Check that each node uses earlier ones only, and that there is one output at the end."""
-        seen: set[str] = set()
-        placeholders = [n.target for n in self._nodes if n.op == "placeholder"]
-        if placeholders != self._inputs:
-            where = "graph.nodes"
-            what, fix = "placeholders are not the inputs", "Send the graph as it was traced."
-            got = placeholders[:20]
-            raise RequestError(where, what, expected=self._inputs, got=got, fix=fix)
-        for i, node in enumerate(self._nodes):
-            where = f"graph.nodes[{i}]"
-            for name in _references([node.args, node.kwargs], where):
-                if name not in seen:
-                    raise RequestError(where, "uses a node that is not before it", got=name)
-            seen.add(node.name)
-        if [n.op for n in self._nodes].index("output") != len(self._nodes) - 1:
-            raise RequestError("graph.nodes", "output is not the last node")
+        check_choice(RequestError, f"{where}.op", "not allowed in a loss", op, ops)
+        allowed = {"call_function": _functions(), "call_method": _METHODS}
+        if op in allowed and target not in allowed[op]:
+            what = "this operation is not among those that a loss may use here"
+            got = f"{op} in node {name!r}"
+            fix = "Compute it another way, or pass the function to forward_backward_custom()."
+            raise RequestError(f"{self.__name__}: {target}", what, got=got, fix=fix)
+        return _Node(op, name, target, args, kwargs)
 
     def __call__(
         self, data: Sequence[Datum], logprobs: Sequence[torch.Tensor]
@@ -195,10 +185,10 @@ class GraphLoss:
             if node.op == "placeholder":
                 results[node.name] = next(given)
                 continue
-            args = _value(node.args, results)
+            args = node.args(results)
             if node.op == "output":
                 return self._returned(args[0])
-            kwargs = {key: _value(arg, results) for key, arg in node.kwargs.items()}
+            kwargs = node.kwargs(results)
             self._check_size(node, [*args, *kwargs.values()])
             if node.op == "call_function":
                 result = _functions()[node.target](*args, **kwargs)
@@ -297,59 +287,58 @@ def _flat(value: Any, kind: type) -> Any:
 # ---- arguments -----------------------------------------------------------------------------------
 
 
-def _references(value: Any, where: str, depth: int = 0) -> Any:
-    """Names of the nodes that an argument uses; checks its form.
+def _argument(value: Any, known: AbstractSet[str], where: str, depth: int = 0) -> Argument:
+    """An argument from its JSON: a constant, a list of arguments, or an object of one key.
+
+    Args:
+        value: the JSON.
+        known: names of the nodes that it may use.
+        where: the node, in errors.
+        depth: of its nesting.
 
     Raises:
-        RequestError: a form that no argument has, or nested too deeply.
+        RequestError: a form that no argument has, an unknown node, or nested too deeply.
     """
     if depth > DEEPEST:
         raise RequestError(where, "arguments nested too deeply", expected=f"{DEEPEST} levels")
-    if isinstance(value, dict):
-        if depth > 1 and set(value) == {"ref"}:
-            yield value["ref"] if isinstance(value["ref"], str) else ""
-            return
-        if depth > 1 and (len(value) != 1 or next(iter(value)) not in _FORMS):
-            rule = ", ".join(sorted({"ref", *_FORMS}))
-            got, fix = f"{value!r:.80}", "Send arguments as the SDK encodes them."
-            raise RequestError(where, "unknown argument", expected=rule, got=got, fix=fix)
-        if depth > 1 and "dict" in value and isinstance(value["dict"], dict):
-            value = value["dict"]
-        value = list(value.values())
+
+    def inner(part: Any) -> Argument:
+        return _argument(part, known, where, depth + 1)
+
     if isinstance(value, list):
-        for item in value:
-            yield from _references(item, where, depth + 1)
+        items = [inner(item) for item in value]
+        return lambda results: [item(results) for item in items]
+    if not isinstance(value, dict):
+        return lambda _: value
+    match list(value.items()):
+        case [("ref", name)]:
+            if not isinstance(name, str) or name not in known:
+                raise RequestError(where, "uses a node that is not before it", got=name)
+            return lambda results: results[name]
+        case [("tuple", list() as given)]:
+            listed = inner(given)
+            return lambda results: tuple(listed(results))
+        case [("dict", dict() as given)]:
+            parts = {key: inner(part) for key, part in given.items()}
+            return lambda results: {key: part(results) for key, part in parts.items()}
+        case [("slice", [start, stop, step])]:
+            ends = inner([start, stop, step])
+            return lambda results: slice(*ends(results))
+        case [("ellipsis", _)]:
+            return lambda _: ...
+        case [("float", "inf" | "-inf" | "nan" as text)]:
+            return lambda _: float(text)
+        case [("dtype", name)]:
+            check_choice(RequestError, f"{where}: dtype", "not allowed in a loss", name, _DTYPES)
+            return lambda _: _torch_dtype(name)
+        case [("device", _)]:
+            return lambda _: "cpu"
+    rule = "ref, tuple, dict, slice, ellipsis, float, dtype or device"
+    got, fix = f"{value!r:.80}", "Send arguments as the SDK encodes them."
+    raise RequestError(where, "unknown argument", expected=rule, got=got, fix=fix)
 
 
-def _value(arg: Any, results: Mapping[str, Any]) -> Any:
-    """An argument as the operation takes it."""
-    if isinstance(arg, list):
-        return [_value(item, results) for item in arg]
-    if not isinstance(arg, dict):
-        return arg
-    ((kind, inner),) = arg.items()
-    return results[inner] if kind == "ref" else _FORMS[kind](inner, results)
-
-
-def _dtype(name: Any, _: Any) -> Any:
+def _torch_dtype(name: str) -> Any:
     import torch
 
-    check_choice(LossError, "dtype", "not allowed in a loss", name, _DTYPES)
     return getattr(torch, name)
-
-
-def _device(_: Any, __: Any) -> Any:
-    import torch
-
-    return torch.device("cpu")
-
-
-_FORMS: Mapping[str, Callable[[Any, Mapping[str, Any]], Any]] = {
-    "tuple": lambda inner, results: tuple(_value(inner, results)),
-    "dict": lambda inner, results: {key: _value(arg, results) for key, arg in inner.items()},
-    "slice": lambda inner, results: slice(*_value(inner, results)),
-    "ellipsis": lambda inner, results: ...,
-    "float": lambda inner, results: float(inner),
-    "dtype": _dtype,
-    "device": _device,
-}

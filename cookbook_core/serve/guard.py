@@ -9,18 +9,26 @@ from __future__ import annotations
 import base64
 import hmac
 import ipaddress
-import json
 import socket
 import zlib
 from collections.abc import Iterable
 from typing import Any
 
-from cookbook_core.errors import ConfigError, CookbookError, RequestError
-from cookbook_core.serve.replies import Refused, refusal_body
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+
+from cookbook_core.errors import ConfigError, RequestError
+from cookbook_core.serve.replies import Refused, refusal, refusal_body
 
 PIECE = 1 << 16
 """Bytes decompressed at a time, so that a small body cannot become a large one unseen."""
-TYPES = ("application/json", "application/x-protobuf")
+PROTO = "application/x-protobuf"
+TYPES = ("application/json", PROTO)
+
+
+def is_proto(request: Request) -> bool:
+    """Whether a body is protobuf and not JSON."""
+    return request.headers.get("content-type", "").startswith(PROTO)
 
 
 def is_loopback(host: str) -> bool:
@@ -65,33 +73,35 @@ class Guard:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer refusals at once, and pass the rest on with its body."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = {name.decode("latin-1"): v.decode("latin-1") for name, v in scope["headers"]}
-        try:
-            self._check(scope, headers)
-            scope["cookbook.body"] = await self._body(headers, receive)
-        except Refused as refused:
-            basic = scope["path"] == "/" and refused.status == 401
-            await _answer(send, refused.status, refused.error, ask=basic)
-            return
+        if scope["type"] == "http":
+            request = Request(scope, receive)
+            try:
+                self._check(request)
+                scope["cookbook.body"] = await self._body(request)
+            except RequestError as error:
+                headers = {"connection": "close"}  # the rest of the body is not read
+                status, shown = refusal(error)
+                if scope["path"] == "/" and status == 401:
+                    headers["www-authenticate"] = 'Basic realm="cookbook serve: the key"'
+                await JSONResponse(refusal_body(shown), status, headers)(scope, receive, send)
+                return
         await self._app(scope, receive, send)
 
-    def _check(self, scope: Any, headers: dict[str, str]) -> None:
-        name = headers.get("host", "")
-        name = name.rpartition(":")[0] if name.rpartition(":")[2].isdigit() else name
-        if name.strip("[]") not in self._names and not self._is_address(name.strip("[]")):
+    def _check(self, request: Request) -> None:
+        host, _, port = request.headers.get("host", "").rpartition(":")
+        name = (host if port.isdigit() else request.headers.get("host", "")).strip("[]")
+        if name not in self._names and not self._is_address(name):
+            what = "not a name of this server"
             fix = "Use http://127.0.0.1, or start the server with --allow_host NAME."
-            raise _refused(403, "Host", "not a name of this server", name, fix)
-        if "origin" in headers:
+            raise Refused(403, "Host", what, got=name, fix=fix)
+        if "origin" in request.headers:
             fix = "Web pages may not use this server; send requests without it."
-            raise _refused(403, "Origin", "requests with this header are refused", "", fix)
-        if self._key is not None and scope["path"] != "/api/v1/healthz":
-            given = headers.get("x-api-key") or _from_authorization(headers)
+            raise Refused(403, "Origin", "requests with this header are refused", fix=fix)
+        if self._key is not None and request.url.path != "/api/v1/healthz":
+            given = request.headers.get("x-api-key") or _from_authorization(request)
             if not hmac.compare_digest(given.encode(), self._key.encode()):
                 fix = "Set TINKER_API_KEY to the server's --api_key."
-                raise _refused(401, "X-API-Key", "wrong or missing", "", fix)
+                raise Refused(401, "X-API-Key", "wrong or missing", fix=fix)
 
     def _is_address(self, name: str) -> bool:
         """Whether it is an IP address that may be this machine's: only names can be rebound."""
@@ -101,101 +111,86 @@ class Guard:
             return False
         return address.is_loopback or not self._local
 
-    async def _body(self, headers: dict[str, str], receive: Any) -> bytes:
-        length = headers.get("content-length", "0")
+    async def _body(self, request: Request) -> bytes:
+        length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._most:
             raise self._too_large(length)
-        pieces: list[bytes] = []
-        total, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise _refused(422, "body", "the connection ended before it", "", "Send it again.")
-            pieces.append(message.get("body", b""))
-            total += len(pieces[-1])
-            if total > self._most:
-                raise self._too_large(f"more than {total}")
-            more = message.get("more_body", False)
-        body = b"".join(pieces)
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        body = bytearray()
+        try:
+            async for piece in request.stream():
+                body += piece
+                if len(body) > self._most:
+                    raise self._too_large(f"more than {len(body)}")
+        except ClientDisconnect:
+            raise RequestError("body", "the connection ended before it") from None
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if body and kind not in TYPES:
-            rule = " or ".join(TYPES)
-            raise _refused(415, "Content-Type", "not accepted", kind, f"Send {rule}.")
-        return self._unpacked(headers.get("content-encoding", "identity"), body)
+            fix = f"Send {' or '.join(TYPES)}."
+            raise Refused(415, "Content-Type", "not accepted", got=kind, fix=fix)
+        return self._unpacked(request.headers.get("content-encoding", "identity"), bytes(body))
 
     def _unpacked(self, encoding: str, body: bytes) -> bytes:
         """The body without its compression, as far as it is not too large.
 
         Raises:
-            Refused: 413, too large; 415, another encoding; 422, damaged.
+            Refused: 413, too large; 415, another encoding.
+            RequestError: damaged.
         """
         if encoding == "identity" or not body:
             return body
+        fix = "Send it again."
         try:
-            if encoding == "gzip":
-                gzip = zlib.decompressobj(wbits=31)
-                out = gzip.decompress(body, self._most + 1)
-                whole = gzip.eof or len(out) > self._most
-            elif encoding == "zstd":
-                import zstandard
-
-                out, whole = _unzstd(zstandard, body, self._most), True
-            else:
-                raise _refused(415, "Content-Encoding", "not accepted", encoding, "Use gzip.")
+            unpacked = _UNPACK[encoding](body, self._most + 1)
+        except KeyError:
+            rule = " or ".join(_UNPACK)
+            raise Refused(415, "Content-Encoding", "not accepted", expected=rule) from None
         except ImportError:
             fix = "Install zstandard beside the server, or send bodies uncompressed."
-            raise _refused(415, "Content-Encoding", "zstd is not installed", "", fix) from None
-        except (zlib.error, EOFError, ValueError) as error:
-            raise _refused(422, "body", "damaged compression", error, "Send it again.") from None
-        if len(out) > self._most:
+            raise Refused(415, "Content-Encoding", "zstd is not installed", fix=fix) from None
+        except (zlib.error, ValueError) as error:
+            raise RequestError("body", "damaged compression", got=error, fix=fix) from None
+        if len(unpacked) > self._most:
             raise self._too_large(f"{len(body)} bytes compressed")
-        if not whole:
-            raise _refused(422, "body", "damaged compression", "an early end", "Send it again.")
-        return out
+        return unpacked
 
     def _too_large(self, got: object) -> Refused:
-        error = RequestError(
-            "body",
-            "too large",
-            expected=f"at most {self._most} bytes, decompressed",
-            got=got,
-            fix="Send fewer datums at a time, or start the server with --max_request_mb.",
-        )
-        return Refused(413, error)
+        rule = f"at most {self._most} bytes, decompressed"
+        fix = "Send fewer datums at a time, or start the server with --max_request_mb."
+        return Refused(413, "body", "too large", expected=rule, got=got, fix=fix)
 
 
-def _unzstd(zstandard: Any, body: bytes, most: int) -> bytes:
-    pieces, total = [], 0
+def _gunzip(body: bytes, most: int) -> bytes:
+    """At most `most` bytes of what a body holds; ValueError if it ends early."""
+    gzip = zlib.decompressobj(wbits=31)
+    out = gzip.decompress(body, most)
+    if not gzip.eof and len(out) < most:
+        raise ValueError("an early end")
+    return out
+
+
+def _unzstd(body: bytes, most: int) -> bytes:
+    """The same; the stream is read in pieces."""
+    import zstandard
+
+    out = bytearray()
     try:
         with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(body) as reader:
-            while total <= most and (piece := reader.read(PIECE)):
-                pieces.append(piece)
-                total += len(piece)
+            while len(out) < most and (piece := reader.read(PIECE)):
+                out += piece
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
-    return b"".join(pieces)
+    return bytes(out)
 
 
-def _from_authorization(headers: dict[str, str]) -> str:
+_UNPACK = {"gzip": _gunzip, "zstd": _unzstd}
+
+
+def _from_authorization(request: Request) -> str:
     """The key in the header Authorization: a bearer token, or the password of a browser."""
-    scheme, _, value = headers.get("authorization", "").partition(" ")
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return value
     try:
         return base64.b64decode(value).decode().partition(":")[2] if scheme == "Basic" else ""
     except ValueError:
         return ""
-
-
-def _refused(status: int, where: str, what: str, got: object, fix: str) -> Refused:
-    return Refused(status, RequestError(where, what, got=got, fix=fix))
-
-
-async def _answer(send: Any, status: int, error: CookbookError, *, ask: bool) -> None:
-    body = json.dumps(refusal_body(error)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    headers += [(b"connection", b"close")]  # the rest of the body is not read
-    if ask:
-        headers.append((b"www-authenticate", b'Basic realm="cookbook serve: the key"'))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

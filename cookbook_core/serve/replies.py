@@ -13,7 +13,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,32 +26,31 @@ KEEP_SECONDS = 60.0
 """How long a result stays after it was read: a client that lost the reply polls again."""
 MOST_RESULTS = 4096
 """Finished results kept; beyond it the oldest are dropped."""
+REMEMBERED = 4096
+"""Requests of one model, sampler or session, the latest, of which a repetition is recognised."""
+
+Encode = Callable[[Any, bool], Any]
+"""Makes the reply of what a future holds: JSON, or bytes if the flag is set and there is such a
+form."""
 
 log = logging.getLogger("cookbook_core.serve")
 
 
-class Refused(Exception):
-    """A request that is answered with an HTTP error.
+class Refused(RequestError):
+    """A refusal with another status than 422, which all other errors have."""
 
-    Args:
-        status: one of the closed list.
-        error: what the client is told.
-    """
-
-    def __init__(self, status: int, error: CookbookError) -> None:
-        super().__init__(str(error))
-        self.status, self.error = status, error
+    def __init__(self, status: int, where: str, what: str, **slots: Any) -> None:
+        super().__init__(where, what, **slots)
+        self.status = status
 
 
 def missing(what: str, got: object, fix: str) -> Refused:
     """The 404 of a name that this server does not have."""
-    return Refused(404, RequestError(what, "not on this server", got=got, fix=fix))
+    return Refused(404, what, "not on this server", got=got, fix=fix)
 
 
 def told(error: BaseException) -> CookbookError:
     """The error that a client is told; unexpected ones are logged with their traceback."""
-    if isinstance(error, Refused):
-        return error.error
     if isinstance(error, CookbookError):
         return error
     log.error("internal error", exc_info=error)
@@ -59,9 +58,14 @@ def told(error: BaseException) -> CookbookError:
     return RequestError("server", "internal error", got=f"{type(error).__name__}: {error}", fix=fix)
 
 
+def refusal(error: BaseException) -> tuple[int, CookbookError]:
+    """The status and the error of a request that is answered with an HTTP error."""
+    return (error.status if isinstance(error, Refused) else 422), told(error)
+
+
 def refusal_body(error: CookbookError) -> dict[str, Any]:
     """The JSON body of an HTTP error: the whole message, and its slots."""
-    return {"detail": _plain(str(error)), "error": _slots(error)}
+    return {"detail": plain(str(error)), "error": _slots(error)}
 
 
 def failure_body(error: CookbookError, agent: str) -> dict[str, Any]:
@@ -69,31 +73,49 @@ def failure_body(error: CookbookError, agent: str) -> dict[str, Any]:
 
     The category is always "user": Tinkex polls for ever at any other.
     """
+    message, slots = plain(str(error)), _slots(error)
     if "tinkex" in agent.lower():
-        failed = {"message": _plain(str(error)), "category": "user", **_slots(error)}
-        return {"status": "failed", "error": failed}
-    return {"error": _plain(str(error)), "category": "user", "slots": _slots(error)}
+        return {"status": "failed", "error": {"message": message, "category": "user", **slots}}
+    return {"error": message, "category": "user", "slots": slots}
 
 
 def _slots(error: CookbookError) -> dict[str, str]:
-    return {name: _plain(value) for name, value in error.slots().items()}
+    return {name: plain(value) for name, value in error.slots().items()}
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that UTF-8 can encode: paths of requests may hold other bytes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-@dataclass
-class Result:
-    """What a client will be told of one request.
+def typed(kind: str, **values: Any) -> Encode:
+    """A reply that does not depend on the result; clients recognise it by its type."""
+    return lambda *_: {"type": kind, **values}
 
-    json: a JSON object with the key "type".
-    proto: the same as protobuf, for clients that accept that; None where there is no such form.
-    """
 
-    json: Callable[[], dict[str, Any]]
-    proto: Callable[[], bytes] | None = None
+class Repeats:
+    """The replies to numbered requests: one that is sent again gets the same reply."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, tuple[bytes, Any]] = {}
+
+    def find(self, where: str, number: Hashable, digest: bytes) -> Any:
+        """The reply to this request if it has come before; None if it is the first of its number.
+
+        Raises:
+            RequestError: other bytes had this number.
+        """
+        before, reply = self._known.get(number, (digest, None))
+        if before != digest:
+            what, fix = "another request had this number", "Number each once."
+            raise RequestError(f"{where}: seq_id", what, got=number, fix=fix)
+        return reply
+
+    def keep(self, number: Hashable, digest: bytes, reply: Any) -> None:
+        """Remember a reply, and forget the oldest."""
+        self._known[number] = digest, reply
+        while len(self._known) > REMEMBERED:
+            del self._known[next(iter(self._known))]
 
 
 @dataclass
@@ -101,12 +123,11 @@ class Promise:
     """A request whose result a client polls for.
 
     request_id: ends in the model's id, so that a restarted server knows whose it was.
-    encode: makes the Result of what the future holds.
     read: whether the client has been sent the outcome.
     """
 
     model_id: str | None
-    encode: Callable[[Any], Result]
+    encode: Encode
     future: Future[Any] = field(default_factory=Future)
     request_id: str = ""
     read: bool = False
@@ -116,6 +137,21 @@ class Promise:
         """The answer to the request itself."""
         return {"request_id": self.request_id, "model_id": self.model_id, **more}
 
+    def start(self, submit: Callable[[], Future[Any]]) -> Future[Any] | None:
+        """Submit the work, whose outcome becomes this promise's; None if that raises."""
+        try:
+            inner = submit()
+        except Exception as error:
+            self.future.set_exception(error)
+            return None
+        inner.add_done_callback(lambda future: copy_outcome(future, self.future))
+        return inner
+
+    def fail(self, error: BaseException) -> None:
+        """Settle it with an error, unless it has been cancelled."""
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
 
 class Promises:
     """All promises by request_id. The event loop's thread alone uses it."""
@@ -124,13 +160,16 @@ class Promises:
         self._all: dict[str, Promise] = {}
         self._added = 0
 
-    def add(self, promise: Promise) -> Promise:
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def add(self, model_id: str | None, encode: Encode) -> Promise:
         """Register a promise, which gets its request_id."""
-        promise.request_id = f"{secrets.token_hex(8)}.{promise.model_id or ''}"
-        self._all[promise.request_id] = promise
+        request_id = f"{secrets.token_hex(8)}.{model_id or ''}"
+        promise = self._all[request_id] = Promise(model_id, encode, request_id=request_id)
         self._added += 1
         if self._added % 64 == 0:
-            self._forget_old()
+            self.forget_old()
         return promise
 
     def get(self, request_id: str) -> Promise | None:
@@ -149,17 +188,19 @@ class Promises:
             await asyncio.wait({inner}, timeout=HOLD_SECONDS)
         return promise.future.done()
 
-    def _forget_old(self) -> None:
+    def forget_old(self) -> None:
+        """Drop results that were read a while ago, and the oldest beyond MOST_RESULTS."""
         now = time.monotonic()
         done = [p for p in self._all.values() if p.future.done()]
         old = [p for p in done if p.read and now - p.read_at > KEEP_SECONDS]
         for promise in [*old, *done[: max(0, len(done) - MOST_RESULTS)]]:
             self._all.pop(promise.request_id, None)
             if promise.future.cancelled() or promise.future.exception() is None:
-                promise.future, promise.encode = settled(None), _forgotten
+                promise.future, promise.encode = Future(), _forgotten
+                promise.future.set_result(None)
 
 
-def _forgotten(_: Any) -> Result:
+def _forgotten(*_: Any) -> Any:
     """Stands for a result that is no longer kept."""
     fix = "Results stay for a minute after they were read. Send the request under a new number."
     raise RequestError("retrieve_future", "this result was dropped", fix=fix)
@@ -175,10 +216,3 @@ def copy_outcome(source: Future[Any], target: Future[Any], *, value: bool = True
         target.set_exception(error)
     else:
         target.set_result(source.result() if value else None)
-
-
-def settled(value: Any) -> Future[Any]:
-    """A future that holds a value."""
-    future: Future[Any] = Future()
-    future.set_result(value)
-    return future

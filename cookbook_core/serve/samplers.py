@@ -14,17 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cookbook_core.errors import RequestError
 from cookbook_core.serve import wire
 from cookbook_core.serve.models import Base
-from cookbook_core.serve.replies import Promise, Promises, Refused, Result, copy_outcome
+from cookbook_core.serve.replies import Promise, Promises, Refused, Repeats
 from cookbook_core.types import SampleResponse, TensorData
 
 GATHER_SECONDS = 0.004
 """After a sampling request, how long to wait for more of the same weights, each time anew."""
 LONGEST_GATHER_SECONDS = 0.25
-REMEMBERED = 4096
-"""Requests of a sampler, the latest, of which a repetition is recognised."""
 
 Start = Callable[[Any], Future[SampleResponse]]
 """Submits a request to the backend's sampler."""
@@ -37,6 +34,7 @@ class Sampler:
     made: the backend's sampler; None while the weights are on disk alone.
     folder: the weights on disk; None of the base model, or while they are in memory alone.
     spilled: the folder is this server's own, and deleted with the sampler.
+    first_at: when the first of the pending requests came.
     """
 
     sampler_id: str
@@ -46,7 +44,7 @@ class Sampler:
     made: Future[Any] | None
     folder: Path | None = None
     spilled: bool = False
-    known: dict[int, tuple[bytes, Promise]] = field(default_factory=dict)
+    repeats: Repeats = field(default_factory=Repeats)
     pending: list[tuple[Start, Promise]] = field(default_factory=list)
     due: asyncio.TimerHandle | None = None
     first_at: float = 0.0
@@ -113,35 +111,29 @@ class Samplers:
         """Queue a sampling request; the promise of the same request if it was sent before.
 
         Raises:
-            Refused: 422, another request had this number; 429, too many wait.
+            RequestError: another request had this number.
+            Refused: 429, too many wait.
         """
-        if seq is not None and seq in sampler.known:
-            before, promise = sampler.known[seq]
-            if before != digest:
-                where, fix = f"{sampler.sampler_id}: seq_id", "Number each request once."
-                raise Refused(
-                    422, RequestError(where, "another request had this number", got=seq, fix=fix)
-                )
-            return promise
+        if seq is not None:
+            promise = sampler.repeats.find(sampler.sampler_id, seq, digest)
+            if promise is not None:
+                return promise
         if self._waiting >= self._most:
             what, fix = f"{self._waiting} sampling requests wait", "Send it again later."
-            raise Refused(429, RequestError("asample", what, expected=self._most, fix=fix))
-        promise = self._promises.add(Promise(None, samples_result))
+            raise Refused(429, "asample", what, expected=self._most, fix=fix)
+        promise = self._promises.add(None, sampled)
+        if seq is not None:
+            sampler.repeats.keep(seq, digest, promise)
         self._waiting += 1
         loop = asyncio.get_running_loop()
         promise.future.add_done_callback(
             lambda _: loop.call_soon_threadsafe(self._finished) if not loop.is_closed() else None
         )
-        if seq is not None:
-            sampler.known[seq] = digest, promise
-            while len(sampler.known) > REMEMBERED:
-                del sampler.known[next(iter(sampler.known))]
         sampler.first_at = sampler.first_at if sampler.pending else loop.time()
         sampler.pending.append((start, promise))
         if sampler.due is not None:
             sampler.due.cancel()
-        latest = sampler.first_at + LONGEST_GATHER_SECONDS
-        when = min(loop.time() + GATHER_SECONDS, latest)
+        when = min(loop.time() + GATHER_SECONDS, sampler.first_at + LONGEST_GATHER_SECONDS)
         sampler.due = loop.call_at(when, self._flush, sampler)
         return promise
 
@@ -162,10 +154,9 @@ class Samplers:
         try:
             weights = made.result()
         except Exception as error:
-            sampler.made = None if sampler.folder is not None else sampler.made
+            sampler.made = None if sampler.folder is not None else made
             for _, promise in pending:
-                if promise.future.set_running_or_notify_cancel():
-                    promise.future.set_exception(error)
+                promise.fail(error)
             return
         with weights.unit():
             for start, promise in pending:
@@ -191,57 +182,52 @@ class Samplers:
             sampler.made = None
             return
         folder = self._folder / sampler.sampler_id.replace(":", "-")
-        loop = asyncio.get_running_loop()
-        sampler.folder, sampler.spilled = folder, True
         written = made.result().write(folder)
-        sampler.made = written  # idle again when it is on disk
+        sampler.made = Future()  # neither idle nor ready until it is on disk
 
-        def settle(future: Future[Any]) -> None:
-            if future.exception() is None:
-                sampler.made = None
-            else:  # the disk refused: keep the weights
-                sampler.made, sampler.folder, sampler.spilled = made, None, False
+        def settle() -> None:
+            removed = sampler.sampler_id not in self._all
+            if removed or written.exception() is not None:  # or the disk refused
+                sampler.made = made
+            else:
+                sampler.made, sampler.folder, sampler.spilled = None, folder, True
+            if removed:
+                shutil.rmtree(folder, ignore_errors=True)
             if sampler.pending:
                 self._flush(sampler)
 
-        written.add_done_callback(lambda future: loop.call_soon_threadsafe(settle, future))
+        loop = asyncio.get_running_loop()
+        written.add_done_callback(lambda _: loop.call_soon_threadsafe(settle))
 
 
 def _submit(start: Start, weights: Any, promise: Promise) -> None:
     if promise.future.cancelled():
         return
-    try:
-        inner = start(weights)
-    except Exception as error:
-        promise.future.set_exception(error)
-        return
-    inner.add_done_callback(lambda future: copy_outcome(future, promise.future))
-    promise.future.add_done_callback(lambda future: future.cancelled() and inner.cancel())
+    inner = promise.start(lambda: start(weights))
+    if inner is not None:
+        promise.future.add_done_callback(lambda future: future.cancelled() and inner.cancel())
 
 
 def _as_json(tensor: TensorData) -> dict[str, Any]:
     return {"data": tensor.data, "dtype": tensor.dtype, "shape": tensor.shape}
 
 
-def samples_result(response: SampleResponse) -> Result:
-    """The result of a sampling request."""
-
-    def as_json() -> dict[str, Any]:
-        sequences = [
-            {
-                "stop_reason": s.stop_reason, "tokens": list(s.tokens), "logprobs": s.logprobs,
-                "topk_logprobs": s.topk_logprobs,
-            }
-            for s in response.sequences
-        ]  # fmt: skip
-        targets, drawn = response.target_prompt_logprobs, response.prompt_alt_tokens
-        return {
-            "type": "sample", "sequences": sequences,
-            "prompt_logprobs": response.prompt_logprobs,
-            "topk_prompt_logprobs": response.topk_prompt_logprobs,
-            "target_prompt_logprobs": targets and _as_json(targets),
-            "prompt_alt_tokens": drawn
-            and {"tokens": _as_json(drawn.tokens), "logprobs": _as_json(drawn.logprobs)},
-        }  # fmt: skip
-
-    return Result(as_json, lambda: wire.samples_out(response))
+def sampled(response: SampleResponse, proto: bool) -> Any:
+    """The reply of a sampling request."""
+    if proto:
+        return wire.samples_out(response)
+    sequences = [
+        {
+            "stop_reason": s.stop_reason, "tokens": list(s.tokens), "logprobs": s.logprobs,
+            "topk_logprobs": s.topk_logprobs,
+        }
+        for s in response.sequences
+    ]  # fmt: skip
+    targets, drawn = response.target_prompt_logprobs, response.prompt_alt_tokens
+    return {
+        "type": "sample", "sequences": sequences, "prompt_logprobs": response.prompt_logprobs,
+        "topk_prompt_logprobs": response.topk_prompt_logprobs,
+        "target_prompt_logprobs": targets and _as_json(targets),
+        "prompt_alt_tokens": drawn
+        and {"tokens": _as_json(drawn.tokens), "logprobs": _as_json(drawn.logprobs)},
+    }  # fmt: skip

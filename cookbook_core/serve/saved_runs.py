@@ -32,6 +32,11 @@ def folder_name(model_id: str) -> str:
     return model_id.replace(":", "-")
 
 
+def wire_path(model_id: str, kind: str, name: str) -> str:
+    """What clients call a checkpoint."""
+    return f"tinker://{model_id}/{kind}/{name}"
+
+
 class SavedRuns:
     """The checkpoints below one folder.
 
@@ -43,25 +48,22 @@ class SavedRuns:
     def __init__(self, root: Path, names: Mapping[str, str]) -> None:
         self.root, self._names = root, names
 
-    def path_of(self, model_id: str, kind: str, name: str) -> str:
-        """A checkpoint's path on the wire."""
-        return f"tinker://{model_id}/{kind}/{name}"
-
     def folder_of(self, path: str) -> Path:
         """The folder of a checkpoint.
 
         Raises:
-            Refused: 422, not a path of this form; 404, no such checkpoint.
+            CheckpointError: not a path of this form.
+            Refused: 404, no such checkpoint.
         """
         found = _PATH.fullmatch(path)
         if not found:
             rule = "tinker://SESSION:train:N/weights/NAME, or sampler_weights"
             what, fix = "not a checkpoint's path", "Pass a path that saving returned."
-            raise Refused(422, CheckpointError("path", what, expected=rule, got=path, fix=fix))
+            raise CheckpointError("path", what, expected=rule, got=path, fix=fix)
         folder = self.root / folder_name(found[1]) / found[2] / found[3]
         if not (folder / "adapter_config.json").is_file():
             fix = "List what there is: GET /api/v1/checkpoints."
-            raise Refused(404, CheckpointError("path", "no such checkpoint", got=path, fix=fix))
+            raise Refused(404, "path", "no such checkpoint", got=path, fix=fix)
         return folder
 
     def info(self, folder: Path) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class SavedRuns:
             "checkpoint_id": f"{kind}/{name}",
             "checkpoint_type": KINDS[kind],
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(modified)),
-            "tinker_path": self.path_of(model_id, kind, name),
+            "tinker_path": wire_path(model_id, kind, name),
             "size_bytes": size,
             "public": False,
             "user_metadata": state.get("user_metadata"),

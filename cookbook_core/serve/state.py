@@ -6,7 +6,6 @@ One event loop's thread runs all of this, so nothing is locked.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -15,25 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import Request
+
 from cookbook_core.errors import CheckpointError, RequestError
-from cookbook_core.serve import fields
-from cookbook_core.serve.fields import Fields
+from cookbook_core.serve.fields import digest
 from cookbook_core.serve.graph_losses import GraphLoss
 from cookbook_core.serve.models import Base, Model
-from cookbook_core.serve.replies import (
-    Promise,
-    Promises,
-    Refused,
-    Result,
-    copy_outcome,
-    missing,
-)
+from cookbook_core.serve.replies import Encode, Promises, Repeats, copy_outcome, missing
 from cookbook_core.serve.samplers import Sampler, Samplers
 from cookbook_core.serve.saved_runs import SavedRuns
 from cookbook_core.serve.turns import Turns
 
-SMALL_BODY = 1 << 14
-"""Bytes that are decoded in the event loop's thread; larger bodies would delay heartbeats."""
 SILENT_SECONDS = 120.0
 """Programs send a heartbeat every 10 s: where there is no room, one silent for so long is over."""
 
@@ -42,12 +33,17 @@ log = logging.getLogger("cookbook_core.serve")
 
 @dataclass
 class Session:
-    """One client program: what it made ends with it."""
+    """One client program: what it made ends with it.
+
+    made: replies to its requests that make models and samplers.
+    graphs: its uploaded losses, by id.
+    """
 
     session_id: str
     metadata: Mapping[str, str] | None
     agent: str
     seen_at: float = field(default_factory=time.time)
+    made: Repeats = field(default_factory=Repeats)
     graphs: dict[str, GraphLoss] = field(default_factory=dict)
 
 
@@ -66,28 +62,6 @@ class Options:
     max_spilled: int = 64
     max_waiting: int = 4096
     idle_minutes: float = 60.0
-
-
-@dataclass(frozen=True)
-class Call:
-    """One HTTP request: its body, and whether that is protobuf; parts of its path; its client."""
-
-    raw: bytes
-    proto: bool = False
-    path: Mapping[str, str] = field(default_factory=dict)
-    query: Mapping[str, str] = field(default_factory=dict)
-    agent: str = ""
-
-    @property
-    def digest(self) -> bytes:
-        """Identifies the body."""
-        return hashlib.sha256(self.raw).digest()
-
-    async def fields(self) -> Fields:
-        """The fields of a JSON body."""
-        if len(self.raw) > SMALL_BODY:
-            return Fields(await asyncio.to_thread(fields.parse_json, self.raw))
-        return Fields(fields.parse_json(self.raw))
 
 
 class State:
@@ -109,18 +83,12 @@ class State:
             self.promises, root / ".snapshots", options.max_samplers, options.max_spilled,
             options.max_waiting,
         )  # fmt: skip
-        self._made: dict[tuple[Any, ...], tuple[bytes, dict[str, Any]]] = {}
-        """Replies of requests that make something, by its name."""
         self.started_at = time.time()
 
-    # ---- look-ups --------------------------------------------------------------------------------
+    # ---- look-ups: each raises Refused, 404, with what the client can do -------------------------
 
     def model(self, model_id: str) -> Model:
-        """The model of this id.
-
-        Raises:
-            Refused: 404; says where to resume if the model was of an earlier run of the server.
-        """
+        """The model of this id."""
         model = self.models.get(model_id)
         if model is None:
             raise missing("model_id", model_id, self.resume_hint(model_id))
@@ -130,37 +98,27 @@ class State:
 
     def resume_hint(self, model_id: str) -> str:
         """What a client can do whose model is gone."""
-        row = self.saved.latest(model_id)
+        gone, row = "It was unloaded, or the server has been restarted", self.saved.latest(model_id)
         if row is None:
-            return "It was unloaded, or the server has been restarted; nothing of it was saved."
-        return (
-            "It was unloaded, or the server has been restarted. Resume from step "
-            f"{row['_step']}: create_training_client_from_state_with_optimizer"
-            f"({row['tinker_path']!r})."
-        )
+            return f"{gone}; nothing of it was saved."
+        call = f"create_training_client_from_state_with_optimizer({row['tinker_path']!r})"
+        return f"{gone}. Resume from step {row['_step']}: {call}."
 
     def base(self, name: str) -> Base:
-        """The base model of this name.
-
-        Raises:
-            Refused: 404; lists those that are served.
-        """
+        """The base model of this name."""
         if name not in self.bases:
             raise missing("base_model", name, f"This server has {', '.join(self.bases)}.")
         return self.bases[name]
 
     def session(self, session_id: str) -> Session:
-        """The session of this id.
-
-        Raises:
-            Refused: 404.
-        """
-        if session_id not in self.sessions:
+        """The session of this id."""
+        session = self.touch(session_id)
+        if session is None:
             fix = "It has ended, or the server was restarted: make a new ServiceClient."
             raise missing("session_id", session_id, fix)
-        return self.touch(session_id)
+        return session
 
-    def touch(self, session_id: str) -> Any:
+    def touch(self, session_id: str) -> Session | None:
         """The session, which has just been heard of; None if it is over."""
         session = self.sessions.get(session_id)
         if session is not None:
@@ -168,11 +126,7 @@ class State:
         return session
 
     def sampler(self, sampler_id: str) -> Sampler:
-        """The sampler of this id.
-
-        Raises:
-            Refused: 404.
-        """
+        """The sampler of this id."""
         sampler = self.samplers.get(sampler_id)
         if sampler is None:
             fix = "Only the latest snapshots are kept, and none over a restart: sample from a "
@@ -181,75 +135,68 @@ class State:
         self.touch(sampler.session)
         return sampler
 
-    def once(self, call: Call, *key: Any) -> dict[str, Any] | None:
-        """The reply to an earlier request that made what `key` names, None if it is the first.
-
-        Raises:
-            Refused: 422; the earlier request was another.
-        """
-        before = self._made.get(key)
-        if before is not None and before[0] != call.digest:
-            fix = "Number each once."
-            error = RequestError(f"{key[0]} {key[2]}", "was made by another request", fix=fix)
-            raise Refused(422, error)
-        return None if before is None else before[1]
-
-    def remember(self, call: Call, reply: dict[str, Any], *key: Any) -> dict[str, Any]:
-        """Keep the reply to a request that made what `key` names; returns the reply."""
-        self._made[key] = call.digest, reply
-        return reply
-
     # ---- what is made, and dropped ---------------------------------------------------------------
 
-    async def once_or_room(self, call: Call, *key: Any) -> dict[str, Any] | None:
-        """`once`; for the first request, that there is room for one more adapter.
+    async def once(
+        self, request: Request, session_id: str, kind: str, number: int, make: Callable[[str], Any]
+    ) -> Any:
+        """The reply to a request that makes a model or sampler; `make` takes its id, once.
+
+        Args:
+            request: sent again, it gets the same reply.
+            session_id: of the client.
+            kind: "train" or "sampler".
+            number: of the model or sampler within its session and kind.
+            make: returns the reply.
 
         Raises:
-            Refused: 404, no such session; 422, as many adapters as there may be.
+            RequestError: another request had this number, or there are too many adapters.
+            Refused: 404; no such session.
         """
-        before = self.once(call, *key)
-        if before is not None:
-            return before
-        self.session(key[1])
-        if len(self.models) >= self.options.max_adapters:
+        made = self.session(session_id).made
+        name = f"{session_id}:{kind}:{number}"
+        key = name, (kind, number), digest(request)
+        full = len(self.models) >= self.options.max_adapters and kind == "train"
+        if full and made.find(*key) is None:
             await self._end_silent(SILENT_SECONDS)
-            before = self.once(call, *key)  # the same request may have come meanwhile
-        if before is None and len(self.models) >= self.options.max_adapters:
-            error = RequestError(
-                "create_model",
-                "too many adapters in training",
-                expected=f"at most {self.options.max_adapters}",
-                got=len(self.models),
-                fix="End other programs, or start the server with a larger --max_adapters.",
-            )
-            raise Refused(422, error)
-        return before
+        reply = made.find(*key)
+        if reply is None and kind == "train":
+            self._check_room()
+        if reply is None:
+            reply = make(name)
+            made.keep(*key[1:], reply)
+        return reply
+
+    def _check_room(self) -> None:
+        most, fix = self.options.max_adapters, "End other programs, or raise --max_adapters."
+        if (n := len(self.models)) >= most:
+            what, rule = "too many adapters in training", f"at most {most}"
+            raise RequestError("create_model", what, expected=rule, got=n, fix=fix)
 
     def add_model(
         self, model_id: str, session: str, base: Base, rank: int | None, metadata: Any,
-        made: Future[Any],
-    ) -> Promise:  # fmt: skip
+        made: Future[Any], encode: Encode,
+    ) -> dict[str, Any]:  # fmt: skip
         """Register an adapter that is being made; its requests may queue behind it at once."""
-        promise = self.promises.add(Promise(model_id, lambda _: typed("create_model")))
-        turns = Turns(self.promises, model_id)
+        promise, turns = self.promises.add(model_id, encode), Turns(self.promises, model_id)
         model = Model(model_id, session, base, rank, turns, metadata, promise.future)
         self.models[model_id] = model
         loop = asyncio.get_running_loop()
 
-        def settle(future: Future[Any]) -> None:
-            if future.exception() is None:
-                model.training = future.result()
+        def settle() -> None:
+            if made.exception() is None:
+                model.training = made.result()
                 model.rank = model.training.info.lora_rank
                 model.saved_step = model.steps
-                turns.ready = True
-                copy_outcome(future, promise.future, value=False)  # it would keep the adapter alive
-                turns.advance()
+                model.turns.ready = True
+                copy_outcome(made, promise.future, value=False)  # it would keep the adapter alive
+                model.turns.advance()
             else:
-                copy_outcome(future, promise.future)
+                copy_outcome(made, promise.future)
                 self.drop(model)
 
-        made.add_done_callback(lambda future: loop.call_soon_threadsafe(settle, future))
-        return promise
+        made.add_done_callback(lambda _: loop.call_soon_threadsafe(settle))
+        return promise.reply()
 
     def drop(self, model: Model) -> None:
         """Drop an adapter; what waits for its turn fails."""
@@ -264,18 +211,17 @@ class State:
         """A sampler of a checkpoint, or of a bare base model.
 
         Raises:
-            Refused: no such checkpoint or model.
+            CookbookError: no such checkpoint or model.
         """
-        folder = self.saved.folder_of(path) if path else None
-        if folder is not None:
+        folder = made = None
+        if path:
+            folder = self.saved.folder_of(path)
             base_name = base_name or self.saved.info(folder)["base_model"]
         if base_name is None:
-            fix = "Pass one of them."
-            raise Refused(
-                422, RequestError("model_path", "model_path and base_model both missing", fix=fix)
-            )
+            raise RequestError("model_path", "and base_model both missing", fix="Pass one of them.")
         base = self.base(base_name)
-        made = None if folder is not None else base.backend.create_sampler(None)
+        if folder is None:
+            made = base.backend.create_sampler(None)
         return self.samplers.add(Sampler(sampler_id, session, base, path, made, folder))
 
     def end_session(self, session_id: str) -> None:
@@ -285,8 +231,6 @@ class State:
             self.drop(model)
         for sampler_id in self.samplers.of_session(session_id):
             self.samplers.remove(sampler_id)
-        for key in [key for key in self._made if key[1] == session_id]:
-            del self._made[key]
 
     # ---- ends ------------------------------------------------------------------------------------
 
@@ -301,27 +245,30 @@ class State:
         limit = time.time() - seconds
         for session in [s for s in self.sessions.values() if s.seen_at < limit]:
             log.info("session %s sent nothing for %.0f s: ended", session.session_id, seconds)
-            await self.save_unsaved(lambda model, s=session: model.session == s.session_id)
+            await self._save_unsaved(
+                [m for m in self.models.values() if m.session == session.session_id]
+            )
             self.end_session(session.session_id)
 
-    async def save_unsaved(self, chosen: Callable[[Model], bool] = lambda _: True) -> None:
+    async def close(self) -> None:
+        """Finish what is queued, save the adapters with steps that are not on disk, and end."""
+        await self._save_unsaved(list(self.models.values()))
+        self.samplers.clear()
+        for base in self.bases.values():
+            await asyncio.to_thread(base.backend.close)
+
+    async def _save_unsaved(self, models: list[Model]) -> None:
         """Save the adapters with steps that are not on disk, after what they have queued."""
-        saving: list[tuple[Model, Future[Any]]] = []
-        for model in [m for m in self.models.values() if chosen(m) and m.training is not None]:
+        for model in [m for m in models if m.training is not None]:
             await asyncio.wrap_future(model.training.release())  # behind what is queued
-            if model.steps > model.saved_step:
-                name = f"autosave-{model.steps}"
-                saving.append((model, model.training.save(name, for_sampler=False, overwrite=True)))
-        for model, future in saving:
+            if model.steps == model.saved_step:
+                continue
+            name = f"autosave-{model.steps}"
+            saving = model.training.save(name, for_sampler=False, overwrite=True)
             try:
-                await asyncio.wrap_future(future)
+                await asyncio.wrap_future(saving)
             except CheckpointError as error:
                 log.error("%s: %s", model.model_id, error)
             else:
                 model.saved_step = model.steps
                 log.info("%s: saved at step %d", model.model_id, model.steps)
-
-
-def typed(kind: str, **values: Any) -> Result:
-    """A result in JSON alone; clients recognise it by its type."""
-    return Result(lambda: {"type": kind, **values})

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cookbook_core.errors import RequestError
-from cookbook_core.serve.replies import Promise, Promises, Refused, copy_outcome
+from cookbook_core.serve.replies import Encode, Promise, Promises, Repeats
 
 GAP_SECONDS = 120.0
 """How long requests wait for one with a lower number, which a dead client never sends."""
-REMEMBERED = 4096
-"""Requests of a model, the latest, of which a repetition is recognised."""
 MOST_WAITING = 1024
 """Requests of a model that may wait for their turn."""
 
@@ -54,7 +52,7 @@ class Turns:
         """Whether the model has been made. Nothing starts before."""
         self._next = 1
         self._waiting: dict[int, _Request] = {}
-        self._known: dict[int, tuple[bytes, Promise]] = {}
+        self._repeats = Repeats()
         self._gradients: list[Promise] = []
         """forward_backwards, and refused steps, since the last step."""
         self._timer: asyncio.TimerHandle | None = None
@@ -63,53 +61,41 @@ class Turns:
         return len(self._waiting)
 
     def submit(
-        self,
-        seq: int | None,
-        digest: bytes,
-        start: Start,
-        encode: Any,
-        *,
-        gradient: bool = False,
-        steps: bool = False,
-    ) -> Promise:
+        self, seq: int | None, digest: bytes, start: Start, encode: Encode, *,
+        gradient: bool = False, steps: bool = False,
+    ) -> Promise:  # fmt: skip
         """Queue a request; the promise of the same request if it was sent before.
 
         Args:
             seq: its number; None: after those that are here.
             digest: of its bytes.
             start: see `Start`.
-            encode: see `Promise`.
+            encode: see `Encode`.
             gradient: it adds to the gradient.
             steps: it uses the gradient up.
 
         Raises:
-            Refused: 422; another request had this number, or its turn has passed.
+            RequestError: another request had this number, or its turn has passed.
         """
         if seq is None:
             seq = max([self._next - 1, *self._waiting]) + 1
-        if seq in self._known:
-            before, promise = self._known[seq]
-            if before != digest:
-                raise self._refused(seq, "another request had this number", "Number each once.")
+        promise = self._repeats.find(self.model_id, seq, digest)
+        if promise is not None:
             return promise
+        where = f"{self.model_id}: seq_id"
         if seq < self._next:
+            what = f"its turn has passed, the next is {self._next}"
             fix = "Continue with a new client from the last checkpoint."
-            raise self._refused(seq, f"its turn has passed, the next is {self._next}", fix)
+            raise RequestError(where, what, got=seq, fix=fix)
         if len(self._waiting) >= MOST_WAITING:
-            fix = f"Wait for results; at most {MOST_WAITING} requests of a model may wait."
-            raise self._refused(seq, "too many requests wait for their turn", fix)
-        promise = self._promises.add(Promise(self.model_id, encode))
+            what, fix = "too many requests wait for their turn", "Wait for results."
+            raise RequestError(where, what, expected=f"at most {MOST_WAITING}", fix=fix)
+        promise = self._promises.add(self.model_id, encode)
         known = frozenset(g.request_id for g in self._gradients if g.read)
         self._waiting[seq] = _Request(start, promise, known, gradient, steps)
-        self._known[seq] = digest, promise
-        while len(self._known) > REMEMBERED:
-            del self._known[next(iter(self._known))]
+        self._repeats.keep(seq, digest, promise)
         self.advance()
         return promise
-
-    def _refused(self, seq: int, what: str, fix: str) -> Refused:
-        where = f"{self.model_id}: seq_id"
-        return Refused(422, RequestError(where, what, got=seq, fix=fix))
 
     def advance(self) -> None:
         """Start the requests whose turn has come, and watch for a gap."""
@@ -133,12 +119,7 @@ class Turns:
             self._gradients = []
         if request.gradient or request.steps:
             self._gradients.append(promise)  # a refused step stops the next one too
-        try:
-            inner = request.start(unread)
-        except Exception as error:
-            promise.future.set_exception(error)
-        else:
-            inner.add_done_callback(lambda future: copy_outcome(future, promise.future))
+        promise.start(lambda: request.start(unread))
 
     def _give_up(self) -> None:
         """Fail what waits behind a number that did not come."""
@@ -152,7 +133,6 @@ class Turns:
             self._next = max(self._waiting) + 1
         waiting, self._waiting = self._waiting, {}
         for request in waiting.values():
-            if request.promise.future.set_running_or_notify_cancel():
-                request.promise.future.set_exception(error)
+            request.promise.fail(error)
             if request.gradient or request.steps:
                 self._gradients.append(request.promise)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
+from types import SimpleNamespace
+
 import numpy as np
 import openai
 import pytest
 
 from cookbook_core import tinker
+from cookbook_core.errors import RequestError
+from cookbook_core.serve.completions import Growing
 from cookbook_core.storage.paths import asset_path
 from tests.conftest import make_random_data
 from tests.serve.running import NAME, Running, Wire, adam, scoring
@@ -69,6 +75,67 @@ def test_streams_seeds_and_several_answers(chat):
     assert chunks[-1].usage.completion_tokens == one.usage.completion_tokens
     other = chat.chat.completions.create(**{**options, "seed": 4}, n=3)
     assert [c.message.content for c in other.choices] != texts
+
+
+def test_a_stream_sends_text_before_the_completion_ends(running, chat, monkeypatch):
+    """Decoding waits until the client has read the first part: only a live stream gets on."""
+    engine, read = running.backend.engine(), threading.Event()
+    sample = engine.sample
+
+    monkeypatch.setattr(engine, "sample", lambda a, rs: sample(a, [paused(r, read) for r in rs]))
+    options = {"model": NAME, "prompt": "The capital of", "max_tokens": 24, "seed": 2}
+    parts = []
+    for chunk in chat.completions.create(**options, stream=True):
+        parts.append(chunk.choices[0].text)
+        read.set()
+    assert len(parts) > 2
+    monkeypatch.undo()
+    assert "".join(parts) == chat.completions.create(**options).choices[0].text
+
+
+def paused(request, read):
+    """The request, whose decoding stops after three tokens until `read` is set."""
+
+    def on_token(sample, n, token):
+        request.on_token(sample, n, token)
+        assert n < 3 or read.wait(20), "nothing was sent"
+
+    return dataclasses.replace(request, on_token=on_token) if request.on_token else request
+
+
+def test_streams_of_several_prompts_equal_whole_answers(chat):
+    options = {"model": NAME, "prompt": ["The capital", "One two"], "max_tokens": 16, "seed": 1,
+               "n": 2}  # fmt: skip
+    whole = chat.completions.create(**options, stop=["e "])
+    for more in ({}, {"logprobs": 1}, {"echo": True}):  # the last two are sent when complete
+        expected = chat.completions.create(**options, **more, stop=["e "])
+        texts, ends = [""] * 4, [None] * 4
+        for chunk in chat.completions.create(**options, **more, stop=["e "], stream=True):
+            choice = chunk.choices[0]
+            texts[choice.index] += choice.text
+            ends[choice.index] = choice.finish_reason or ends[choice.index]
+        assert texts == [choice.text for choice in expected.choices]
+        assert ends == [choice.finish_reason for choice in expected.choices]
+    assert len({choice.text for choice in whole.choices}) > 1
+    with pytest.raises(openai.UnprocessableEntityError, match="max_tokens"):  # before the stream
+        chat.completions.create(model=NAME, prompt="a", max_tokens=10**6, stream=True)
+
+
+def test_growing_text_keeps_back_what_a_stop_may_take():
+    """Half a character, the beginning of a stop, and tokens that are drawn a second time."""
+    words = {1: "a", 2: "<e", 3: "nd>", 4: "b", 5: "<\ufffd"}
+    decode = SimpleNamespace(decode=lambda ids, **_: "".join(words[i] for i in ids))
+    wanted = SimpleNamespace(stop=("<end>",), tokenizer=decode)
+    growing = Growing(wanted)
+    assert [growing.add(n, token) for n, token in enumerate((1, 2, 4), start=1)] == ["a", "", "<eb"]
+    assert growing.add(2, 2) == ""
+    assert growing.add(4, 5) == ""
+    assert (growing.rest("a<eb<x"), growing.sent) == ("<x", "a<eb<x")
+    with pytest.raises(RequestError, match="does not begin with what was sent"):
+        growing.rest("other")
+    stopped = Growing(wanted)
+    assert [stopped.add(n, token) for n, token in enumerate((4, 2, 3), start=1)] == ["b", "", ""]
+    assert stopped.rest("b") == ""
 
 
 def test_completions_stop_and_echo(running, chat, make_service):

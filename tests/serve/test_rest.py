@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
+import sys
 import tarfile
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from safetensors.numpy import load
@@ -43,7 +46,8 @@ def test_lists(trained):
     assert page["cursor"]["total_count"] >= 2
     for query in ("limit=-1", "offset=x", "limit=99999999999"):
         assert client.get(f"checkpoints?{query}").status_code == 422
-    assert client.get("training_runs/dead:train:0").status_code == 404
+    for path in ("training_runs/dead:train:0", "training_runs/dead:train:0/checkpoints"):
+        assert client.get(path).status_code == 404
     info = client.post("weights_info", {"tinker_path": paths[0]}).json()
     assert info["train_attn"]
     assert info["train_mlp"]
@@ -65,13 +69,39 @@ def test_an_archive_holds_the_weights(trained):
     assert load(weights.read())
 
 
-def test_what_is_not_offered_says_so(trained):
-    client, model, _ = trained
-    one = f"/api/v1/training_runs/{model}/checkpoints/weights/one"
-    for method, path in (("POST", f"{one}/publish"), ("PUT", f"{one}/ttl")):
-        reply = client.http.request(method, path)
-        assert reply.status_code == 422
-        assert "not offered" in reply.json()["detail"]
+def paths_of_sdks() -> set[str]:
+    """Every path that the installed SDKs can call, with "x" for what they fill in."""
+    found = set()
+    for folder in (Path(sys.prefix) / "sdk").glob("*/tinker"):
+        for file in folder.rglob("*.py"):
+            if not file.name.endswith("_test.py"):
+                text = file.read_text(encoding="utf-8")
+                found |= set(re.findall(r"""["']/api/v1/([^"'?]+)["']""", text))
+    return {re.sub(r"\{[^}]+\}", "x", path) for path in found}
+
+
+def test_every_path_of_the_sdks_is_served_or_refused_by_name(running, client):
+    """A refusal has a sentence and a status that clients do not retry."""
+    paths = paths_of_sdks()
+    if not paths:
+        pytest.skip("no SDK beside the packages; make test installs them")
+    refused = set()
+    for path in paths:
+        path = path.replace("checkpoints/x", "checkpoints/weights/x")  # an id has two parts
+        replies = [client.http.request(m, f"/api/v1/{path}") for m in ("GET", "POST", "DELETE")]
+        unknown = [r for r in replies if r.status_code == 404 and "endpoint" in r.text]
+        assert not unknown, path
+        if all("not offered by this server" in reply.text for reply in replies):
+            assert {reply.status_code for reply in replies} == {422}
+            assert all(reply.json()["error"]["fix"] for reply in replies)
+            refused.add(path)
+    one = "training_runs/x/checkpoints/weights/x"
+    assert refused == {
+        "audit", "auth/apikey/me", "auth/token", "billing/usage/checkpoints/current",
+        "billing/usage/events", "copy_weights", "join_sampling_session", "retrieve_futures",
+        "save_weights_external", "sessions/search", "sessions/x/project", "sessions/x/trace_export",
+        f"{one}/external_weights_urls", f"{one}/publish", f"{one}/ttl",
+    }  # fmt: skip
 
 
 class Cells(HTMLParser):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -353,10 +354,15 @@ class LocalSampler:
         target_prompt_logprobs: TensorData | None = None,
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
+        on_token: Callable[[int, int, int], None] | None = None,
     ) -> Future[SampleResponse]:
-        """Queued; decoded together with requests of this snapshot that are waiting by then."""
+        """Queued; decoded together with requests of this snapshot that are waiting by then.
+
+        on_token: see `SampleRequest`.
+        """
         wanted = include_prompt_logprobs, topk_prompt_logprobs, topk_sample_logprobs
         request = sampling_request(self.model_data, prompt, num_samples, params, *wanted)
+        request = replace(request, on_token=on_token)
         self._engine.check_prompt(prompt, "sample")
         more = target_prompt_logprobs, prompt_alt_tokens_k, prompt_logprobs_last_n
         item = request, prompt_scores(request, self.model_data.vocab_size, *more)

@@ -165,9 +165,9 @@ class SharedEngine(Engine):
         shares = spread(costs, self._group.size)
         if not any(shares[1:]) or any(r.model_input is not None for r in requests):
             return super().sample(adapter, requests)
+        silent = [dataclasses.replace(r, on_token=None) for r in requests]  # elsewhere than here
         work = [
-            Packet({"requests": [dataclasses.asdict(requests[i]) for i in share]})
-            for share in shares
+            Packet({"requests": [dataclasses.asdict(silent[i]) for i in share]}) for share in shares
         ]
         with self._request("sample", adapter, work) as request:
             mine = super().sample(adapter, [requests[i] for i in shares[0]])

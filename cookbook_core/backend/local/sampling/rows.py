@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ class Row:
     tokenizer: Any = None
     top_k: int = 0
     """Likeliest tokens to report at each position."""
+    on_token: Callable[[int, int, int], None] | None = None
+    """See `SampleRequest`."""
 
     def __post_init__(self) -> None:
         self.start()
@@ -61,6 +63,8 @@ class Row:
             )
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        if self.on_token is not None:
+            self.on_token(self.sample, len(self.tokens), token)
         if token in self.stop.ids or (self.watch is not None and self.watch.matches(self.tokens)):
             self.stop_reason = "stop"
         elif len(self.tokens) == self.limit:

@@ -134,6 +134,7 @@ def _rows_of(
             sample=sample,
             tokenizer=tokenizer,
             top_k=request.topk_sample_logprobs,
+            on_token=request.on_token,
         )
         for sample in range(request.num_samples)
     ]
