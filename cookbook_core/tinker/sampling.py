@@ -78,12 +78,12 @@ class SamplingClient:
             ConfigError, DatumError: at once, before anything is queued.
         """
         more: dict[str, Any] = {
-            "topk_sample_logprobs": None if topk_sample_logprobs == 0 else topk_sample_logprobs,
+            "topk_sample_logprobs": topk_sample_logprobs,
             "target_prompt_logprobs": target_prompt_logprobs,
-            "prompt_alt_tokens_k": None if prompt_alt_tokens_k == 0 else prompt_alt_tokens_k,
+            "prompt_alt_tokens_k": prompt_alt_tokens_k,
             "prompt_logprobs_last_n": prompt_logprobs_last_n,
         }
-        more = {name: value for name, value in more.items() if value is not None}
+        more = {name: value for name, value in more.items() if not _left_out(name, value)}
         prompt, params = own_input(prompt), own_params(SamplingParams, sampling_params)
         wanted = include_prompt_logprobs, topk_prompt_logprobs
         sent = self._backend.sample(prompt, num_samples, params, *wanted, **more)
@@ -184,3 +184,8 @@ class SamplingClient:
     sample_async = async_result(sample, joined=True)
     compute_logprobs_async = async_result(compute_logprobs, joined=True)
     get_base_model_async = async_version(get_base_model)
+
+
+def _left_out(name: str, value: Any) -> bool:
+    """Whether an option of `sample` has its default; a value of another type may have no `==`."""
+    return value is None or (name != "prompt_logprobs_last_n" and type(value) is int and not value)
