@@ -34,7 +34,7 @@ def name_of(path: Path) -> str:
 
 
 LAYERS = (
-    "errors",
+    "errors openmp",
     "storage",
     "types",
     "datums alignment custom_loss token_set builtin_losses regularise images",

@@ -1,0 +1,183 @@
+"""A training step on a busy machine against the same step alone (Linux, CPU).
+
+    python -m benchmarks.busy
+
+Steps of `versus_trl`'s SFT on the random `small` model, two threads, without and with one busy
+process a core beside them. A fair share of the cores makes a step take twice its time. libgomp reads
+how long its threads spin when torch is loaded, so each program starts as one of its users does:
+
+    torch first   a program that imports torch before cookbook_core, or sets libgomp's own default
+    recipe        as `python -m recipes.sft`
+    copy          a file made by `cookbook new sft`
+    notebook      the imports of the first tutorial
+
+All programs take the same step by turns, so that other work on the machine slows all alike. Prints
+the median over the rounds, with the smallest and largest, of each program's busy over its own alone,
+and of its alone over that of "torch first".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+WARMUP = 2
+CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
+
+
+def openings(folder: str) -> dict[str, str]:
+    """The first lines of each program: what is imported before its steps."""
+    from cookbook_core.commands.cli import main
+
+    copy = Path(folder) / "my_sft.py"
+    if main(["new", "sft", str(copy)]):
+        raise SystemExit("cookbook new sft failed")
+    notebook = json.loads(
+        (ROOT / "tutorials/01_your_first_custom_loss.ipynb").read_text(encoding="utf-8")
+    )
+    cell = next(c["source"] for c in notebook["cells"] if c["cell_type"] == "code")
+    imports = [line for line in "".join(cell).splitlines() if line.startswith(("import", "from"))]
+    return {
+        "torch first": "import torch",
+        "recipe": "import recipes.sft",
+        "copy": f"import runpy; runpy.run_path({str(copy)!r})",
+        "notebook": "\n".join(imports),
+    }
+
+
+def serve(steps: int, threads: int) -> None:
+    """Take the step whose number is on each line of standard input; print its seconds."""
+    from benchmarks.our_side import Side
+
+    side = Side("sft", "small", steps, threads)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        side.step(int(line))
+        print(time.perf_counter() - began, flush=True)
+
+
+class Program:
+    """One process that takes steps when told to."""
+
+    def __init__(self, opening: str, steps: int, threads: int) -> None:
+        code = f"{opening}\nfrom benchmarks.busy import serve\nserve({steps}, {threads})"
+        environment = {k: v for k, v in os.environ.items() if k not in CHOICES}
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**environment, "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.pipe, self.lines = self.process.stdin, self.process.stdout
+        if self.lines.readline() != "ready\n":
+            raise SystemExit(f"a program failed to start:\n{code}")
+
+    def step(self, number: int) -> float:
+        """Seconds of one step."""
+        self.pipe.write(f"{number}\n")
+        self.pipe.flush()
+        return float(self.lines.readline())
+
+    def end(self) -> None:
+        self.pipe.close()
+        self.process.wait()
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Keep this many processes busy meanwhile."""
+    spawn = multiprocessing.get_context("spawn")
+    workers = [spawn.Process(target=spin, daemon=True) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    time.sleep(1.0)
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+
+
+def spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=2, help="of each program in half a round")
+    options = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    from benchmarks import workloads as W
+
+    W.build_model("small")
+    total = WARMUP + 2 * options.rounds * options.steps
+    with tempfile.TemporaryDirectory() as folder:
+        texts = openings(folder)
+        programs = {name: Program(text, total, cores) for name, text in texts.items()}
+        try:
+            for program in programs.values():
+                for number in range(WARMUP):
+                    program.step(number)
+            measure(programs, cores, options.rounds, options.steps)
+        finally:
+            for program in programs.values():
+                program.end()
+
+
+def measure(programs: dict[str, Program], cores: int, rounds: int, steps: int) -> None:
+    """Print each program's ratios."""
+    alone: dict[str, list[float]] = {name: [] for name in programs}
+    beside: dict[str, list[float]] = {name: [] for name in programs}
+    number = WARMUP
+
+    def take(into: dict[str, list[float]]) -> None:
+        nonlocal number
+        seconds: dict[str, list[float]] = {name: [] for name in programs}
+        for _ in range(steps):
+            for name, program in programs.items():
+                seconds[name].append(program.step(number))
+            number += 1
+        for name in programs:
+            into[name].append(statistics.median(seconds[name]))
+
+    for _ in range(rounds):
+        take(alone)
+        with busy(cores):
+            take(beside)
+    print(f"{cores} threads, {cores} busy processes, {rounds} rounds")
+    for name in programs:
+        ratios = [b / a for b, a in zip(beside[name], alone[name], strict=True)]
+        share = [a / t for a, t in zip(alone[name], alone["torch first"], strict=True)]
+        print(
+            f"  {name:12s} busy / alone {spread(ratios)}, alone {spread(share)} of torch first, "
+            f"{statistics.median(alone[name]):.3f} s alone"
+        )
+
+
+if __name__ == "__main__":
+    main()
