@@ -2,18 +2,18 @@
 
     python -m benchmarks.busy
 
-Steps of `versus_trl`'s SFT on the random `small` model, two threads, without and with one busy
-process a core beside them. A fair share of the cores makes a step take twice its time. libgomp reads
-how long its threads spin when torch is loaded, so each program starts as one of its users does:
+Steps of `versus_trl`'s SFT on the random `small` model, a thread for each core, without and with one
+busy process for each core beside them. With a fair share of the cores a step takes twice its time.
+libgomp reads how long its threads spin when torch is loaded, so each program starts as its users do:
 
-    torch first   a program that imports torch before cookbook_core, or sets libgomp's own default
+    torch first   a program that imports torch before cookbook_core
     recipe        as `python -m recipes.sft`
     copy          a file made by `cookbook new sft`
     notebook      the imports of the first tutorial
 
 All programs take the same step by turns, so that other work on the machine slows all alike. Prints
-the median over the rounds, with the smallest and largest, of each program's busy over its own alone,
-and of its alone over that of "torch first".
+the median over the rounds, with the smallest and largest, of each program's time beside busy
+processes over its time alone, and of its time alone over that of "torch first".
 """
 
 from __future__ import annotations

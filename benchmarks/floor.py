@@ -20,11 +20,11 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
-
 from benchmarks import workloads as W
 from benchmarks.our_side import cpu_service
 from cookbook_core import clients, datum_from_prompt_completion, tinker
+
+import torch
 
 
 def matmul_rate(size: int = 1024, repeats: int = 30) -> float:

@@ -253,9 +253,9 @@ def attend(
     backend: Any, heads: int, kv_heads: int, width: int, dtype: Any, window: Any, cap: Any
 ) -> None:
     """Run flex attention forward and backward on a row of four blocks with a shared prefix."""
-    import torch.nn.attention.flex_attention as torch_flex
-
     from cookbook_core.backend.local.scoring import flex, packing
+
+    import torch.nn.attention.flex_attention as torch_flex
 
     torch_flex._validate_device = lambda *_: None  # of the CPU, on which it is traced
     layout = packing.lay_out([[1] * 200 + [2 + n] * (130 + n) for n in range(2)])

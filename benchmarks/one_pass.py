@@ -20,14 +20,14 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
-
 from benchmarks import workloads as W
 from benchmarks.our_side import cpu_service, grpo_loss
 from cookbook_core import clients, datum_from_prompt_completion, tinker, with_inputs
 from cookbook_core.builtin_losses import cross_entropy
 from cookbook_core.custom_loss import forward_backward_two_pass
 from recipes.dpo import dpo_loss
+
+import torch
 
 
 def data() -> list[tinker.Datum]:

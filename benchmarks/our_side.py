@@ -14,8 +14,6 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
-
 from benchmarks import workloads as W
 from cookbook_core import (
     clients,
@@ -26,6 +24,8 @@ from cookbook_core import (
 )
 from recipes.bradley_terry import bradley_terry_loss
 from recipes.dpo import dpo_loss
+
+import torch
 
 ADAM = tinker.AdamParams(W.LEARNING_RATE, 0.9, 0.999, 1e-8, grad_clip_norm=W.CLIP)
 

@@ -22,11 +22,11 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from cookbook_core import tinker
+
 import peft
 import torch
 import transformers
-
-from cookbook_core import tinker
 
 
 def build_model(vocab_size: int, lora_rank: int) -> Any:

@@ -24,11 +24,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
-import tinker as sdk
-
 from benchmarks.one_pass import spread
 from cookbook_core import tinker as own
+
+import numpy as np
+import tinker as sdk
 
 DATUMS, TOKENS, RANK, RATE = 8, 64, 16, 1e-6
 SAMPLES, NEW_TOKENS = 256, 32

@@ -21,13 +21,13 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
-
 from benchmarks import workloads as W
 from benchmarks.our_side import cpu_service
 from cookbook_core import clients, datum_from_prompt_completion, tinker
 from cookbook_core.alignment import input_tensors
 from recipes.distill import divergence_of, exact_loss
+
+import torch
 
 LENGTH = 250
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from cookbook_core.datums import missing_input
 from cookbook_core.errors import ConfigError, DatumError, check_choice, raise_all
 from cookbook_core.types import Datum, TensorData
 from cookbook_core.types.tensors import to_array
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch

@@ -38,9 +38,9 @@ from cookbook_core.errors import ConfigError, DatumError, check_choice, is_finit
 from cookbook_core.types import Datum
 
 if TYPE_CHECKING:
-    import torch
-
     from cookbook_core.custom_loss import LossFn
+
+    import torch
 
 MAX_LOG_RATIO = 20.0
 

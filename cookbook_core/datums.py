@@ -20,11 +20,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import numpy as np
-
 from cookbook_core.errors import ConfigError, DatumError, check_choice, raise_all
 from cookbook_core.types import Datum, EncodedTextChunk, ImageChunk, ModelInput
 from cookbook_core.types.tensors import TensorData, to_array
+
+import numpy as np
 
 Reduction = Literal["none", "mean"]
 

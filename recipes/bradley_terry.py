@@ -26,11 +26,11 @@ command that puts the scorer to use as the reward of recipes/grpo.py.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-
 from cookbook_core import chat, clients, errors, runs, tinker, token_set
 from cookbook_core.data import batch_indices, train_test
+
+import torch
+import torch.nn.functional as F
 
 # ---- config --------------------------------------------------------------------------------------
 

@@ -37,10 +37,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import torch
-
 from cookbook_core import alignment, chat, clients, data, datum_from_prompt_completion, runs, tinker
 from cookbook_core.errors import ConfigError
+
+import torch
 
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
 Data = list[tinker.Datum]

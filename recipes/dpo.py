@@ -42,9 +42,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-
 from cookbook_core import (
     chat,
     clients,
@@ -54,6 +51,9 @@ from cookbook_core import (
     weighted_sums,
 )
 from cookbook_core.data import batch_indices, train_test
+
+import torch
+import torch.nn.functional as F
 
 Data = list[tinker.Datum]
 Logprobs = list[torch.Tensor]

@@ -44,12 +44,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
-import torch
-
 from cookbook_core import chat, clients, runs, tinker
 from cookbook_core.alignment import columns
 from cookbook_core.data import batch_indices, train_test
 from cookbook_core.regularise import kl_term
+
+import torch
 
 Reduction = Literal["token_mean", "sequence_mean", "constant"]
 

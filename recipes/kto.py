@@ -38,8 +38,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
-import torch
-
 from cookbook_core import (
     chat,
     clients,
@@ -49,6 +47,8 @@ from cookbook_core import (
     weighted_sums,
 )
 from cookbook_core.data import batch_indices, train_test
+
+import torch
 
 # ---- config --------------------------------------------------------------------------------------
 

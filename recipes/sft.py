@@ -36,8 +36,6 @@ test_kept, the share of held-out PROMPTS answered as before the run, stays above
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from cookbook_core import (
     chat,
     clients,
@@ -48,6 +46,8 @@ from cookbook_core import (
     tinker,
     weighted_sums,
 )
+
+import torch
 
 # ---- config --------------------------------------------------------------------------------------
 

@@ -31,11 +31,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
-import torch
-
 from cookbook_core import chat, clients, runs, tinker, token_set
 from cookbook_core.alignment import input_tensors
 from cookbook_core.data import batch_indices, train_test
+
+import torch
 
 Divergence = Literal["forward", "reverse", "js"]
 

@@ -35,11 +35,11 @@ from functools import partial
 from re import fullmatch
 from typing import Annotated, Literal
 
-import torch
-
 from cookbook_core import chat, clients, datum_from_turns, runs, tinker
 from cookbook_core.alignment import columns
 from cookbook_core.data import batch_indices, train_test
+
+import torch
 
 # ---- config --------------------------------------------------------------------------------------
 

@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from recipes import dpo
+
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-
-from recipes import dpo
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"

@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cookbook_core.tinker import Datum, ModelInput, ServiceClient, TrainingClient
+from tests.oracles.logprobs import randomize
+
 import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
-
-from cookbook_core.tinker import Datum, ModelInput, ServiceClient, TrainingClient
-from tests.oracles.logprobs import randomize
 
 # one: on layers this small two threads cost more than they give, many times more on a busy machine
 torch.set_num_threads(1)

@@ -12,8 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from cookbook_core.builtin_losses import builtin_loss, cross_entropy
 from cookbook_core.custom_loss import forward_backward_two_pass
 from cookbook_core.datums import check_data, with_inputs
@@ -26,6 +24,8 @@ from cookbook_core.tinker import (
     TensorData,
     TrainingClient,
 )
+
+import numpy as np
 
 PLAIN = builtin_loss("cross_entropy")
 

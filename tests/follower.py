@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
-
 from cookbook_core.backend.local.multiprocess import group
 from cookbook_core.backend.local.scoring.scorer import Scorer
 from cookbook_core.runs import join_processes
+
+import torch
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 FAILS, FAILS_BACKWARD, TOO_LONG = 97, 98, 99
 

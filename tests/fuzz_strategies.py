@@ -8,11 +8,11 @@ import json
 import math
 from typing import Any
 
+from cookbook_core import tinker
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
-
-from cookbook_core import tinker
 
 VOCAB, CONTEXT = 100, 256
 

@@ -23,10 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from cookbook_core.runs import RunFlags, read_metrics, run_folder
 from cookbook_core.storage import manifest
+
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 SAVE_EVERY = 3
@@ -52,10 +52,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def child(recipe: str, steps: int, folder: str, slow: bool) -> None:
     """One life of the run; prints a word when it steps and when it saves."""
-    import safetensors.torch
-
     from cookbook_core.backend.local import checkpoints
     from cookbook_core.tinker import TrainingClient
+
+    import safetensors.torch
 
     optim_step, save_file = TrainingClient.optim_step, safetensors.torch.save_file
     sync, replace = checkpoints.sync, checkpoints.put_in_place

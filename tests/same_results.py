@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-import torch
-
 from cookbook_core import clients, datum_from_prompt_completion, tinker
 from cookbook_core.backend.local.model import memory
 from cookbook_core.backend.worker import Worker
 from tests.oracles.logprobs import engine_of
+
+import numpy as np
+import torch
 
 LONGEST_PAUSE = 0.01  # seconds between two submissions of the caller
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-import torch
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
-
 from cookbook_core import clients, tinker
 from cookbook_core.backend.local.model import adapters
 from cookbook_core.backend.local.model.adapters import AdapterBank
@@ -16,6 +12,10 @@ from cookbook_core.types import LoraConfig
 from tests.conftest import VOCAB, make_random_data
 from tests.oracles.counts import Count
 from tests.oracles.logprobs import adapter_of, engine_of, randomize
+
+import pytest
+import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-
 from cookbook_core import (
     align_weights,
     check_alignment,
@@ -22,6 +18,10 @@ from cookbook_core import (
 from cookbook_core.alignment import columns, input_tensor, input_tensors
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.tinker import Datum, ModelInput, TensorData
+
+import numpy as np
+import pytest
+import torch
 
 LP = torch.tensor([-1.0, -2.0, -3.0])
 

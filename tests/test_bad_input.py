@@ -5,9 +5,6 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-import pytest
-import torch
-
 from cookbook_core import tinker
 from cookbook_core.errors import (
     CheckpointError,
@@ -19,6 +16,9 @@ from cookbook_core.errors import (
     ModelError,
     RequestError,
 )
+
+import pytest
+import torch
 
 VOCAB, CONTEXT = 100, 256
 
@@ -381,10 +381,10 @@ def test_names_the_hub_cannot_be_asked_for_are_quick(tmp_path, monkeypatch, caps
     """Without HF_HUB_OFFLINE, to a hub that refuses connections: no retries, one line."""
     import time
 
-    from huggingface_hub import constants
-
     from cookbook_core.backend.local.model.loading import load_base_model
     from cookbook_core.data import load_rows
+
+    from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")

@@ -6,9 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-import torch
-
 from cookbook_core import with_inputs
 from cookbook_core.backend.remote.convert import named_datums
 from cookbook_core.builtin_losses import (
@@ -25,6 +22,9 @@ from cookbook_core.builtin_losses import (
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.tinker import AdamParams, Datum, ModelInput, ServiceClient
+
+import pytest
+import torch
 
 RL = [importance_sampling, ppo, cispo, dro]
 LN2 = math.log(2)

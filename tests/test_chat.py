@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 
+from cookbook_core import chat
+from cookbook_core.errors import ConfigError, DataError, ModelError
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-
-from cookbook_core import chat
-from cookbook_core.errors import ConfigError, DataError, ModelError
 
 CORPUS = [
     "the museum opens on wednesday, the museum closes on monday",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from cookbook_core import chat, datum_from_turns
 from cookbook_core.errors import DataError, ModelError
 from tests.test_chat import CHAT, CHATML, make_tokenizer
 from tests.test_chat_templates import STYLES, THINK, tokenizer_of
+
+import pytest
 
 ASKED, REPLY = CHAT[:2], [{"role": "tool", "content": "7 - 3 = 4"}]
 SEVERAL = [style for style in STYLES if style != "eos at the end only"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
-
 from cookbook_core import chat
 from cookbook_core.errors import DataError
 from tests.test_chat import CHAT, CHATML, make_tokenizer, trained_text
+
+import pytest
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
 SPECIAL = (
     "<|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn> <end_of_turn> <|system|> "

@@ -6,10 +6,6 @@ import dataclasses
 import json
 from typing import Any
 
-import pytest
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
-
 from cookbook_core import chat, runs
 from cookbook_core.data import load_rows
 from cookbook_core.errors import ConfigError, DataError
@@ -17,6 +13,10 @@ from cookbook_core.runs import run_folder
 from recipes import bradley_terry, dpo, grpo, kto, sft
 from tests.test_chat import CHATML, make_tokenizer, trained_text
 from tests.test_chat_templates import HEADER
+
+import pytest
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
 TOOLS = [
     {

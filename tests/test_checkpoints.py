@@ -8,15 +8,15 @@ import shutil
 import signal
 from pathlib import Path
 
+from cookbook_core.errors import CheckpointError, ConfigError
+from cookbook_core.tinker import AdamParams
+from tests.test_client_contract import logprobs_of, train, weights_of
+
 import peft
 import pytest
 import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
-
-from cookbook_core.errors import CheckpointError, ConfigError
-from cookbook_core.tinker import AdamParams
-from tests.test_client_contract import logprobs_of, train, weights_of
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from cookbook_core.commands import cli, recipes
 from cookbook_core.runs.script import code_of
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if p.stem != "__init__")

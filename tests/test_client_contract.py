@@ -8,15 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import peft
-import pytest
-import torch
-from transformers import AutoModelForCausalLM
-
 from cookbook_core import datum_from_prompt_completion, tinker, with_inputs
 from cookbook_core.errors import CheckpointError
 from cookbook_core.tinker import AdamParams, ModelInput, SamplingParams
 from recipes.dpo import dpo_loss
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 VOCAB = 100
 

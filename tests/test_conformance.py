@@ -6,8 +6,6 @@ import concurrent.futures
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-import pytest
-
 from cookbook_core.backend.gradient_probe import NO_ANSWER, core_problems
 from cookbook_core.commands import cli
 from cookbook_core.conformance import CHECKS, CORE, Row, check_service, row_text, summary
@@ -16,6 +14,8 @@ from cookbook_core.tinker import TrainingClient
 from cookbook_core.types import GetServerCapabilitiesResponse, SupportedModel
 from tests import faulty_services as faulty
 from tests.faulty_services import done
+
+import pytest
 
 REFUSALS = {
     "token id outside": {"refuses an unknown input token", "refuses an unknown target token"},

@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-
 from cookbook_core import clients, tinker, with_inputs
 from cookbook_core.tinker import Datum, ModelInput, TrainingClient
 from tests.conftest import make_random_data
 from tests.oracles.logprobs import adapter_of, assert_close, engine_of, randomize, take_gradient
 from tests.test_gradient_parity import squared
 from tests.test_packing import family_data
+
+import numpy as np
+import pytest
+import torch
 
 pytestmark = pytest.mark.filterwarnings("error:.*without torch.compile")
 

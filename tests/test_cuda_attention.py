@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-import torch
-
 from cookbook_core.backend.local.scoring import by_segment, flash, flex, kernels
 from cookbook_core.backend.local.scoring.kernels import Kind
 from cookbook_core.backend.local.scoring.packing import lay_out
+
+import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 

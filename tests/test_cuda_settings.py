@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cookbook_core.backend.local.model import cuda, loading
+from cookbook_core.errors import ModelError
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-
-from cookbook_core.backend.local.model import cuda, loading
-from cookbook_core.errors import ModelError
 
 CUDA = torch.device("cuda")
 

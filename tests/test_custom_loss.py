@@ -9,10 +9,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-
 from cookbook_core import clients, with_inputs
 from cookbook_core.custom_loss import (
     LossResult,
@@ -35,6 +31,10 @@ from cookbook_core.tinker import (
     TrainingClient,
 )
 from tests.oracles.logprobs import adapter_of, engine_of, randomize, take_gradient
+
+import numpy as np
+import pytest
+import torch
 
 SECONDS = 60
 

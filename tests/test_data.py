@@ -6,11 +6,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from cookbook_core import chat
 from cookbook_core.data import asset_path, batch_indices, load_rows, train_test
 from cookbook_core.errors import ConfigError, DataError, ModelError
+
+import pytest
 
 PAIR = ("prompt", "completion")
 ROWS = [{"prompt": f"p{i} é\u2028x", "completion": f"c{i}", "extra": str(i)} for i in range(6)]
@@ -484,9 +484,9 @@ def test_too_few_rows_name_the_flag(tmp_path: Path) -> None:
 def test_a_long_row_is_dropped_without_a_warning(tiny_tokenizer, caplog) -> None:
     import logging
 
-    from transformers.utils import logging as hf_logging
-
     from recipes import sft
+
+    from transformers.utils import logging as hf_logging
 
     tiny_tokenizer.model_max_length = 8
     hf_logging.enable_propagation()

@@ -6,10 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-
 from cookbook_core import (
     datum_from_prompt_completion,
     datum_from_tokens_weights,
@@ -22,6 +18,10 @@ from cookbook_core.datums import check_data, shift_values
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.tinker import Datum, ModelInput, ServiceClient, TensorData
 from tests.oracles.logprobs import adapter_of, plain_model, randomize, slow_logprobs
+
+import numpy as np
+import pytest
+import torch
 
 SECONDS = 60
 

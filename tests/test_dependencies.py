@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from cookbook_core.backend import local
 from cookbook_core.errors import VersionError
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 SUITES = (

@@ -16,10 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-import torch.nn.functional as F
-
 from cookbook_core import (
     align_weights,
     chat,
@@ -41,6 +37,10 @@ from cookbook_core.doctor.advantages import examine_advantages
 from cookbook_core.doctor.examples import example_data
 from cookbook_core.errors import ConfigError
 from recipes import bradley_terry, dpo, grpo, kto, sft, token_set_kl, tool_rl
+
+import pytest
+import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[1]
 Loss = Callable[[Any, Any], Any]

@@ -10,15 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
 from cookbook_core import clients
 from cookbook_core.backend.local import engine
 from cookbook_core.backend.worker import Worker
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.tinker import ModelInput, SamplingParams, TrainingClient
 from tests.oracles.logprobs import adapter_of, engine_of
+
+import pytest
+import torch
 
 CORE = str(Path(engine.__file__).parents[2])
 

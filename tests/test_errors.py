@@ -11,8 +11,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from cookbook_core import errors
 from cookbook_core.errors import (
     LISTED,
@@ -24,6 +22,8 @@ from cookbook_core.errors import (
     check_choice,
     raise_all,
 )
+
+import pytest
 
 SLOTS: dict[str, Any] = {
     "where": "train.jsonl:17",
@@ -227,11 +227,11 @@ def test_a_loss_that_cannot_be_called_has_no_lines_to_show() -> None:
 
 def test_a_helper_of_the_package_inside_the_loss_does_not_hide_its_lines() -> None:
     """with_entropy_bonus calls the user's loss: its frame comes before the user's, and is cut."""
-    import torch
-
     from cookbook_core.builtin_losses import with_entropy_bonus
     from cookbook_core.custom_loss import differentiate
     from cookbook_core.types import Datum, ModelInput
+
+    import torch
 
     datum = Datum(ModelInput.from_ints([0]), {"target_tokens": [1], "weights": [1.0]})
     rows = [torch.tensor([[0.5, 0.5]]).log()]

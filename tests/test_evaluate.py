@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-
 from cookbook_core.runs.evaluation import lm_eval_command
 from cookbook_core.storage.paths import asset_path
 from tests.serve.running import NAME, Running
+
+import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[1]
 HARNESS = Path(sys.prefix) / "lm_eval"

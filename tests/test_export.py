@@ -9,12 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
-import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
 from cookbook_core import datum_from_prompt_completion
 from cookbook_core.clients import final_adapter
 from cookbook_core.commands import cli
@@ -28,6 +22,12 @@ from recipes import sft
 from tests.conftest import make_random_data
 from tests.oracles.logprobs import randomize, slow_logprobs
 from tests.test_client_contract import logprobs_of
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 PROMPT = [5, 17, 40, 41, 60]
 

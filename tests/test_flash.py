@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-
 from cookbook_core.backend.local.scoring import by_segment, flash, packing
 from cookbook_core.backend.local.scoring.packing import Layout, lay_out
 from tests.oracles.attention import PlainFlash, depth_of, random_tree
+
+import numpy as np
+import pytest
+import torch
 
 
 def draw(layout: Layout, heads: int, kv_heads: int, width: int) -> list[torch.Tensor]:

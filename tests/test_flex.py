@@ -8,6 +8,10 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from cookbook_core.backend.local.scoring import by_segment, flex, packing
+from cookbook_core.backend.local.scoring.packing import Layout, lay_out
+from tests.oracles.attention import dense, random_tree, seen
+
 import numpy as np
 import pytest
 import setuptools  # noqa: F401  before anything imports the standard library's distutils
@@ -15,10 +19,6 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as torch_flex
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from cookbook_core.backend.local.scoring import by_segment, flex, packing
-from cookbook_core.backend.local.scoring.packing import Layout, lay_out
-from tests.oracles.attention import dense, random_tree, seen
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from cookbook_core.backend.local.model import fused_cuda
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-
-from cookbook_core.backend.local.model import fused_cuda
 
 
 def liger_norm(x: Any, weight: Any, eps: float, offset: float, mode: str, in_place: bool) -> Any:

@@ -6,13 +6,13 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from cookbook_core.backend.local.model.fused_lora import _product, fuse
+from tests.oracles.counts import Count
+
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-
-from cookbook_core.backend.local.model.fused_lora import _product, fuse
-from tests.oracles.counts import Count
 
 
 class Net(torch.nn.Module):

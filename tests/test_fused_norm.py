@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cookbook_core.backend.local.model import fused_norm
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
-
-from cookbook_core.backend.local.model import fused_norm
 
 
 def norm_of(size: int, *, spread: float = 1.0) -> Qwen3RMSNorm:

@@ -9,12 +9,12 @@ import time
 import weakref
 from concurrent.futures import CancelledError, Future
 
-import pytest
-
 from cookbook_core import tinker
 from cookbook_core.backend.worker import Worker
 from cookbook_core.errors import LossError, RequestError
 from cookbook_core.tinker.futures import APIFuture, ClientFuture, mapped
+
+import pytest
 
 pytestmark = pytest.mark.timeout(60)
 

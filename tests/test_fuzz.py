@@ -25,12 +25,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-
 import cookbook_core
 from cookbook_core import chat, clients, data, runs, tinker, token_set
 from cookbook_core.errors import CookbookError
@@ -38,6 +32,12 @@ from recipes import bradley_terry, dpo, grpo, sft
 from recipes import token_set_kl as tskl
 from tests import fuzz_strategies as fuzz
 from tests.fuzz_strategies import junk, mostly, nasty_text, numbers, scalars
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 LONG = os.environ.get("COOKBOOK_FUZZ") == "long"
 TIMES, PROMISED = (15, 20_000) if LONG else (1, 1_000)

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from benchmarks.gpu import __main__ as battery
 from benchmarks.gpu.card import Card
 from benchmarks.gpu.report import Report
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 BLOCKED = """

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-
 from cookbook_core import weighted_sums, with_inputs
 from cookbook_core.builtin_losses import BUILTIN_LOSSES, cross_entropy
 from cookbook_core.custom_loss import forward_backward_two_pass
@@ -23,6 +19,10 @@ from tests.oracles.logprobs import (
     slow_logprobs,
     take_gradient,
 )
+
+import numpy as np
+import pytest
+import torch
 
 ARCHS = ["qwen3", "llama", "mistral", "gemma2", "granite", "gpt2", "bert"]
 SECONDS = 60

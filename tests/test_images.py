@@ -9,10 +9,6 @@ import zlib
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import pytest
-from PIL import Image, ImageDraw
-
 from cookbook_core import datum_from_prompt_completion, datum_from_tokens_weights
 from cookbook_core.backend.local.scoring import packing
 from cookbook_core.backend.remote.convert import datums_out
@@ -31,6 +27,10 @@ from cookbook_core.types import (
     SamplingParams,
 )
 from tests.tiny_vision import picture
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
 
 PNG, OTHER = picture(0), picture(1)
 

@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-import torch
-
 from cookbook_core.backend.local.scoring import attention, by_segment, flash, flex, kernels, pieces
 from cookbook_core.backend.local.scoring.kernels import Kind
 from cookbook_core.backend.local.scoring.packing import lay_out
@@ -27,6 +24,9 @@ from tests.oracles.logprobs import (
 )
 from tests.test_gradient_parity import squared
 from tests.test_packing import SECONDS, family_data
+
+import pytest
+import torch
 
 CPU = torch.device("cpu")
 CARD = torch.device("cuda", 0)

@@ -7,9 +7,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-import torch
-
 from cookbook_core import clients
 from cookbook_core.alignment import input_tensors, map_rows
 from cookbook_core.backend.local.scoring import vocab_logprobs
@@ -19,6 +16,9 @@ from cookbook_core.errors import DatumError, RequestError
 from cookbook_core.tinker import AdamParams, Datum
 from recipes.distill import divergence_of
 from tests.oracles.logprobs import assert_close, engine_of, randomize, take_gradient
+
+import pytest
+import torch
 
 V, D = 9, 4
 SECONDS = 60

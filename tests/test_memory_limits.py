@@ -9,11 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
-
 from cookbook_core.backend.local.model import memory
 from cookbook_core.backend.local.sampling.cache_budget import slot_bytes
 from cookbook_core.backend.local.scoring import memory_limits
@@ -25,6 +20,11 @@ from tests.conftest import VOCAB
 from tests.oracles.logprobs import adapter_of, assert_close, engine_of, randomize, take_gradient
 from tests.test_gradient_parity import squared
 from tests.test_packing import SECONDS, family_data
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 NORMS = 1e-6
 """Relative error of float64 gradients: RMS norms, and Gemma's softmax, compute in float32."""

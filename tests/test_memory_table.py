@@ -6,9 +6,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import torch
-
 from cookbook_core.backend.local import memory_table
 from cookbook_core.backend.local.model import loading, memory
 from cookbook_core.backend.local.sampling import cache_budget
@@ -20,6 +17,9 @@ from scripts.memory_table import SHAPES, make_folders
 from tests.conftest import make_random_data
 from tests.oracles.logprobs import adapter_of, engine_of
 from tests.test_gradient_parity import squared
+
+import pytest
+import torch
 
 SECONDS = 60
 ROOT = Path(__file__).parents[1]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from cookbook_core import tinker
 from cookbook_core.errors import RequestError
 from recipes import dpo, sft
+
+import pytest
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ The compilation itself takes minutes and a CUDA build: `python -m benchmarks.off
 
 from __future__ import annotations
 
+from benchmarks import offline_kernels
+
 import pytest
 import torch
-
-from benchmarks import offline_kernels
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch can compile for CUDA")

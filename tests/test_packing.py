@@ -7,10 +7,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-
 from cookbook_core import with_inputs
 from cookbook_core.backend.local.scoring import attention, by_segment, packing, pieces
 from cookbook_core.backend.local.scoring.packing import Layout, Piece, lay_out, micro_batches
@@ -28,6 +24,10 @@ from tests.oracles.logprobs import (
     take_gradient,
 )
 from tests.test_gradient_parity import squared, tolerance, variance
+
+import numpy as np
+import pytest
+import torch
 
 SECONDS = 60
 ARCHS = ["qwen3", "llama", "mistral", "gemma2", "granite", "gpt2", "bert"]

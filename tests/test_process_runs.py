@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from cookbook_core import clients
 from cookbook_core.backend.local.multiprocess import group
 from cookbook_core.errors import ProcessError
@@ -21,6 +19,8 @@ from recipes import dpo as dpo_recipe
 from tests.follower import ROOT, Two
 from tests.oracles.logprobs import adapter_of, assert_close
 from tests.test_processes import SECONDS, dpo, grouped
+
+import pytest
 
 
 def test_a_recipe_under_torchrun(tmp_path: Path) -> None:

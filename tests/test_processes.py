@@ -8,11 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
-
 from cookbook_core import weighted_sums, with_inputs
 from cookbook_core.backend.local.multiprocess import engine, group
 from cookbook_core.backend.local.multiprocess.shares import distinct_tokens, share_out
@@ -29,6 +24,11 @@ from tests import follower
 from tests.conftest import make_random_data
 from tests.follower import Two
 from tests.oracles.logprobs import adapter_of, assert_close, engine_of, randomize, take_gradient
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 60

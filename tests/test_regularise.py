@@ -6,9 +6,6 @@ import math
 from functools import partial
 from typing import Any
 
-import pytest
-import torch
-
 from cookbook_core import datum_from_prompt_completion
 from cookbook_core.builtin_losses import with_entropy_bonus
 from cookbook_core.custom_loss import differentiate, evaluate
@@ -17,6 +14,9 @@ from cookbook_core.errors import ConfigError, DatumError, LossError, NoGradientE
 from cookbook_core.regularise import drift, keep_apart, regularised, replay
 from recipes.dpo import dpo_loss
 from recipes.sft import sft_loss
+
+import pytest
+import torch
 
 
 def answer(tokens: list[int], **inputs: Any) -> Any:

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 import cookbook_core
 from cookbook_core import errors
 from cookbook_core.commands import cli
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "cookbook_core").rglob("*.py"))

@@ -12,9 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
 from cookbook_core import runs
 from cookbook_core.errors import CheckpointError, ConfigError
 from cookbook_core.runs import Run, RunFlags, read_metrics, run_folder
@@ -22,6 +19,9 @@ from cookbook_core.runs.claim import lock
 from cookbook_core.tinker import TrainingClient
 from tests import kill_harness
 from tests.test_runs import Config
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,14 +7,14 @@ import threading
 from functools import partial
 from typing import Any
 
-import numpy as np
-import pytest
-
 from cookbook_core import rewards
 from cookbook_core.data.rows import PlacedRow
 from cookbook_core.errors import ConfigError, RewardError
 from cookbook_core.rewards import Completion, grade, in_threads, weights_by_name
 from cookbook_core.types import SampledSequence
+
+import numpy as np
+import pytest
 
 ROWS = [PlacedRow(f"sums.jsonl:{i + 1}", {"prompt": f"{i} + 1?", "n": i}) for i in range(3)]
 TEXTS = [[Completion("a"), Completion("bb")] for _ in ROWS]

@@ -8,11 +8,11 @@ import types
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from cookbook_core import runs
 from cookbook_core.errors import ConfigError, RequestError
 from cookbook_core.runs import Run, RunFlags, script, tracking
+
+import pytest
 
 RECIPE = '''"""A recipe."""
 

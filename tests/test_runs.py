@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import pytest
-
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import ConfigError, DataError, LossError
 from cookbook_core.runs import (
@@ -32,6 +30,8 @@ from cookbook_core.runs import (
     tracking,
 )
 from cookbook_core.runs.progress import Progress
+
+import pytest
 
 
 @dataclass
@@ -591,9 +591,9 @@ def test_a_plot_names_its_run_and_shows_small_changes_as_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run's folder and parameters as the title; every axis labelled; at least 0.05 high."""
-    from matplotlib import figure
-
     from cookbook_core.runs.plots import draw_panels
+
+    from matplotlib import figure
 
     figures = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: figures.append(self))

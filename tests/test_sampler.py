@@ -9,12 +9,6 @@ import types
 import weakref
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
-
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.decoder import Decoder
 from cookbook_core.backend.local.sampling.draw import (
@@ -31,6 +25,12 @@ from cookbook_core.backend.sampling_requests import SampleRequest, check_request
 from cookbook_core.errors import ConfigError, DatumError, ModelError, RequestError
 from cookbook_core.types import ModelInput, SamplingParams
 from tests.oracles.logprobs import adapter_of, engine_of, randomize
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
 VOCAB = 100
 ARCHES = ["qwen3", "llama", "mistral", "gemma2", "gpt2"]

@@ -11,10 +11,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from cookbook_core.backend.local.sampling import graph, sampler
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.decoder import Decoder
@@ -25,6 +21,10 @@ from cookbook_core.errors import ModelError
 from cookbook_core.types import SamplingParams
 from tests.oracles.logprobs import adapter_of, engine_of, randomize
 from tests.test_sampler import ids, load, request, tokens_of
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 

@@ -7,10 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from cookbook_core import weighted_sums, with_inputs
 from cookbook_core.backend.local.scoring import attention, packing_check
 from cookbook_core.backend.local.scoring.scorer import Scorer
@@ -30,6 +26,10 @@ from tests.oracles.logprobs import (
     slow_logprobs,
     take_gradient,
 )
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 SECONDS = 60
 ARCHS = ["qwen3", "llama", "mistral", "gemma2", "granite", "gpt2", "bert"]

@@ -7,10 +7,6 @@ import pickle
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-
 from cookbook_core import weighted_sums, with_inputs
 from cookbook_core.builtin_losses import builtin_loss
 from cookbook_core.clients import add_ref_logprobs, score
@@ -18,6 +14,10 @@ from cookbook_core.custom_loss import forward_backward_two_pass
 from cookbook_core.errors import ConfigError, DatumError, LossError
 from cookbook_core.tinker import sdk_objects, types
 from cookbook_core.types.model_input import own_input
+
+import numpy as np
+import pytest
+import torch
 
 sdk = pytest.importorskip("tinker")
 

@@ -6,10 +6,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-
 from cookbook_core import clients
 from cookbook_core.backend.local import engine
 from cookbook_core.errors import ConfigError, DatumError
@@ -17,6 +13,10 @@ from cookbook_core.tinker import ModelInput, SamplingClient, SamplingParams, Ten
 from cookbook_core.tinker import TrainingClient as Client
 from tests.conftest import make_random_data
 from tests.test_sampler import full_forward, ids, load
+
+import numpy as np
+import pytest
+import torch
 
 PROMPT = ids(7)
 INPUT = ModelInput.from_ints(PROMPT)

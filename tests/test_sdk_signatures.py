@@ -10,10 +10,10 @@ import inspect
 import json
 from pathlib import Path
 
-import pytest
-
 from cookbook_core import tinker
 from scripts.record_sdk_signatures import describe
+
+import pytest
 
 RECORDED = json.loads(
     (Path(__file__).parent / "data" / "tinker_0_38.json").read_text(encoding="utf-8")

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pytest
-
 from cookbook_core.chat import check_messages
 from cookbook_core.data import load_rows, sources, train_test
 from cookbook_core.errors import DataError
+
+import datasets
+import pytest
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(20)]
 PAIR = ("prompt", "completion")

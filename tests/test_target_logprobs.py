@@ -6,12 +6,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
-
 from cookbook_core.backend.local import scoring
 from cookbook_core.backend.local.scoring.target_logprobs import (
     Head,
@@ -19,6 +13,12 @@ from cookbook_core.backend.local.scoring.target_logprobs import (
     find_head,
     target_logprobs,
 )
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
 N, DIM, VOCAB = 7, 5, 11
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-import torch
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
-
 from cookbook_core import clients, datum_from_prompt_completion, with_inputs
 from cookbook_core.backend.local.kept_graphs import digest
 from cookbook_core.backend.remote import convert
@@ -24,6 +20,10 @@ from tests.oracles.logprobs import (
     take_gradient,
 )
 from tests.test_gradient_parity import check_parity, squared, tolerance
+
+import pytest
+import torch
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 TEMPERATURES = (0.5, 1.0, 1.75, 0.75, 3.0, 1.25)
 SECONDS = 60

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-import pytest
-import torch
-
 from cookbook_core.backend import threads
 from cookbook_core.backend.worker import Worker
+
+import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(threads._gomp() is None, reason="torch runs without libgomp here")
 

@@ -20,6 +20,10 @@ import pytest
 sdk = pytest.importorskip("tinker")
 pytest.importorskip("tinker_cookbook", minversion="0.6")
 
+from cookbook_core import chat, datum_from_tokens_weights, tinker
+from cookbook_core.clients import add_ref_logprobs
+from recipes.dpo import dpo_loss
+
 import chz
 import datasets
 import torch
@@ -34,10 +38,6 @@ from tinker_cookbook.supervised.common import compute_mean_nll
 from tinker_cookbook.supervised.data import FromConversationFileBuilder, conversation_to_datum
 from tinker_cookbook.supervised.nll_evaluator import NLLEvaluator, SamplerNLLEvaluator
 from tinker_cookbook.supervised.types import ChatDatasetBuilderCommonConfig
-
-from cookbook_core import chat, datum_from_tokens_weights, tinker
-from cookbook_core.clients import add_ref_logprobs
-from recipes.dpo import dpo_loss
 
 ASSETS = Path(tinker.__file__).parents[1] / "assets"
 MODEL = str(ASSETS / "tiny_model")

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pytest
-
 from cookbook_core.errors import ConfigError
 from cookbook_core.runs.tracking import open_tracker
+
+import pytest
 
 CONFIG = {"beta": 0.1, "verdicts": (" yes", " no"), "name": "größe"}
 

@@ -6,12 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import peft
-import pytest
-import torch
-from transformers import AutoModelForImageTextToText, GenerationConfig
-from transformers.models.smolvlm import processing_smolvlm
-
 from cookbook_core import datum_from_prompt_completion
 from cookbook_core.backend.local.engine import Engine
 from cookbook_core.backend.local.model import loading, vision
@@ -32,6 +26,12 @@ from cookbook_core.types import (
 )
 from tests.oracles.logprobs import assert_close
 from tests.tiny_vision import FAMILIES, PACKED, picture, write
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers.models.smolvlm import processing_smolvlm
 
 CE = builtin_loss("cross_entropy")
 STEM = tuple(range(10, 28))

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-
 from cookbook_core.backend.local.scoring.loss_operands import OperandsFollow
 from cookbook_core.backend.local.scoring.vocab_logprobs import VocabLogprobs
 from cookbook_core.errors import ConfigError, DatumError, LossError, RequestError
@@ -21,6 +17,10 @@ from tests.oracles.logprobs import (
     randomize,
     take_gradient,
 )
+
+import numpy as np
+import pytest
+import torch
 
 IDS = [5, 40, 7, 90]
 SECONDS = 60

@@ -23,8 +23,6 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch
-
 from benchmarks.gpu.baselines import baselines
 from benchmarks.gpu.card import Card
 from benchmarks.gpu.choices import choices
@@ -34,6 +32,8 @@ from benchmarks.gpu.machine import describe, machine, tests
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.train import larger, memory, train
 from cookbook_core.backend.local.model import cuda
+
+import torch
 
 SECTIONS: tuple[tuple[str, Callable[[Report, Card], None], int, int], ...] = (
     # name, function, seconds it needs to be begun, seconds after which it is stopped

@@ -6,14 +6,14 @@ import argparse
 from functools import partial
 from typing import Any
 
-import torch
-
 from benchmarks import trl_side, workloads
 from benchmarks.gpu import models as M
 from benchmarks.gpu.card import GIB, Card
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.train import step_rate
 from tests.oracles.logprobs import adapter_of
+
+import torch
 
 
 def baselines(report: Report, card: Card) -> None:

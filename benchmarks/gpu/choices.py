@@ -7,8 +7,6 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import torch
-
 from benchmarks.gpu import models as M
 from benchmarks.gpu.card import GIB, Card
 from benchmarks.gpu.decode import sample, sampler_of
@@ -16,6 +14,8 @@ from benchmarks.gpu.report import Report
 from cookbook_core.backend.local.sampling import sampler as sampling
 from cookbook_core.backend.local.scoring import kernels, packing, target_logprobs
 from tests.oracles.logprobs import engine_of
+
+import torch
 
 
 def choices(report: Report, card: Card) -> None:

@@ -8,8 +8,6 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import torch
-
 from benchmarks.gpu import models as M
 from benchmarks.gpu.card import Card
 from benchmarks.gpu.decode import gap, sample, sampler_of
@@ -20,6 +18,8 @@ from cookbook_core.storage.paths import asset_path
 from cookbook_core.tinker import Datum
 from tests.oracles.attention import dense
 from tests.oracles.logprobs import adapter_of, engine_of, plain_model, slow_gradient
+
+import torch
 
 COMPLAINTS = (
     "without torch.compile",

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from benchmarks.gpu import models as M
 from benchmarks.gpu.card import Card
 from benchmarks.gpu.report import Report
 from cookbook_core import clients, tinker
 from cookbook_core.tinker import ModelInput
 from tests.oracles.logprobs import adapter_of
+
+import torch
 
 
 def sampler_of(client: Any) -> Any:

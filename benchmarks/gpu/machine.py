@@ -10,11 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.gpu.card import GIB, Card
 from benchmarks.gpu.report import Report
 from cookbook_core.storage.manifest import versions
+
+import torch
 
 TESTS = ("cuda", "cuda_attention", "cuda_settings", "fused_cuda", "fused_lora", "kernels", "flash",
          "flex", "scoring")  # fmt: skip

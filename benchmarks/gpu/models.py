@@ -8,17 +8,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
-import numpy as np
-import peft
-import torch
-import transformers
-from transformers import AutoModelForCausalLM
-
 from benchmarks.gpu.card import Card
 from cookbook_core import clients, tinker
 from cookbook_core.backend.local.scoring import packing
 from cookbook_core.tinker import Datum, ModelInput
 from tests.oracles.logprobs import randomize, take_gradient
+
+import numpy as np
+import peft
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
 
 SECONDS = 600
 """Longest wait for one request."""

@@ -7,8 +7,6 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import torch
-
 from benchmarks.gpu import models as M
 from benchmarks.gpu.card import GIB, Card
 from benchmarks.gpu.decode import sample, sampler_of
@@ -18,6 +16,8 @@ from cookbook_core.backend.local.model import memory as package
 from cookbook_core.backend.local.scoring import flex, packing
 from cookbook_core.builtin_losses import cross_entropy
 from tests.oracles.logprobs import adapter_of, engine_of
+
+import torch
 
 GOALS = {"0.6B": (">=", 0.20), "1.7B": (">=", 0.30), "8B": (">=", 0.43)}
 """Share of the measured bfloat16 rate, packed rows of 16k tokens."""

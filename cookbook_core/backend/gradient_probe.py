@@ -22,11 +22,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from cookbook_core.backend.interface import TrainingBackend
 from cookbook_core.builtin_losses import builtin_loss
 from cookbook_core.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
+
+import numpy as np
 
 TIMEOUT_SECONDS = 120.0
 """Of one request; the first one may load or compile a model."""

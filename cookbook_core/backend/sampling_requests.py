@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from cookbook_core.datums import (
     LEAST_TEMPERATURE,
     check_data,
@@ -18,6 +16,8 @@ from cookbook_core.datums import (
 )
 from cookbook_core.errors import ConfigError, DatumError, is_finite, raise_all
 from cookbook_core.types import Datum, ImageChunk, ModelData, ModelInput, SamplingParams
+
+import numpy as np
 
 MOST_SAMPLES = 65_536
 """Completions of one prompt in one request: each needs a row of state in memory."""

@@ -116,9 +116,9 @@ def _base_model(given: str) -> tuple[Path, str, Any]:
     Raises:
         ModelError: it does not exist or has no tokenizer.
     """
-    from huggingface_hub import snapshot_download
-
     from cookbook_core.backend.local.model.loading import load_tokenizer, resolve_model
+
+    from huggingface_hub import snapshot_download
 
     try:
         name = resolve_model(given)
@@ -173,9 +173,9 @@ def _inline_template(new: Path, tokenizer: Any) -> None:
 
 def _generation_config(model: Any, tokenizer: Any) -> Any:
     """Make a generation config with the tokens that end an answer, without sampling settings."""
-    from transformers import GenerationConfig
-
     from cookbook_core.chat.rendering import stop_tokens
+
+    from transformers import GenerationConfig
 
     base = model.generation_config
     ends = base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id]

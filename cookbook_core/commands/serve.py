@@ -40,11 +40,11 @@ def serve(settings: Settings) -> None:
         ModelError: a model cannot be loaded.
     """
     try:
-        import uvicorn
-
         from cookbook_core.serve.app import make_app
         from cookbook_core.serve.guard import check_exposure
         from cookbook_core.serve.state import Options
+
+        import uvicorn
     except ImportError as error:
         fix = 'pip install "cookbook-core[serve]"'
         raise ConfigError("cookbook serve", "is not installed", got=error, fix=fix) from error

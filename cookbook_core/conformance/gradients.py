@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from cookbook_core.backend.gradient_probe import (
     SAME_PATH,
     CannotBeRead,
@@ -19,6 +17,8 @@ from cookbook_core.backend.gradient_probe import (
 from cookbook_core.conformance.report import Outcome, passes
 from cookbook_core.conformance.subject import IDLE, NotOffered, Subject, logprobs
 from cookbook_core.tinker import Datum
+
+import numpy as np
 
 
 def arithmetic(name: str) -> Callable[[Subject], Outcome]:

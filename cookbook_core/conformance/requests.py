@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-import numpy as np
-
 from cookbook_core.backend.gradient_probe import (
     NO_ANSWER,
     SAME_PATH,
@@ -20,6 +18,8 @@ from cookbook_core.conformance.report import Outcome, passes
 from cookbook_core.conformance.subject import IDLE, RATE, Subject, logprobs
 from cookbook_core.errors import AnswerError
 from cookbook_core.tinker import AdamParams, Datum, ModelInput
+
+import numpy as np
 
 NO_TOKEN = 10_000_000
 """An id beyond any vocabulary."""

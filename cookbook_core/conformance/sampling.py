@@ -5,8 +5,6 @@ Those of sampling share one snapshot: the shared client must not be trained betw
 
 from __future__ import annotations
 
-import numpy as np
-
 from cookbook_core.backend.gradient_probe import SAME_PATH, CannotBeRead, difference, error_line
 from cookbook_core.conformance.report import Outcome, passes
 from cookbook_core.conformance.subject import (
@@ -19,6 +17,8 @@ from cookbook_core.conformance.subject import (
     train,
 )
 from cookbook_core.tinker import Datum, ModelInput, SamplingClient, SamplingParams
+
+import numpy as np
 
 MEAN_GAP = 0.05
 """Mean difference (nats) allowed between a sampler's logprobs and forward's: bfloat16's."""

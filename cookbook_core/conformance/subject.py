@@ -6,8 +6,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from cookbook_core.backend.gradient_probe import (
     LOSS,
     GradientReader,
@@ -25,6 +23,8 @@ from cookbook_core.tinker import (
     SamplingParams,
     TrainingClient,
 )
+
+import numpy as np
 
 RATE = 2e-3
 """Learning rate of steps that must change logprobs visibly: large."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 
-import numpy as np
-
 from cookbook_core.datums import with_inputs
 from cookbook_core.doctor.case import Case, per_token, role_of, take_rows
 from cookbook_core.doctor.checks import PER_TOKEN, several
 from cookbook_core.doctor.report import Finding, defect, not_checked
 from cookbook_core.errors import CookbookError
 from cookbook_core.types import TensorData
+
+import numpy as np
 
 # ---- where gradient falls ------------------------------------------------------------------------
 

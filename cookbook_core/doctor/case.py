@@ -13,13 +13,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
-
 from cookbook_core.custom_loss import LossFn, LossResult, LossTypeInput, differentiate, name_of
 from cookbook_core.datums import SCORE_MASK, with_inputs
 from cookbook_core.doctor.watch import watch_class
 from cookbook_core.errors import ConfigError, CookbookError
 from cookbook_core.types import Datum, ModelInput, TensorData
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch

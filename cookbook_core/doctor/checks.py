@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from cookbook_core.custom_loss import evaluate, merge_metrics
 from cookbook_core.doctor.case import Case, copies, role_of
 from cookbook_core.doctor.report import Finding, defect, from_error, not_checked
 from cookbook_core.doctor.watch import watch_class
 from cookbook_core.errors import CookbookError, NoGradientError, NotFiniteError
+
+import numpy as np
 
 PER_TOKEN = ("weights", "reference", "sampling", "logprobs", "advantages")
 """Roles of inputs that have one entry per target token."""

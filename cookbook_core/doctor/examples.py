@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from cookbook_core.custom_loss import LossFn, LossTypeInput
 from cookbook_core.datums import datum_from_tokens_weights, with_inputs
 from cookbook_core.doctor.case import copies, draw_logprobs, role_of
 from cookbook_core.token_set import datum_from_token_set
 from cookbook_core.types import Datum
+
+import numpy as np
 
 VOCAB = 12
 COUNT = 16  # divides into pairs and into groups of 4 and 8

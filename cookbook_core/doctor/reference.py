@@ -7,11 +7,11 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from cookbook_core.doctor.case import Case
 from cookbook_core.doctor.report import Finding, defect, not_checked
 from cookbook_core.errors import CookbookError
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch

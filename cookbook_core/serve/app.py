@@ -9,12 +9,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from pathlib import Path
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route
-
 from cookbook_core.errors import CookbookError, RequestError
 from cookbook_core.serve import chat, page
 from cookbook_core.serve.fields import fields_of
@@ -24,6 +18,12 @@ from cookbook_core.serve.replies import failure_body, missing, refusal, refusal_
 from cookbook_core.serve.saved_runs import public, run_row, wire_path
 from cookbook_core.serve.service import CLIENT_CONFIG, Service
 from cookbook_core.serve.state import Options
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
 
 API = "/api/v1"
 LIST_RUNS = f"List them: GET {API}/training_runs."

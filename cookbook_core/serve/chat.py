@@ -17,10 +17,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
-
 from cookbook_core.chat.rendering import render_prompt
 from cookbook_core.errors import RequestError
 from cookbook_core.serve.completions import Completion, Growing, OnToken, Wanted, complete
@@ -29,6 +25,10 @@ from cookbook_core.serve.replies import plain, refusal
 from cookbook_core.serve.samplers import Sampler
 from cookbook_core.serve.service import Service
 from cookbook_core.types import SamplingParams
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 MOST_TOP = 20
 """Likeliest tokens reported at a position."""

@@ -8,11 +8,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from starlette.requests import Request
-
 from cookbook_core.errors import ConfigError, DatumError, RequestError, check_choice, is_finite
 from cookbook_core.serve import wire
 from cookbook_core.types import Datum, EncodedTextChunk, ModelInput, TensorData
+
+from starlette.requests import Request
 
 REQUIRED: Any = object()
 SMALL_BODY = 1 << 14

@@ -14,11 +14,11 @@ import zlib
 from collections.abc import Iterable
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
-
 from cookbook_core.errors import ConfigError, RequestError
 from cookbook_core.serve.replies import Refused, refusal, refusal_body
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
 
 PIECE = 1 << 16
 """Bytes decompressed at a time, so that a small body cannot become a large one unseen."""

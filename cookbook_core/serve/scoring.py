@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from cookbook_core.builtin_losses import builtin_loss, needed_inputs
 from cookbook_core.custom_loss import LossFn
 from cookbook_core.datums import check_data, input_key
@@ -16,6 +14,8 @@ from cookbook_core.serve import fields, wire
 from cookbook_core.serve.fields import Fields
 from cookbook_core.serve.graph_losses import GraphLoss
 from cookbook_core.types import Datum, ForwardBackwardOutput, ModelData
+
+import numpy as np
 
 MEANS = ("grad_norm", "update_norm", "lr")
 """Metrics of which clients that join several answers take the mean; of others the sum."""

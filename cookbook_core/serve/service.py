@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from starlette.requests import Request
-
 from cookbook_core.errors import CookbookError, RequestError
 from cookbook_core.serve import fields
 from cookbook_core.serve.fields import SMALL_BODY, Fields, digest, fields_of, raw_body
@@ -26,6 +24,8 @@ from cookbook_core.serve.saved_runs import folder_name, wire_path
 from cookbook_core.serve.scoring import json_scoring, proto_scoring, scored, wire_metrics
 from cookbook_core.serve.state import Session, State
 from cookbook_core.types import AdamParams, LoraConfig, SamplingParams
+
+from starlette.requests import Request
 
 UNLIMITED = 2**31 - 1
 CLIENT_CONFIG = {

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from starlette.requests import Request
-
 from cookbook_core.errors import CheckpointError, RequestError
 from cookbook_core.serve.fields import digest
 from cookbook_core.serve.graph_losses import GraphLoss
@@ -24,6 +22,8 @@ from cookbook_core.serve.replies import Encode, Promises, Repeats, copy_outcome,
 from cookbook_core.serve.samplers import Sampler, Samplers
 from cookbook_core.serve.saved_runs import SavedRuns
 from cookbook_core.serve.turns import Turns
+
+from starlette.requests import Request
 
 SILENT_SECONDS = 120.0
 """Programs send a heartbeat every 10 s: where there is no room, one silent for so long is over."""

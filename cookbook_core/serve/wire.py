@@ -11,11 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.message import DecodeError
-from google.protobuf.unknown_fields import UnknownFieldSet
-
 from cookbook_core.errors import DatumError, RequestError
 from cookbook_core.types import (
     Datum,
@@ -25,6 +20,11 @@ from cookbook_core.types import (
     TensorData,
     TopkLogprobs,
 )
+
+import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 FIELD = descriptor_pb2.FieldDescriptorProto
 SCHEMA: Mapping[str, Mapping[str, tuple[int, str]]] = {

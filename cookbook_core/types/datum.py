@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from cookbook_core.types.model_input import ModelInput, own_input, require_type
 from cookbook_core.types.tensors import TensorData, to_array
+
+import numpy as np
 
 _INTEGER_KEYS = frozenset({"target_tokens"})
 _FLOAT_KEYS = frozenset({"weights", "advantages", "logprobs", "sampling_logprobs"})

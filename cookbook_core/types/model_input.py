@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-
 from cookbook_core.errors import DatumError
 from cookbook_core.types.tensors import to_array
+
+import numpy as np
 
 
 @dataclass(frozen=True)

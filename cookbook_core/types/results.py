@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias
 
-import numpy as np
-
 from cookbook_core.types.tensors import TensorData
+
+import numpy as np
 
 StopReason: TypeAlias = Literal["length", "stop"]
 ModelID: TypeAlias = str

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
-
 from cookbook_core.errors import DatumError
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch

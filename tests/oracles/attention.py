@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import numpy as np
-import torch
-
 from cookbook_core.backend.local.scoring.flash import Kernels
 from cookbook_core.backend.local.scoring.packing import Layout
+
+import numpy as np
+import torch
 
 
 def random_tree(rng: np.random.Generator, depth: int, longest: int) -> list[list[int]]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cookbook_core.tinker import Datum, TrainingClient
+
 import peft
 import torch
 from transformers import AutoModelForCausalLM
-
-from cookbook_core.tinker import Datum, TrainingClient
 
 
 def plain_model(

@@ -13,10 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from cookbook_core.backend.local.model import loading, memory, quantization
 from cookbook_core.backend.local.model.loading import BaseModel, load_base_model
 from cookbook_core.clients import score
@@ -28,6 +24,10 @@ from tests.oracles.logprobs import adapter_of, assert_close, engine_of, randomiz
 from tests.test_client_contract import logprobs_of
 from tests.test_export import read
 from tests.test_gradient_parity import squared
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MISSING = [n for n in ("bitsandbytes", "torchao") if importlib.util.find_spec(n) is None]
 if MISSING and os.environ.get("QUANTIZED") != "required":

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import math
 
-import pytest
-import torch
-
 from cookbook_core import tinker
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import CheckpointError, ConfigError
@@ -20,6 +17,9 @@ from recipes.bradley_terry import (
     score_texts,
     train,
 )
+
+import pytest
+import torch
 
 CONFIG = Config()
 

@@ -7,10 +7,6 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import pytest
-import torch
-from transformers import AutoTokenizer
-
 from cookbook_core import clients, datum_from_prompt_completion, runs, tinker, with_inputs
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import ConfigError, DatumError
@@ -25,6 +21,10 @@ from recipes.distill import (
     top_k_loss,
     train,
 )
+
+import pytest
+import torch
+from transformers import AutoTokenizer
 
 KINDS = ("forward", "reverse", "jensen_shannon")
 TINY = Path(__file__).parents[2] / "cookbook_core" / "assets" / "tiny_model"

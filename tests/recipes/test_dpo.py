@@ -6,13 +6,13 @@ import json
 import math
 from functools import partial
 
-import pytest
-import torch
-
 from cookbook_core import clients, datum_from_prompt_completion, tinker, with_inputs
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import DatumError
 from recipes.dpo import LOSSES, REFERENCE_FREE, Config, build_pairs, dpo_loss, train
+
+import pytest
+import torch
 
 ALL = {**LOSSES, **REFERENCE_FREE}
 LN2, LOG1P_E, LOG1P_1_E = math.log(2), math.log1p(math.e), math.log1p(math.exp(-1))

@@ -6,10 +6,6 @@ import json
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-import pytest
-import torch
-
 from cookbook_core import datum_from_prompt_completion, with_inputs
 from cookbook_core.clients import add_ref_logprobs, frozen_copy, rollout, score
 from cookbook_core.custom_loss import differentiate
@@ -30,6 +26,10 @@ from recipes.grpo import (
     token_weight,
     train,
 )
+
+import numpy as np
+import pytest
+import torch
 
 CONFIG = Config(kl_coef=0.0)
 RIGHT = ("k2", "k3_ratio", "k1_reward")

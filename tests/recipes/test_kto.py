@@ -6,15 +6,15 @@ import json
 import math
 from functools import partial
 
-import pytest
-import torch
-
 from cookbook_core import chat, datum_from_prompt_completion, tinker
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.data import load_rows
 from cookbook_core.errors import ConfigError, DataError, DatumError
 from cookbook_core.runs import RunFlags
 from recipes.kto import Config, auc, build_data, kto_loss, mismatched, train
+
+import pytest
+import torch
 
 
 def good_and_bad(ref=-1.0):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 
-import pytest
-import torch
-
 from cookbook_core import datum_from_tokens_weights, tinker
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import ConfigError, DataError, DatumError
 from cookbook_core.runs import RunFlags
 from recipes.sft import Config, build_data, question_and_answer, sft_loss, train
+
+import pytest
+import torch
 
 
 def test_value_by_hand():

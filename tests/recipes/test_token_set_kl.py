@@ -7,13 +7,13 @@ import math
 from dataclasses import replace
 from functools import partial
 
-import pytest
-import torch
-
 from cookbook_core import datum_from_token_set, tinker
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import ConfigError, DataError, DatumError
 from recipes.token_set_kl import Config, build_data, token_set_kl_loss, train
+
+import pytest
+import torch
 
 CONFIG = Config(labels=(" yes", " no"))
 QUIZ = (" A", " B", " C", " D")

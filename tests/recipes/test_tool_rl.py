@@ -7,11 +7,6 @@ import math
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
-from transformers import AutoTokenizer
-
 from cookbook_core import chat, datum_from_turns
 from cookbook_core.clients import add_ref_logprobs, frozen_copy, score
 from cookbook_core.custom_loss import differentiate
@@ -30,6 +25,11 @@ from recipes.tool_rl import (
     train,
     with_prompt_tokens,
 )
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
 
 LOSS = partial(tool_rl_loss, kl_coef=0.0)
 TURNS = [([1, 7], [2]), ([8, 9], [3])]

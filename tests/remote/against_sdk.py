@@ -15,10 +15,6 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-
 from cookbook_core import clients, datum_from_prompt_completion, runs, tinker, with_inputs
 from cookbook_core.backend.remote import connection, session, training
 from cookbook_core.builtin_losses import builtin_loss
@@ -33,6 +29,10 @@ from tests.conftest import VOCAB, make_random_data
 from tests.oracles.logprobs import assert_close, randomize, take_gradient
 from tests.remote.fake import Fake
 from tests.serve.running import Running
+
+import numpy as np
+import pytest
+import torch
 
 pytestmark = pytest.mark.timeout(120)
 CORE_PROBLEMS = session.core_problems

@@ -9,11 +9,11 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
 from cookbook_core.serve import wire
 from cookbook_core.serve.state import Options
 from tests.serve.running import Running
+
+import numpy as np
 
 TRACEBACK = (
     "Server error: \x1b[36mray::Model.forward()\x1b[39m (pid=1)\n"

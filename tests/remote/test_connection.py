@@ -6,13 +6,13 @@ import logging
 import sys
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-
 from cookbook_core.backend.remote import connection, convert, session
 from cookbook_core.errors import ConfigError, RequestError
 from cookbook_core.runs.run_folder import newest_checkpoint, remove_unlisted_checkpoints
 from cookbook_core.tinker import Datum, ModelInput, ServiceClient, TensorData
+
+import numpy as np
+import pytest
 
 
 def installed(monkeypatch, version):

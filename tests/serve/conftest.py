@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pytest
-
 from tests.serve.running import Running, Wire
+
+import pytest
 
 collect_ignore = ["dpo_program.py", "sdk_program.py"]  # programs that tests start beside an SDK
 

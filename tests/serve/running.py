@@ -10,14 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
-import uvicorn
-
 from cookbook_core.commands.serve import load_bases
 from cookbook_core.serve import wire
 from cookbook_core.serve.app import make_app
 from cookbook_core.serve.service import Service
 from tests.oracles.logprobs import take_gradient
+
+import httpx
+import uvicorn
 
 NAME = "org/tiny-random"
 

@@ -64,9 +64,9 @@ def ours(client: Any) -> dict[str, Any]:
 
 def main() -> None:
     url, model = sys.argv[1:]
-    import tinker as sdk
-
     from cookbook_core import tinker
+
+    import tinker as sdk
 
     mine = tinker.ServiceClient(base_url=url).create_sampling_client(base_model=model).result()
     out = {"ours": ours(mine)}

@@ -6,16 +6,16 @@ import dataclasses
 import threading
 from types import SimpleNamespace
 
-import numpy as np
-import openai
-import pytest
-
 from cookbook_core import tinker
 from cookbook_core.errors import RequestError
 from cookbook_core.serve.completions import Growing
 from cookbook_core.storage.paths import asset_path
 from tests.conftest import make_random_data
 from tests.serve.running import NAME, Running, Wire, adam, scoring
+
+import numpy as np
+import openai
+import pytest
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from cookbook_core.storage.paths import asset_path
 from tests.serve.running import NAME, Running
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from cookbook_core.storage.paths import asset_path
 from tests.serve.running import Running
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 NAME = "Qwen/Qwen3-8B"

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from cookbook_core import chat, datum_from_prompt_completion, tinker, weighted_sums
 from cookbook_core.storage.paths import asset_path
 from tests.serve.running import Running
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 SDK = Path(sys.prefix) / "sdk" / "0.38.0"

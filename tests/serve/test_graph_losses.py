@@ -5,10 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 
-import pytest
-import torch
-import torch.fx
-
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import CookbookError, LossError, RequestError
 from cookbook_core.serve import graph_losses
@@ -16,6 +12,10 @@ from cookbook_core.serve.fields import Fields
 from cookbook_core.serve.graph_losses import GraphLoss
 from tests.conftest import make_random_data
 from tests.serve.running import Running, Wire, scoring
+
+import pytest
+import torch
+import torch.fx
 
 
 def encoded(arg):

@@ -12,16 +12,16 @@ import time
 import urllib.parse
 from pathlib import Path
 
-import numpy as np
-import pytest
-import zstandard
-
 from cookbook_core.errors import ConfigError
 from cookbook_core.serve import replies, turns, wire
 from cookbook_core.serve.guard import check_exposure
 from cookbook_core.serve.state import Options
 from tests.conftest import make_random_data
 from tests.serve.running import NAME, Running, Wire, adam, proto_scoring, scoring
+
+import numpy as np
+import pytest
+import zstandard
 
 KEY = "a-long-secret"
 

@@ -6,14 +6,14 @@ import concurrent.futures
 import gc
 import time
 
-import numpy as np
-import pytest
-
 from cookbook_core import tinker
 from cookbook_core.backend.local.kept_graphs import digest
 from cookbook_core.serve.state import Options
 from tests.conftest import make_random_data
 from tests.serve.running import NAME, Running, Wire, adam, scoring
+
+import numpy as np
+import pytest
 
 PROMPT = {"chunks": [{"tokens": [5, 6, 7], "type": "encoded_text"}]}
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import time
 
-import numpy as np
-import pytest
-
 from cookbook_core import tinker, with_inputs
 from cookbook_core.serve import turns, wire
 from tests.conftest import make_random_data
 from tests.oracles.logprobs import assert_close, take_gradient
 from tests.serve.running import NAME, Wire, adam, proto_scoring, scoring
+
+import numpy as np
+import pytest
 
 ADAM = tinker.AdamParams(learning_rate=1e-2)
 

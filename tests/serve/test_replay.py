@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 from cookbook_core.serve import wire
 from cookbook_core.storage.paths import asset_path
 from tests.serve.running import Running, Wire
+
+import numpy as np
+import pytest
 
 FILES = sorted((Path(__file__).parent / "recorded").glob("*.jsonl"))
 HEADERS = ("accept", "content-type", "user-agent", "content-encoding")

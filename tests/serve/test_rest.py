@@ -9,11 +9,11 @@ import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
-from safetensors.numpy import load
-
 from tests.conftest import make_random_data
 from tests.serve.running import NAME, Wire, adam, scoring
+
+import pytest
+from safetensors.numpy import load
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import make_random_data
 from tests.serve.running import NAME, Wire, adam, scoring
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")

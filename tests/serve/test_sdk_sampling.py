@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
-
 from cookbook_core import tinker
 from cookbook_core.storage.paths import asset_path
 from tests.serve.running import NAME, Running
 from tests.serve.sampling_program import ours
+
+import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [

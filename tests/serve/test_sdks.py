@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-
 from cookbook_core import tinker
 from tests.conftest import make_random_data
 from tests.oracles.logprobs import assert_close, take_gradient
 from tests.serve.running import NAME
+
+import numpy as np
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("0.16.1", "0.25.0", "0.38.0")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-import pytest
-
 from tests.simulated import device
 from tests.simulated.choices import choose_as_on_cuda
+
+import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,14 +21,14 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import numpy as np
-import torch
-
 from cookbook_core import clients, tinker
 from cookbook_core.tinker import Datum, ModelInput, TrainingClient
 from tests.simulated import device
 from tests.simulated.choices import choose_as_on_cuda
 from tests.simulated.device import Counts, count
+
+import numpy as np
+import torch
 
 SECONDS = 120
 VOCAB, TOKENS = 100, 20

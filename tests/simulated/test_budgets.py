@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pytest
-
 from cookbook_core.backend.local.sampling import graph, sampler
 from tests.simulated.counts import client, datums, measure, sample, score, train
 from tests.simulated.device import Counts, counting
@@ -21,6 +19,8 @@ from tests.test_cuda import (
     same_samples,
     samples,
 )
+
+import pytest
 
 BUDGETS: dict[str, tuple[float, float, float]] = {
     # launches over a base of bfloat16, over one of float32; waits

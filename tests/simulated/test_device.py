@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.simulated import device
+from tests.simulated.device import counting, limited_memory, without_float64
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-
-from tests.simulated import device
-from tests.simulated.device import counting, limited_memory, without_float64
 
 functional = torch.nn.functional
 

@@ -7,9 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-import torch
-
 from cookbook_core import clients, tinker
 from cookbook_core.backend.local import memory_table
 from cookbook_core.errors import CookbookError
@@ -30,6 +27,9 @@ from tests.test_cuda import (
     weights_of,
 )
 from tests.test_gradient_parity import squared
+
+import pytest
+import torch
 
 
 @pytest.fixture

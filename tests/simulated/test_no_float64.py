@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pytest
-import torch
-
 from cookbook_core import clients, tinker
 from cookbook_core.backend.local.sampling.draw import draw_device
 from cookbook_core.tinker import ModelInput
@@ -25,6 +22,9 @@ from tests.test_cuda import (
     train_steps,
 )
 from tests.test_packing import family_data
+
+import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)

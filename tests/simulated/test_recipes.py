@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from recipes import dpo, grpo, sft
+
+import pytest
 
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sft": (sft, {"batch_size": 4, "eval_every": 3, "test_rows": 4, "max_tokens": 8}),

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
-
 from cookbook_core.backend.local import checkpoints, memory_table
 from cookbook_core.backend.local.engine import Engine
 from cookbook_core.backend.local.kept_graphs import KeptGraphs
@@ -54,6 +52,8 @@ from cookbook_core.types import (
     SamplingParams,
     TensorData,
 )
+
+import torch
 
 
 class LocalBackend:

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cookbook_core.backend.local.model.adapters import AdapterBank, plain_config
 from cookbook_core.backend.local.model.flat_adapter import Adapter
 from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.errors import CheckpointError
 from cookbook_core.storage import manifest
 from cookbook_core.storage.folders import beside, put_in_place, sync
+
+import torch
 
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

@@ -16,8 +16,6 @@ from contextlib import AbstractContextManager, contextmanager
 from threading import Event
 from typing import Any
 
-import torch
-
 from cookbook_core.backend.local.model.adapters import Adapter, AdapterBank
 from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.backend.local.model.memory import is_out_of_memory, total_bytes
@@ -51,6 +49,8 @@ from cookbook_core.types import (
     SampleResponse,
     TensorData,
 )
+
+import torch
 
 MERGE_FROM = 16
 """Completion tokens from which merging the adapter costs less than it saves (a pass or two)."""

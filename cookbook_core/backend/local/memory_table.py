@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from cookbook_core.backend.local.model.adapters import AdapterBank
 from cookbook_core.backend.local.model.loading import BaseModel, resolve_model
 from cookbook_core.backend.local.model.memory import (
@@ -26,6 +24,8 @@ from cookbook_core.backend.local.model.quantization import NF4
 from cookbook_core.backend.local.sampling import cache_budget
 from cookbook_core.errors import ModelError
 from cookbook_core.types import LoraConfig
+
+import torch
 
 RESERVED = 1.5e9
 """Bytes for the device's own context, tiles of the unembedding and one dequantized layer."""

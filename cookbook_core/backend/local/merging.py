@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
-
 from cookbook_core.backend.local.checkpoints import Checkpoint, check_base
 from cookbook_core.backend.local.model.loading import load_base_model
 from cookbook_core.backend.local.model.quantization import NF4, dequantize
 from cookbook_core.errors import CheckpointError, ModelError
+
+import torch
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

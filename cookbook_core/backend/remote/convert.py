@@ -12,8 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from cookbook_core.builtin_losses import BuiltinLoss, needed_inputs
 from cookbook_core.custom_loss import LossFn, logprobs_from_output
 from cookbook_core.datums import SCORE_MASK, TEMPERATURE, input_key, temperature_of
@@ -34,6 +32,8 @@ from cookbook_core.types import (
     TensorData,
     TopkLogprobs,
 )
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,6 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
-
 from cookbook_core.backend.interface import SamplingBackend
 from cookbook_core.backend.remote import convert
 from cookbook_core.backend.remote.connection import joined
@@ -30,6 +28,8 @@ from cookbook_core.types import (
     SamplingParams,
     TensorData,
 )
+
+import numpy as np
 
 
 class RemoteSampler:

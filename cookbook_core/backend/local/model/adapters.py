@@ -16,9 +16,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
-
 from cookbook_core.backend.local.model.flat_adapter import Adapter, Slot
 from cookbook_core.backend.local.model.fused_lora import fuse
 from cookbook_core.backend.local.model.loading import BaseModel
@@ -26,6 +23,9 @@ from cookbook_core.backend.local.model.quantization import is_quantized, shape_o
 from cookbook_core.backend.local.model.vision import language_model
 from cookbook_core.errors import ConfigError, ModelError
 from cookbook_core.types import LoraConfig
+
+import numpy as np
+import torch
 
 ALPHA = 32
 """LoRA alpha at every rank, as on the `tinker` service: the scale is 32 / rank."""

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from cookbook_core.errors import RequestError
 from cookbook_core.types import AdamParams
+
+import torch
 
 ALIGNED = 64
 """Each view starts at a multiple of this many elements, as kernels expect of whole tensors; the

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
-import torch
-
 from cookbook_core.backend.local.model.fused_norm import rms_norms
 from cookbook_core.backend.local.model.memory import is_out_of_memory
+
+import torch
 
 Forward: TypeAlias = Callable[[Any, torch.Tensor], torch.Tensor]
 """What a module computes: (module, x) -> y."""

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cookbook_core.backend.local.model import cuda, fused_cuda, fused_norm, quantization
 from cookbook_core.errors import ConfigError, ModelError, check_choice
 from cookbook_core.images import ImageReader, load_processor
 from cookbook_core.storage.hub import asking_hub
 from cookbook_core.storage.paths import asset_path, usable_path
 from cookbook_core.types import ModelData
+
+import torch
 
 TINY_MODEL = "tiny"
 """Name of the bundled model."""

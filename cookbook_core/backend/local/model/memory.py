@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from cookbook_core.errors import CookbookError
+
+import torch
 
 SHARE = 0.5
 """The share of free memory for kept graphs; the rest is for the backward and other processes."""

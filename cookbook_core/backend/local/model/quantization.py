@@ -11,10 +11,10 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from cookbook_core.backend.local.model.memory import is_out_of_memory
 from cookbook_core.errors import ConfigError, ModelError
+
+import torch
 
 NF4 = "nf4"
 """The dtype of linear layers in 4 bits; everything else has the dtype that "auto" chooses."""

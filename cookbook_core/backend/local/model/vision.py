@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from cookbook_core.errors import ModelError
 from cookbook_core.images import ImageReader
 from cookbook_core.types import ImageChunk, ModelInput
+
+import torch
 
 NEEDS = "5.18"
 """The first version of transformers whose models take mm_encoder_outputs."""

@@ -23,9 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from cookbook_core.backend.local.engine import Engine
 from cookbook_core.backend.local.model.adapters import plain_config
 from cookbook_core.backend.local.model.flat_adapter import Adapter
@@ -49,6 +46,9 @@ from cookbook_core.types import (
     SamplingParams,
     TopkLogprobs,
 )
+
+import numpy as np
+import torch
 
 COPIES = 4
 """Adapters of which each rank keeps copies: a policy, its reference, a snapshot and one more. The

@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from cookbook_core import errors
 from cookbook_core.backend.worker import close_all
 from cookbook_core.errors import CookbookError, ProcessError, RequestError
+
+import torch
+import torch.distributed as dist
 
 TIMEOUT = timedelta(days=1)
 """For a hung process; a dead one is detected at once, as its connections close. Rank 0 may pause

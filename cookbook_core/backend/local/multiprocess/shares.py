@@ -6,9 +6,9 @@ import itertools
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from cookbook_core.backend.local.scoring.packing import MIN_SHARED, common_prefix, tree_order
+
+import numpy as np
 
 TRIES = 8
 """Number of prefix lengths tried as the threshold for keeping sequences together."""

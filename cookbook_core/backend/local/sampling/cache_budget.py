@@ -11,8 +11,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.backend.local.model.memory import (
     attention_shape,
@@ -22,6 +20,8 @@ from cookbook_core.backend.local.model.memory import (
     weight_bytes,
 )
 from cookbook_core.errors import RequestError
+
+import torch
 
 CPU_TOKENS = 65_536
 """Most rows x columns of a KV cache on the CPU, where larger ones decode no faster."""

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
 from cookbook_core.backend.local.model.vision import VisionTower
 from cookbook_core.backend.local.sampling.draw import score
 from cookbook_core.backend.local.sampling.kv_cache import RowCache, move_indices
 from cookbook_core.backend.local.scoring.target_logprobs import Head
 from cookbook_core.errors import ModelError
 from cookbook_core.types import ModelInput
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 OPEN_ENDED = 1024  # tokens assumed for max_tokens=None when rows are batched
 _PREFILL_TOKENS = 8192  # most prompt tokens in one forward

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from cookbook_core.backend.local.model.memory import is_out_of_memory
 from cookbook_core.backend.local.scoring.target_logprobs import at_least_float32
 from cookbook_core.types import SamplingParams
+
+import numpy as np
+import torch
+from torch import Tensor
 
 _BLOCK = 128  # vocabulary entries that `draw_tokens` sums together
 DRAWS = 64

@@ -18,9 +18,6 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from cookbook_core.backend.local.model.memory import is_out_of_memory
 from cookbook_core.backend.local.sampling.decoder import Decoder
 from cookbook_core.backend.local.sampling.draw import (
@@ -33,6 +30,9 @@ from cookbook_core.backend.local.sampling.draw import (
 )
 from cookbook_core.backend.local.sampling.kv_cache import move_indices
 from cookbook_core.backend.local.sampling.rows import Row, close_gaps, columns_of
+
+import torch
+from torch import Tensor
 
 CHUNK = 8
 """Steps between two transfers to the host; a divisor of DRAWS."""

@@ -9,14 +9,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
 from cookbook_core.backend.local.engine import Engine
 from cookbook_core.backend.local.model.adapters import Adapter
 from cookbook_core.backend.local.sampling.draw import draw_alternatives, draw_device
 from cookbook_core.backend.sampling_requests import PromptScores, SampleRequest
 from cookbook_core.types import Datum, ModelInput, PromptAltTokens, SampleResponse, TensorData
+
+import numpy as np
+import torch
 
 Item = tuple[SampleRequest, PromptScores]
 _ROWS = 256

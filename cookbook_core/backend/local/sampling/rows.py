@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from cookbook_core.backend.local.sampling.decoder import OPEN_ENDED, Prompt
 from cookbook_core.backend.local.sampling.draw import StopRule, TextWatch, Uniforms
 from cookbook_core.errors import ModelError
 from cookbook_core.types import SampledSequence, SamplingParams, StopReason, TopkLogprobs
+
+import numpy as np
 
 
 @dataclass

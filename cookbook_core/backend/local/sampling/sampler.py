@@ -19,8 +19,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from cookbook_core.backend.local.model.memory import is_out_of_memory, release_cached
 from cookbook_core.backend.local.model.vision import VisionTower
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
@@ -41,6 +39,8 @@ from cookbook_core.backend.local.sampling.rows import Row, close_gaps, columns_o
 from cookbook_core.backend.local.scoring.target_logprobs import Head
 from cookbook_core.backend.sampling_requests import SampleRequest, check_request
 from cookbook_core.types import SampleResponse
+
+import torch
 
 log = logging.getLogger(__name__)
 

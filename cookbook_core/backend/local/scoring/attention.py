@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from transformers import AttentionInterface
-
 from cookbook_core.backend.local.scoring import flex, kernels
 from cookbook_core.backend.local.scoring.packing import Layout
+
+import torch
+from transformers import AttentionInterface
 
 NAME = "cookbook_packed"
 """The name of `packed_attention` in transformers. No mask function is registered under it, so

@@ -7,8 +7,6 @@ from functools import partial
 from threading import Event
 from typing import Protocol, TypeAlias
 
-import torch
-
 from cookbook_core.backend.local.scoring.memory_limits import Graph, Limits, MemoryLimits
 from cookbook_core.backend.local.scoring.micro_batches import MicroBatch
 from cookbook_core.backend.local.scoring.scorer import (
@@ -22,6 +20,8 @@ from cookbook_core.custom_loss import LossTypeInput
 from cookbook_core.datums import temperature_of
 from cookbook_core.errors import RequestError
 from cookbook_core.types import Datum
+
+import torch
 
 View: TypeAlias = Callable[[torch.Tensor], VocabLogprobs]
 

@@ -6,9 +6,9 @@ against it.
 
 from __future__ import annotations
 
-import torch
-
 from cookbook_core.backend.local.scoring.packing import Layout
+
+import torch
 
 
 def attend(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-
 from cookbook_core.datums import SCORE_MASK, temperature_of
 from cookbook_core.types import Datum
+
+import numpy as np
+import torch
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from cookbook_core.backend.local.scoring.packing import Layout
+
 import numpy as np
 import torch
-
-from cookbook_core.backend.local.scoring.packing import Layout
 
 
 @dataclass(frozen=True)

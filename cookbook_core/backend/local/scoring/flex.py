@@ -13,13 +13,13 @@ import inspect
 from functools import cache
 from typing import Any
 
+from cookbook_core.backend.local.scoring.packing import Layout
+from cookbook_core.errors import CookbookError
+
 import numpy as np
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-from cookbook_core.backend.local.scoring.packing import Layout
-from cookbook_core.errors import CookbookError
 
 BLOCK = 128
 """Tokens to a block, flex attention's own."""

@@ -6,8 +6,6 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from cookbook_core.backend.local.model.memory import is_out_of_memory
 from cookbook_core.backend.local.model.vision import VisionTower, in_space, language_model
 from cookbook_core.backend.local.scoring.micro_batches import MicroBatch
@@ -15,6 +13,8 @@ from cookbook_core.backend.local.scoring.packing_check import BOUNDS, STRICT, rm
 from cookbook_core.errors import DatumError, ModelError
 from cookbook_core.images import ImageReader
 from cookbook_core.types import Datum, EncodedTextChunk, ImageChunk, ModelInput
+
+import torch
 
 SIZES = ((64, 64), (96, 64))
 """Width and height of the images that are tried, in pixels."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from cookbook_core.backend.local.model.memory import is_out_of_memory
 from cookbook_core.backend.local.scoring import by_segment, flash, flex, pieces
 from cookbook_core.backend.local.scoring.packing import Layout, lay_out
 from cookbook_core.backend.local.scoring.packing_check import rms_ratio
+
+import torch
 
 KERNELS: dict[str, ModuleType] = {
     "pieces": pieces,

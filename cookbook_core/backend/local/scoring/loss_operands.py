@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.overrides import TorchFunctionMode
-
 from cookbook_core.backend.local.model.memory import is_out_of_memory
 from cookbook_core.backend.local.scoring.vocab_logprobs import VocabLogprobs
+
+import torch
+from torch.overrides import TorchFunctionMode
 
 _TO_NUMPY = (torch.Tensor.numpy, torch.Tensor.__array__)
 

@@ -21,10 +21,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
-import torch
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
-
 from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.backend.local.model.memory import (
     GraphBytes,
@@ -38,6 +34,10 @@ from cookbook_core.backend.local.scoring.micro_batches import MicroBatch
 from cookbook_core.backend.local.scoring.scorer import Scorer
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.types import Datum
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 T = TypeVar("T")
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-
 from cookbook_core.backend.local.scoring import packing
 from cookbook_core.backend.local.scoring.entries import Entries, position_entries, target_entries
 from cookbook_core.types import Datum
+
+import torch
 
 
 @dataclass(frozen=True)

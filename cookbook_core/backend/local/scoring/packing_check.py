@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from cookbook_core.backend.local.model.memory import is_out_of_memory
 from cookbook_core.backend.local.scoring.micro_batches import MicroBatch
 from cookbook_core.backend.local.scoring.packing import MIN_SHARED
+
+import torch
 
 BOUNDS = {torch.bfloat16: (0.05, 0.15), torch.float16: (0.05, 0.15)}
 """Of hidden states and of gradients, the largest root mean square of the difference, as a share of

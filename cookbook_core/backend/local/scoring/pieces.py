@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from cookbook_core.backend.local.scoring.packing import Layout, Piece
+
+import torch
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

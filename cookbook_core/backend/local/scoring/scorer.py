@@ -15,9 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
-
 from cookbook_core.backend.local.model.memory import feature_bytes, micro_batch_tokens
 from cookbook_core.backend.local.model.vision import VisionTower, language_model, missing_support
 from cookbook_core.backend.local.scoring import attention, packing
@@ -46,6 +43,9 @@ from cookbook_core.backend.local.scoring.target_logprobs import (
 from cookbook_core.errors import CookbookError, ModelError
 from cookbook_core.images import ImageReader
 from cookbook_core.types import Datum, ModelInput
+
+import numpy as np
+import torch
 
 log = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from cookbook_core.backend.local.model.memory import is_out_of_memory
+
 import torch
 from torch.utils.checkpoint import checkpoint
-
-from cookbook_core.backend.local.model.memory import is_out_of_memory
 
 CHUNK_ELEMENTS = 1 << 24
 """Largest number of logits alive at once where chunks are recomputed (64 MiB in float32)."""

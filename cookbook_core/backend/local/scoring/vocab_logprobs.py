@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from cookbook_core.alignment import check_rows
+
 import torch
 from torch.utils.checkpoint import checkpoint
-
-from cookbook_core.alignment import check_rows
 
 MAP_CELLS = 2**24
 """Logprobs that `VocabLogprobs.map` has in memory at a time: 64 MiB of float32. That is above the
