@@ -2,9 +2,10 @@
 
     python -m benchmarks.busy
 
-Steps of `versus_trl`'s SFT on the random `small` model, a thread for each core, without and with one
-busy process for each core beside them. With a fair share of the cores a step takes twice its time.
-libgomp reads how long its threads spin when torch is loaded, so each program starts as its users do:
+Steps of `versus_trl`'s SFT on the random `small` model, a thread for each core, without and with
+one busy process for each core beside them. With a fair share of the cores a step takes twice its
+time. libgomp reads how long its threads spin when torch is loaded, so each program starts as its
+users do:
 
     torch first   a program that imports torch before cookbook_core
     recipe        as `python -m recipes.sft`
