@@ -1,7 +1,7 @@
 """Memory of exact distillation at a vocabulary of 151,936, beyond the model and its adapters.
 
     python -m benchmarks.vocabulary_memory --rows 4000          # as recipes/distill.py does it
-    python -m benchmarks.vocabulary_memory --rows 400 --plain   # with all rows in the graph
+    python -m benchmarks.vocabulary_memory --rows 250 --plain   # with all rows in the graph
 
 One forward_backward of the forward KL to a teacher, of answers of 250 tokens, with the model
 vocab150k of benchmarks/workloads.py in float32 on the CPU. The peak is that of the process's

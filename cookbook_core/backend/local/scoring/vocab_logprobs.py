@@ -112,7 +112,7 @@ class VocabLogprobs:
             ]
             return fn(logprobs, *(own.to(logprobs.device) for own in rest))
 
-        size, results, several = max(1, MAP_CELLS // max(1, self.shape[1])), [], False
+        size, results, several = _piece_size(*self.shape), [], False
         for piece in zip(*(source.split(size) for source in sources), strict=True):
             result = checkpoint(of_piece, *piece, use_reentrant=False)
             several = isinstance(result, tuple)
@@ -152,6 +152,13 @@ class VocabLogprobs:
     ) -> Any:
         del types
         return func(*_dense(args), **{k: _dense(v) for k, v in (kwargs or {}).items()})
+
+
+def _piece_size(rows: int, vocab_size: int) -> int:
+    """Rows of a piece: at most `MAP_CELLS` logprobs, and no small rest at the end."""
+    most = max(1, MAP_CELLS // max(1, vocab_size))
+    pieces = max(1, -(-rows // most))
+    return max(1, -(-rows // pieces))
 
 
 def _dense(value: Any) -> Any:
