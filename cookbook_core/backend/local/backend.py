@@ -22,6 +22,7 @@ from cookbook_core.backend.local.model_ids import ModelIds
 from cookbook_core.backend.local.multiprocess.engine import SharedEngine
 from cookbook_core.backend.local.multiprocess.group import joined
 from cookbook_core.backend.local.scoring.memory_limits import check_mode
+from cookbook_core.backend.local.vllm_sampler import VllmSamples
 from cookbook_core.backend.sampling_requests import prompt_datum, sampling_request
 from cookbook_core.backend.worker import Worker, refuse_after_failure
 from cookbook_core.custom_loss import LossFn, LossTypeInput
@@ -43,7 +44,7 @@ from cookbook_core.types import (
 class LocalBackend:
     """A base model with its queue. Its methods return futures; one thread does the work.
 
-    `gathers` is the worker's: see `Worker`.
+    `gathers` is the worker's: see `Worker`. A vLLM server at `sampler_url` samples, unless empty.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class LocalBackend:
         gradient_checkpointing: str = "auto",
         model_ids: ModelIds | None = None,
         gathers: bool = False,
+        sampler_url: str = "",
     ) -> None:
         check_mode(gradient_checkpointing)
         if not torch.cuda.is_available():
@@ -66,6 +68,7 @@ class LocalBackend:
         """Those of the clients that exist, by number."""
         self.checkpoint_dir = checkpoint_dir
         self.model_ids = model_ids or ModelIds(checkpoint_dir)
+        self.vllm = VllmSamples(sampler_url, checkpoint_dir) if sampler_url else None
         self._loaded: Engine | None = None
         self._load = partial(load_engine, base_model, device, dtype, gradient_checkpointing)
 
@@ -136,6 +139,8 @@ class LocalBackend:
 
     def close(self) -> None:
         self.worker.close()
+        if self.vllm is not None:
+            self.vllm.close()
 
 
 def load_engine(name: str, device: str, dtype: str, gradient_checkpointing: str) -> Engine:
@@ -185,6 +190,7 @@ class LocalTraining:
             model_name=data.model_name,
         )
         self.machine = self._engine.machine(adapter)
+        self.machine["sampler"] = "local" if backend.vllm is None else "vllm"
 
     def tokenizer(self) -> Any:
         return self._engine.base.tokenizer()
@@ -306,11 +312,15 @@ class LocalTraining:
 
 
 class LocalSampler:
-    """A snapshot to generate from: a copy of an adapter, or the bare base model."""
+    """A snapshot to generate from: a copy of an adapter, or the bare base model.
+
+    Made by the worker thread.
+    """
 
     def __init__(self, backend: LocalBackend, adapter: Adapter | None) -> None:
         self._worker, self._engine, self._adapter = backend.worker, backend.engine(), adapter
         self.model_data = self._engine.base.data()
+        self._served = backend.vllm and backend.vllm.serve(self._engine, adapter)
 
     def tokenizer(self) -> Any:
         return self._engine.base.tokenizer()
@@ -323,9 +333,13 @@ class LocalSampler:
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
     ) -> Future[SampleResponse]:
-        """Queued; decoded together with requests of this snapshot that are waiting by then."""
+        """Queued; decoded together with requests of this snapshot that are waiting by then.
+
+        A vLLM server gets it at once."""
         wanted = include_prompt_logprobs, topk_prompt_logprobs
         request = sampling_request(self.model_data, prompt, num_samples, params, *wanted)
+        if self._served is not None:
+            return self._served.sample(request)
         self._engine.check_prompt(prompt, "sample")
         sample = partial(self._engine.sample, self._adapter)
         return self._worker.submit_grouped("sample", sample, request, ("sample", id(self)))
