@@ -59,7 +59,7 @@ class FakeVllm:
                     self.end_headers()
                     self.wfile.write(data)
 
-            def log_message(self, *_: Any) -> None:
+            def log_message(self, format: str, *args: Any) -> None:
                 pass
 
         class Server(ThreadingHTTPServer):
@@ -79,7 +79,7 @@ class FakeVllm:
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Status and body of a post."""
-        name = body.get("lora_name", body.get("model"))
+        name = str(body.get("lora_name", body.get("model")))
         if path == "/v1/completions":
             if "dead" in self.faults:
                 return _error(500, "EngineCore encountered an issue.")

@@ -78,7 +78,9 @@ def test_samples_depend_on_seeds_alone(client):
 
     def tokens(order: list[int]) -> dict[int, list[list[int]]]:
         sent = sampler.sample_batch([prompts[i] for i in order], 2, [params[i] for i in order])
-        return {i: [s.tokens for s in f.result().sequences] for i, f in zip(order, sent, strict=True)}
+        return {
+            i: [s.tokens for s in f.result().sequences] for i, f in zip(order, sent, strict=True)
+        }
 
     first = tokens([0, 1, 2, 3, 4, 5])
     assert tokens([5, 3, 1, 0, 2, 4]) == first
@@ -110,18 +112,18 @@ def test_a_new_name_for_each_snapshot_and_the_unused_are_unloaded(client, fake, 
     kept = client.save_weights_and_get_sampling_client().result()
     for _ in range(3):
         move(client)
-        sampler = client.save_weights_and_get_sampling_client().result()
+        client.save_weights_and_get_sampling_client().result()
         gc.collect()
     names = [body["lora_name"] for body in posts(fake, "load_lora_adapter")]
     assert len(names) == len(set(names)) == 5  # a random one at connection, four snapshots
     unloaded = [body["lora_name"] for body in posts(fake, "unload_lora_adapter")]
-    assert unloaded == [names[0], names[2], names[3]][: len(unloaded)]
-    assert list(fake.held) == [names[1], *names[3 if len(unloaded) == 2 else 4 :]]
+    # the last one but one may still be referenced where its future was made
+    assert unloaded in ([names[0], names[2], names[3]], [names[0], names[2]])
+    assert list(fake.held) == [name for name in names if name not in unloaded]
     folders = list((tmp_path / "checkpoints").glob("vllm-*/*"))
     assert len(folders) == len(fake.held)
     first = kept.sample(ModelInput.from_ints(PROMPT), 1, SamplingParams(2, seed=0)).result()
     assert first.sequences[0].tokens
-    del sampler
 
 
 def test_closing_unloads_everything(make_service, fake, model_folder, tmp_path):
@@ -221,8 +223,6 @@ def test_a_stale_adapter_is_caught_at_the_first_request(client, fake):
         ProcessError, match=r"not those of the model in training.*within 0\.001 nats"
     ):
         client.save_weights_and_get_sampling_client().result()
-    fake.faults = set()
-    client.save_weights_and_get_sampling_client().result()
 
 
 def test_bfloat16_has_room_for_rounding(make_service, fake, model_folder):
@@ -276,21 +276,34 @@ def test_answers_are_checked(monkeypatch, change, match):
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def test_a_server_that_fails_later(client, fake):
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [
+        ("gone", "the server no longer answers"),
+        ("forgets", "the server failed. Got 404: The model"),
+        ("dead", "the server failed. Got 500: EngineCore"),
+    ],
+)
+def test_a_server_that_fails_later_is_lost(client, fake, caplog, fault, match):
     sampler = client.save_weights_and_get_sampling_client().result()
     prompt, params = ModelInput.from_ints(PROMPT), SamplingParams(2, seed=0)
-    for fault, match in {
-        "gone": "the server no longer answers",
-        "forgets": "the server failed. Got 404: The model",
-        "dead": "the server failed. Got 500: EngineCore",
-    }.items():
-        fake.faults = {fault}
-        with pytest.raises(ProcessError, match=match):
-            sampler.sample(prompt, 1, params).result()
+    fake.faults = {fault}
+    sent = sampler.sample_batch([prompt] * 3, 1, [params] * 3)
+    with pytest.raises(ProcessError, match=match):
+        sent[0].result()
     fake.faults = set()
+    with pytest.raises(ProcessError, match=match):
+        sampler.sample(prompt, 1, params).result()
+    del sent
+    gc.collect()
+    assert not caplog.records  # of the two that nobody read
+
+
+def test_a_request_that_the_server_refuses(client, fake):
+    sampler = client.save_weights_and_get_sampling_client().result()
     fake.answer = lambda *_: (400, {"error": {"message": "too long"}})
     with pytest.raises(RequestError, match=r"refuses the request\. Got 400: too long"):
-        sampler.sample(prompt, 1, params).result()
+        sampler.sample(ModelInput.from_ints(PROMPT), 1, SamplingParams(2, seed=0)).result()
 
 
 CONFIG = {"num_steps": 12, "kl_coef": 0.0, "batch_size": 8, "test_rows": 40, "eval_every": 99}

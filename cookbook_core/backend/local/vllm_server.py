@@ -23,6 +23,8 @@ from cookbook_core.types import SampledSequence, SampleResponse
 
 TIMEOUT = 3600.0
 """Seconds without a byte after which a request fails."""
+UNLOAD_TIMEOUT = 30.0
+"""The same when an adapter is unloaded, which a run does last."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes as --max-lora-rank."""
 LEAST_LOGPROB = -9999.0
@@ -54,13 +56,15 @@ class VllmServer:
         vocab_size: of the base model.
     Attributes:
         base_name: the server's name of the base model.
-        ready: whether the checks at connection have passed. A server that fails afterwards ends
-            the run with a ProcessError; before, its URL or its command line is mistaken.
+        ready: whether the checks at connection have passed. A server that fails afterwards is
+            lost, and every later request raises a ProcessError; before, its URL or its command line
+            is mistaken.
     """
 
     def __init__(self, url: str, folder: str, vocab_size: int) -> None:
         self.url, self.base_name, self.ready = url, "", False
         self._folder, self._vocab_size = folder, vocab_size
+        self._lost: ProcessError | None = None
 
     def connect(self) -> None:
         """Ask which base model is served.
@@ -113,7 +117,7 @@ class VllmServer:
             ProcessError: the server no longer answers.
         """
         try:
-            self._request("/v1/unload_lora_adapter", {"lora_name": name})
+            self._request("/v1/unload_lora_adapter", {"lora_name": name}, UNLOAD_TIMEOUT)
         except Refused:
             return
 
@@ -128,6 +132,8 @@ class VllmServer:
             RequestError: the server refuses the request. AnswerError: its answer is not one.
             ProcessError: it no longer answers, or no longer has the adapter.
         """
+        if self._lost is not None:
+            raise self._lost.replace()
         try:
             answer = self._request("/v1/completions", _body(name, request, stop))
         except Refused as refused:
@@ -143,10 +149,13 @@ class VllmServer:
         A run adds to a ProcessError which step to resume from.
         """
         if self.ready:
-            return ProcessError(f"sampler_url {self.url}", what, **slots)
+            self._lost = ProcessError(f"sampler_url {self.url}", what, **slots)
+            return self._lost
         return ConfigError(f"sampler_url {self.url}", what, **slots)
 
-    def _request(self, path: str, body: dict[str, Any] | None = None) -> bytes:
+    def _request(
+        self, path: str, body: dict[str, Any] | None = None, timeout: float = TIMEOUT
+    ) -> bytes:
         """Get or post; raises Refused for an HTTP error, ConfigError or ProcessError for none."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
@@ -154,7 +163,7 @@ class VllmServer:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
             raise Refused(error.code, _words(error)) from None
