@@ -110,18 +110,17 @@ def test_requests_say_everything_that_a_generation_config_could_set(client, fake
 
 def test_a_new_name_for_each_snapshot_and_the_unused_are_unloaded(client, fake, tmp_path):
     kept = client.save_weights_and_get_sampling_client().result()
-    for _ in range(3):
+    for _ in range(6):
         move(client)
         client.save_weights_and_get_sampling_client().result()
-        gc.collect()
+        assert len(fake.held) <= 4  # kept, the newest, two whose clients are gone
     names = [body["lora_name"] for body in posts(fake, "load_lora_adapter")]
-    assert len(names) == len(set(names)) == 5  # a random one at connection, four snapshots
+    assert len(names) == len(set(names)) == 8  # a random one at connection, seven snapshots
     unloaded = [body["lora_name"] for body in posts(fake, "unload_lora_adapter")]
-    # the last one but one may still be referenced where its future was made
-    assert unloaded in ([names[0], names[2], names[3]], [names[0], names[2]])
+    assert unloaded[0] == names[0]
+    assert set(unloaded).isdisjoint([names[1], names[7]])
     assert list(fake.held) == [name for name in names if name not in unloaded]
-    folders = list((tmp_path / "checkpoints").glob("vllm-*/*"))
-    assert len(folders) == len(fake.held)
+    assert len(list((tmp_path / "checkpoints").glob("vllm-*/*"))) == len(fake.held)
     first = kept.sample(ModelInput.from_ints(PROMPT), 1, SamplingParams(2, seed=0)).result()
     assert first.sequences[0].tokens
 
@@ -327,7 +326,7 @@ def test_grpo_reaches_its_reward_with_either_sampler(tiny, tmp_path):
         machine = json.loads((tmp_path / name / "config.json").read_text("utf-8"))["machine"]
         assert machine["sampler"] == name
     assert min(gains.values()) > 0.1, gains
-    assert not tiny.held
+    assert len(tiny.held) <= 3
 
 
 def test_a_run_names_the_step_to_resume_from(tiny, tmp_path, monkeypatch):

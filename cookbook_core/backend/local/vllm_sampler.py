@@ -6,6 +6,8 @@ those that this process computes. Requests run side by side in threads of their 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import itertools
 import math
 import shutil
@@ -14,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 import torch
@@ -42,6 +44,9 @@ TEMPERATURES = (0.01, 2.0)
 """What vLLM samples at, besides 0: it raises what is lower and refuses what is higher."""
 AT_ONCE = 256
 """Requests that are sent at a time."""
+MOST_UNUSED = 2
+"""Adapters that may be loaded beside those in use: a snapshot and its future refer to each other,
+so that only the garbage collector frees them."""
 
 
 class VllmSamples:
@@ -61,6 +66,7 @@ class VllmSamples:
         self._loaded: dict[str, Path] = {}
         """Folders of the adapters that the server has, by its names of them."""
         self._in_use: WeakValueDictionary[str, Served] = WeakValueDictionary()
+        _open.add(self)
 
     def serve(self, engine: Engine, adapter: Adapter | None) -> Served:
         """Load an adapter into the server and try it; unload those whose snapshots are gone.
@@ -85,6 +91,8 @@ class VllmSamples:
             _try(engine, server, random, self._load(engine, server, random))
             server.ready = True
         name = self._load(engine, server, adapter)
+        if len(self._loaded) > MOST_UNUSED + 1:
+            gc.collect()
         self._unload(server, lambda other: other != name and other not in self._in_use)
         _try(engine, server, adapter, name)
         self._in_use[name] = served = Served(server, self._pool, engine, name)
@@ -117,6 +125,16 @@ class VllmSamples:
         for name in [name for name in self._loaded if which(name)]:
             server.unload(name)
             shutil.rmtree(self._loaded.pop(name), ignore_errors=True)
+
+
+_open: WeakSet[VllmSamples] = WeakSet()
+
+
+@atexit.register
+def close_all() -> None:
+    """Unload what is still loaded at exit: the server outlives a run."""
+    for samples in list(_open):
+        samples.close()
 
 
 class Served:
