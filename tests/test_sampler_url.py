@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from cookbook_core.backend.local.vllm_sampler import close_all
 from cookbook_core.backend.local.vllm_server import VllmServer
 from cookbook_core.errors import AnswerError, ConfigError, ProcessError, RequestError
 from cookbook_core.runs import RunFlags
@@ -327,6 +328,9 @@ def test_grpo_reaches_its_reward_with_either_sampler(tiny, tmp_path):
         assert machine["sampler"] == name
     assert min(gains.values()) > 0.1, gains
     assert len(tiny.held) <= 3
+    close_all()  # as at exit: recipes close no service
+    assert not tiny.held
+    assert not list(tmp_path.glob("*/checkpoints/vllm-*"))
 
 
 def test_a_run_names_the_step_to_resume_from(tiny, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -100,6 +100,7 @@ class VllmSamples:
 
     def close(self) -> None:
         """Unload the adapters, if the server still answers, and remove their folders."""
+        _open.discard(self)
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._server is not None:
             try:
@@ -127,7 +128,8 @@ class VllmSamples:
             shutil.rmtree(self._loaded.pop(name), ignore_errors=True)
 
 
-_open: WeakSet[VllmSamples] = WeakSet()
+_open: set[VllmSamples] = set()
+"""Not weak: a run's clients may be gone before the program ends."""
 
 
 @atexit.register
