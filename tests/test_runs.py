@@ -109,7 +109,7 @@ def test_help_shows_each_docstring_default_and_the_recipe(capsys: pytest.Capture
         (["--learning-rat=3"], '--learning-rat: no such flag. Did you mean "learning_rate"?'),
         (
             ["--zzz"],
-            "Known: base_url, fresh, keep_last, learning_rate, log_path, num_steps, resume, save_e",
+            "Known: base_url, chat_template_kwargs, fresh, keep_last, learning_rate, log_path",
         ),
         (["--save_every", "0"], "Config.save_every: out of range"),
         (

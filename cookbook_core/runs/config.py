@@ -52,6 +52,9 @@ class RunFlags:
     "remote"; --model then names one of the service's models, or a local folder of that name."""
     trust_service: bool = False
     """Train on the service even if it fails the check of its arithmetic."""
+    sampler_url: str = ""
+    """URL of a vLLM server of the same base model that draws all samples; empty samples on this
+    machine. See docs/scaling.md."""
     chat_template_kwargs: Annotated[str, Rule(_is_object, 'such as {"enable_thinking": false}')] = (
         ""
     )

@@ -147,6 +147,7 @@ class Run:
         return ServiceClient(
             base_url=self._flags.base_url,
             trust_service=self._flags.trust_service,
+            sampler_url=self._flags.sampler_url,
             checkpoint_dir=self.path / "checkpoints",
             device=device,
             dtype=dtype,

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from cookbook_core.backend.threads import in_worker_thread
-from cookbook_core.errors import RequestError
+from cookbook_core.errors import ProcessError, RequestError
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -72,7 +72,8 @@ class Outcome:
                 return
             error = None if self._follows_known_error() else self.error()
             self.reported = error is not None
-        if error is not None:
+        # whatever is computed next raises a ProcessError again
+        if error is not None and not isinstance(error, ProcessError):
             logger.error(
                 "%s failed and its result was never read: %s", self.label, error, exc_info=error
             )

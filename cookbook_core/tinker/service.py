@@ -52,11 +52,14 @@ class ServiceClient:
         checkpoint_dir: where `save_state` and `save_weights_for_sampler` write; by default
             ./checkpoints in the folder Python was started in. Each client writes to a new folder
             model-N there; a client resumed from a checkpoint with its optimizer writes beside that.
+        sampler_url: of a vLLM server of the same base model, which then draws all samples; the rest
+            stays on this machine (docs/scaling.md).
         display_name: no effect. api_key to default_headers_overrides have no effect on this
             machine, device to checkpoint_dir none at a service.
 
     Raises:
-        ConfigError: base_url is not a URL, or the SDK is not installed.
+        ConfigError: base_url or sampler_url is not a URL, both are given, or the SDK is not
+            installed.
     """
 
     def __init__(
@@ -73,10 +76,18 @@ class ServiceClient:
         gradient_checkpointing: str = "auto",
         checkpoint_dir: str | Path = "checkpoints",
         trust_service: bool = False,
+        sampler_url: str | None = None,
     ) -> None:
         del display_name
         self._service: Connection | None = None
         self._trust = trust_service
+        if sampler_url:
+            from cookbook_core.backend.remote.connection import checked_url
+
+            if base_url:
+                fix = "Leave sampler_url out: the service samples."
+                raise ConfigError("sampler_url", "not supported with base_url", fix=fix)
+            sampler_url = checked_url("sampler_url", sampler_url)
         if base_url:
             from cookbook_core.backend.remote.connection import Connection
 
@@ -86,6 +97,7 @@ class ServiceClient:
                 headers=headers,
             )  # fmt: skip
         self._options: dict[str, Any] = {
+            "sampler_url": sampler_url or "",
             "device": device,
             "dtype": dtype,
             "gradient_checkpointing": gradient_checkpointing,

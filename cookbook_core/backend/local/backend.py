@@ -30,6 +30,7 @@ from cookbook_core.backend.local.multiprocess.engine import SharedEngine
 from cookbook_core.backend.local.multiprocess.group import joined
 from cookbook_core.backend.local.sampling.prompt_scores import sample_and_score
 from cookbook_core.backend.local.scoring.memory_limits import check_mode
+from cookbook_core.backend.local.vllm_sampler import VllmSamples
 from cookbook_core.backend.sampling_requests import (
     prompt_datum,
     prompt_scores,
@@ -59,7 +60,7 @@ import torch
 class LocalBackend:
     """A base model with its queue. Its methods return futures; one thread does the work.
 
-    `gathers` is the worker's: see `Worker`.
+    `gathers` is the worker's: see `Worker`. A vLLM server at `sampler_url` samples, unless empty.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class LocalBackend:
         gradient_checkpointing: str = "auto",
         model_ids: ModelIds | None = None,
         gathers: bool = False,
+        sampler_url: str = "",
     ) -> None:
         check_mode(gradient_checkpointing)
         if not torch.cuda.is_available():
@@ -82,6 +84,7 @@ class LocalBackend:
         """Those of the clients that exist, by number."""
         self.checkpoint_dir = checkpoint_dir
         self.model_ids = model_ids or ModelIds(checkpoint_dir)
+        self.vllm = VllmSamples(sampler_url, checkpoint_dir) if sampler_url else None
         self._loaded: Engine | None = None
         self._load = partial(load_engine, base_model, device, dtype, gradient_checkpointing)
 
@@ -152,6 +155,8 @@ class LocalBackend:
 
     def close(self) -> None:
         self.worker.close()
+        if self.vllm is not None:
+            self.vllm.close()
 
 
 def load_engine(name: str, device: str, dtype: str, gradient_checkpointing: str) -> Engine:
@@ -212,6 +217,7 @@ class LocalTraining:
             model_name=data.model_name,
         )
         self.machine = self._engine.machine(adapter)
+        self.machine["sampler"] = "local" if backend.vllm is None else "vllm"
 
     def tokenizer(self) -> Any:
         return self._engine.base.tokenizer()
@@ -333,11 +339,15 @@ class LocalTraining:
 
 
 class LocalSampler:
-    """A snapshot to generate from: a copy of an adapter, or the bare base model."""
+    """A snapshot to generate from: a copy of an adapter, or the bare base model.
+
+    Made by the worker thread.
+    """
 
     def __init__(self, backend: LocalBackend, adapter: Adapter | None) -> None:
         self._worker, self._engine, self._adapter = backend.worker, backend.engine(), adapter
         self.model_data = self._engine.base.data()
+        self._served = backend.vllm and backend.vllm.serve(self._engine, adapter)
 
     def tokenizer(self) -> Any:
         return self._engine.base.tokenizer()
@@ -358,16 +368,20 @@ class LocalSampler:
     ) -> Future[SampleResponse]:
         """Queued; decoded together with requests of this snapshot that are waiting by then.
 
-        on_token: see `SampleRequest`.
+        on_token: see `SampleRequest`; not called where a vLLM server samples, which gets the
+            request at once.
         """
         wanted = include_prompt_logprobs, topk_prompt_logprobs, topk_sample_logprobs
         request = sampling_request(self.model_data, prompt, num_samples, params, *wanted)
         request = replace(request, on_token=on_token)
-        self._engine.check_prompt(prompt, "sample")
         more = target_prompt_logprobs, prompt_alt_tokens_k, prompt_logprobs_last_n
-        item = request, prompt_scores(request, self.model_data.vocab_size, *more)
+        scores = prompt_scores(request, self.model_data.vocab_size, *more)
+        if self._served is not None:
+            return self._served.sample(request, scores)
+        self._engine.check_prompt(prompt, "sample")
         sample = partial(sample_and_score, self._engine, self._adapter)
-        return self._worker.submit_grouped("sample", sample, item, ("sample", id(self)))
+        item, group = (request, scores), ("sample", id(self))
+        return self._worker.submit_grouped("sample", sample, item, group)
 
     def write(self, folder: Path) -> Future[Path]:
         """Save the snapshot's weights as a new folder, which `create_sampler` opens."""

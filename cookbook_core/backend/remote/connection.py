@@ -57,7 +57,7 @@ class Connection:
         project_id: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        self.url = _checked_url(url)
+        self.url = checked_url("base_url", url)
         self.verdicts: dict[str | None, list[str]] = {}
         """The problems that `core_problems` listed, by base model."""
         self._key = api_key or os.environ.get("TINKER_API_KEY")
@@ -276,15 +276,16 @@ def _import_sdk() -> Any:
     return tinker
 
 
-def _checked_url(url: object) -> str:
+def checked_url(where: str, url: object) -> str:
+    """The URL without a slash at its end; ConfigError about `where` unless it is one of http."""
     parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
-            "base_url",
+            where,
             "not a URL",
             expected="one such as http://localhost:8000",
             got=url,
-            fix="Pass base_url with http:// or https://.",
+            fix=f"Pass {where} with http:// or https://.",
         )
     return str(url).rstrip("/")
 
