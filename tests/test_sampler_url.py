@@ -154,7 +154,9 @@ def test_a_bare_base_model(make_service, fake, model_folder):
         ({"temperature": 0.005}, {}, "params.temperature"),
         ({"temperature": 2.5}, {}, "params.temperature"),
         ({}, {"include_prompt_logprobs": True}, "include_prompt_logprobs"),
-        ({}, {"topk_prompt_logprobs": 2}, "include_prompt_logprobs"),
+        ({}, {"topk_prompt_logprobs": 2}, "topk_prompt_logprobs"),
+        ({}, {"topk_sample_logprobs": 2}, "topk_sample_logprobs"),
+        ({}, {"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k"),
     ],
 )
 def test_what_differs_is_refused(client, fake, params, wanted, field):
