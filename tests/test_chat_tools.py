@@ -6,11 +6,11 @@ import dataclasses
 import json
 from typing import Any
 
-from cookbook_core import chat, runs
+from cookbook_core import chat, clients, runs
 from cookbook_core.data import load_rows
 from cookbook_core.errors import ConfigError, DataError
 from cookbook_core.runs import run_folder
-from recipes import bradley_terry, dpo, grpo, kto, sft
+from recipes import bradley_terry, dpo, kto, sft
 from tests.test_chat import CHATML, make_tokenizer, trained_text
 from tests.test_chat_templates import HEADER
 
@@ -394,7 +394,7 @@ RECIPES = {
     "sft prompts": lambda row, t: sft.prompt_tokens([row], t),
     "dpo": lambda row, t: inputs_of(dpo.build_pairs([row], t, 999)[0]),
     "kto": lambda row, t: inputs_of(kto.build_data([{**row, "label": True}], t, 999)[0]),
-    "grpo": lambda row, t: [grpo.with_prompt_tokens([row], t, 999)[0]["prompt_tokens"]],
+    "grpo": lambda row, t: [clients.with_prompt_tokens([row], t, 999)[0]["prompt_tokens"]],
     "bradley_terry": lambda row, t: inputs_of(
         bradley_terry.build_pairs([row], bradley_terry.Judge(t, "Good?", (" is", " it")), 999)[0]
     ),

@@ -117,7 +117,7 @@ def test_new_copies_a_recipe_whole(
     back = text.replace(f"python my_{name}.py", f"python -m recipes.{name}")
     back = back.replace(f"runs/my_{name}-", f"runs/{name}-")
     assert back.replace("python -m cookbook_core.recipes.", "python -m recipes.") == original
-    assert f"python my_{name}.py  " in ast.get_docstring(ast.parse(text))
+    assert f"python my_{name}.py " in ast.get_docstring(ast.parse(text))
     loss = next(word for word in shown.split() if word.endswith("_loss()."))
     assert f"\ndef {loss[:-3]}(" in text
 

@@ -217,23 +217,29 @@ def test_compute_logprobs(client):
 
 # ---- refusals -----------------------------------------------------------------------------------
 
-IMAGE = {"image": lambda: sdk.types.ImageChunk(data=b"", format="png", expected_tokens=2)}
-IMAGE["pointer"] = lambda: sdk.types.ImageAssetPointerChunk(
-    location="x", format="png", expected_tokens=2
-)
+IMAGE = {
+    "image": lambda: sdk.types.ImageChunk(data=b"png", format="png", expected_tokens=2),
+    "pointer": lambda: sdk.types.ImageAssetPointerChunk(
+        location="x", format="png", expected_tokens=2
+    ),
+}
 
 
 @pytest.mark.parametrize("image", IMAGE)
 def test_images_are_refused_by_name(client, random_data, image):
+    """By a model that reads text alone; pointers by every model."""
     data: list[Any] = random_data(n=2)
-    looked = sdk.ModelInput(chunks=[sdk.EncodedTextChunk(tokens=[1]), IMAGE[image]()])
-    data.append(sdk.Datum(model_input=looked, loss_fn_inputs={"weights": [0.0, 0.0, 1.0]}))
-    with pytest.raises(DatumError, match=r"data\[2\].*chunks\[1\].*text only.*got Image"):
-        client.forward(data, "cross_entropy")
+    chunks = [sdk.EncodedTextChunk(tokens=[1]), IMAGE[image](), sdk.EncodedTextChunk(tokens=[2])]
+    looked = sdk.ModelInput(chunks=chunks)
+    inputs = {"target_tokens": [0, 0, 2, 3], "weights": [0.0, 0.0, 0.0, 1.0]}
+    data.append(sdk.Datum(model_input=looked, loss_fn_inputs=inputs))
+    says = {"image": "this model is given none", "pointer": "got ImageAssetPointerChunk"}[image]
+    with pytest.raises(DatumError, match=rf"data\[2\].*chunks\[1\].*{says}"):
+        client.forward(data, "cross_entropy").result()
     sampler = client.save_weights_and_get_sampling_client()
-    with pytest.raises(DatumError, match=r"chunks\[1\].*text only"):
+    with pytest.raises(DatumError, match=rf"chunks\[1\].*{says}"):
         sampler.sample(looked, 1, sdk.SamplingParams(max_tokens=2))
-    with pytest.raises(DatumError, match=r"chunks\[1\].*text only"):
+    with pytest.raises(DatumError, match=rf"chunks\[1\].*{says}"):
         sampler.compute_logprobs(looked)
     client.forward(data[:2], "cross_entropy").result()  # alive afterwards
 

@@ -110,9 +110,8 @@ def test_gradient_pulls_to_the_teacher_and_spares_the_prompt(kind):
     teacher = [torch.tensor([[0.9, 0.05, 0.03, 0.02]]).log().expand(n, 4) for n in (2, 1)]
     logprobs = [torch.full((n, 4), 0.25).log() for n in (3, 1)]
     loss_fn = partial(exact_loss, divergence=kind, teacher_rows=teacher)
-    result = differentiate(
-        loss_fn, datums, [lp.clone() for lp in logprobs], view=lambda lp: lp.log_softmax(-1)
-    )
+    views = [lambda lp: lp.log_softmax(-1)] * 2
+    result = differentiate(loss_fn, datums, [lp.clone() for lp in logprobs], views=views)
     expected = divergence_of(logprobs[1], teacher[1], kind).item()
     assert result.loss == result.metrics["divergence"] == pytest.approx(expected)
     first, second = result.grads
