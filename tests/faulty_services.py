@@ -14,7 +14,8 @@ from typing import Any
 
 from cookbook_core.builtin_losses import builtin_loss, cross_entropy
 from cookbook_core.custom_loss import forward_backward_two_pass
-from cookbook_core.datums import check_data, with_inputs
+from cookbook_core.datum_checks import check_data
+from cookbook_core.datums import with_inputs
 from cookbook_core.errors import DatumError
 from cookbook_core.tinker import (
     Datum,

@@ -14,7 +14,8 @@ from cookbook_core import (
     weighted_sums,
     with_inputs,
 )
-from cookbook_core.datums import check_data, shift_values
+from cookbook_core.datum_checks import check_data
+from cookbook_core.datums import shift_values
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.tinker import Datum, ModelInput, ServiceClient, TensorData
 from tests.oracles.logprobs import adapter_of, plain_model, randomize, slow_logprobs

@@ -13,7 +13,8 @@ from cookbook_core import datum_from_prompt_completion, datum_from_tokens_weight
 from cookbook_core.backend.local.scoring import packing
 from cookbook_core.backend.remote.convert import datums_out
 from cookbook_core.backend.sampling_requests import sampling_request
-from cookbook_core.datums import check_data, shift_sequence
+from cookbook_core.datum_checks import check_data
+from cookbook_core.datums import shift_sequence
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.images import MOST_PIXELS, ImageReader, rgb
 from cookbook_core.tinker.sdk_objects import own_data

@@ -37,7 +37,7 @@ LAYERS = (
     "errors openmp",
     "storage",
     "types",
-    "datums alignment custom_loss token_set builtin_losses regularise images",
+    "datums datum_checks alignment custom_loss token_set builtin_losses regularise images",
     "data chat",
     "backend",
     "tinker",

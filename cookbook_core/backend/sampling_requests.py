@@ -7,13 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cookbook_core.datums import (
-    LEAST_TEMPERATURE,
-    check_data,
-    input_problems,
-    missing_lengths,
-    shift_sequence,
-)
+from cookbook_core.datum_checks import check_data, input_problems, missing_lengths
+from cookbook_core.datums import LEAST_TEMPERATURE, shift_sequence
 from cookbook_core.errors import ConfigError, DatumError, is_finite, raise_all
 from cookbook_core.types import Datum, ImageChunk, ModelData, ModelInput, SamplingParams
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cookbook_core.custom_loss import LossFn, check_loss, name_of
-from cookbook_core.datums import check_data
+from cookbook_core.datum_checks import check_data
 from cookbook_core.doctor import batch, checks, reference
 from cookbook_core.doctor.case import Case, make_case
 from cookbook_core.doctor.examples import example_data, wants_vocab

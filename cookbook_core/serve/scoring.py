@@ -8,7 +8,8 @@ from typing import Any
 
 from cookbook_core.builtin_losses import builtin_loss, needed_inputs
 from cookbook_core.custom_loss import LossFn
-from cookbook_core.datums import check_data, input_key
+from cookbook_core.datum_checks import check_data
+from cookbook_core.datums import input_key
 from cookbook_core.errors import ConfigError, DatumError
 from cookbook_core.serve import fields, wire
 from cookbook_core.serve.fields import Fields

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from cookbook_core.backend.interface import SamplingBackend
-from cookbook_core.datums import check_data
+from cookbook_core.datum_checks import check_data
 from cookbook_core.errors import ConfigError
 from cookbook_core.tinker.futures import APIFuture, JointCalls, async_result, async_version, mapped
 from cookbook_core.tinker.sdk_objects import own_data, own_params

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias, TypeVar
 from cookbook_core.backend.interface import TrainingBackend
 from cookbook_core.builtin_losses import builtin_loss, needed_inputs
 from cookbook_core.custom_loss import LossFn, LossTypeInput, check_loss
-from cookbook_core.datums import check_data, score_where_weighted
+from cookbook_core.datum_checks import check_data
+from cookbook_core.datums import score_where_weighted
 from cookbook_core.errors import ConfigError, check_choice
 from cookbook_core.tinker.futures import (
     APIFuture,
