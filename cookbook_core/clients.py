@@ -229,12 +229,12 @@ def add_top_logprobs(
     """
     import torch
 
-    futures, added = [], []
+    prompts, added = [], []
     for datum in asked:  # the whole sequence is a prompt, whose tokens are scored
         last = int(datum.loss_fn_inputs["target_tokens"].to_numpy()[-1])
-        prompt = ModelInput.from_ints([*datum.model_input.to_ints(), last])
-        params = SamplingParams(max_tokens=1, temperature=0)
-        futures.append(sampler.sample(prompt, 1, params, topk_prompt_logprobs=k))
+        prompts.append(datum.model_input.append_int(last))
+    params = [SamplingParams(max_tokens=1, temperature=0)] * len(prompts)
+    futures = sampler.sample_batch(prompts, 1, params, topk_prompt_logprobs=k)
     for datum, future in zip(data, futures, strict=True):
         lists = (future.result().topk_prompt_logprobs or [])[-_answer_length(datum) :]
         ids = torch.tensor([[token for token, _ in top or ()] for top in lists])

@@ -101,6 +101,8 @@ class SamplingClient:
         prompts: Sequence[ModelInput],
         num_samples: int,
         sampling_params: Sequence[SamplingParams],
+        *,
+        topk_prompt_logprobs: int = 0,
     ) -> list[APIFuture[SampleResponse]]:
         """Generate completions of several prompts, decoded together as one unit. Not in the SDK.
 
@@ -111,6 +113,7 @@ class SamplingClient:
             prompts: P prompts.
             num_samples: completions of each.
             sampling_params: P of them, one for each prompt.
+            topk_prompt_logprobs: of every prompt, as for `sample`.
         Returns:
             P futures, as `sample` returns them.
         Raises:
@@ -123,7 +126,7 @@ class SamplingClient:
             )  # fmt: skip
         with self._backend.unit():
             return [
-                self.sample(prompt, num_samples, params)
+                self.sample(prompt, num_samples, params, topk_prompt_logprobs=topk_prompt_logprobs)
                 for prompt, params in zip(prompts, sampling_params, strict=True)
             ]
 

@@ -410,7 +410,7 @@ def test_a_reward_that_raises_leaves_the_runs_files(tmp_path, monkeypatch):
     weights = tmp_path / "run" / "checkpoints" / "model-0" / "weights"
     assert {path.name for path in weights.iterdir()} == {"reference", "step-000005"}
 
-    monkeypatch.undo()  # the reward is mended: the run resumes where it stopped
+    monkeypatch.undo()  # the reward works again: the run resumes where it stopped
     train(config, RunFlags(resume=str(tmp_path / "run")))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, *range(10)]

@@ -187,7 +187,7 @@ def check_layers(layers: list[Any], dtype: torch.dtype, device: torch.device, na
     """Check one layer of each kind, the smallest: linear, and its backward its transpose.
 
     A layer that quantizes its input too (LLM.int8, FP8 with dynamic scales) is not linear, and some
-    kernels have no backward: training would go on, in silence, with a wrong gradient.
+    kernels have no backward: training would continue, in silence, with a wrong gradient.
 
     Raises:
         ModelError: the first kind that is not.
