@@ -113,12 +113,12 @@ def main() -> None:
         there = sdk.ServiceClient(base_url=url, api_key="tml-local")
         here = own.ServiceClient(device="cpu")
         make = {"rank": RANK, "seed": 0}
-        wire = there.create_lora_training_client("tiny", **make)
+        wire = there.create_lora_training_client("tiny", **make).result()
         local = here.create_lora_training_client("tiny", **make).result()
         uploaded = there.create_custom_loss(traced, {"logprobs": 1, "weights": 1}).result()
         runs = {f"wire {k}": run for k, run in steps(wire, sdk, uploaded).items()}
         runs |= {f"here {k}": run for k, run in steps(local, own).items()}
-        runs["wire samples"] = samples(wire.save_weights_and_get_sampling_client(), sdk)
+        runs["wire samples"] = samples(wire.save_weights_and_get_sampling_client().result(), sdk)
         one = local.save_weights_and_get_sampling_client().result()
         prompt = own.ModelInput.from_ints(list(range(20, 52)))
         params = own.SamplingParams(max_tokens=NEW_TOKENS, temperature=1.0, stop=[])
