@@ -177,8 +177,8 @@ class Decoder:
         lengths, *pairs = zip(*rows, strict=True)
         source, into = torch.tensor(pairs, device=self.device)
         stacked, start = cache.stack(), 0
-        for length, same in itertools.groupby(lengths):
-            end = start + len(list(same))
+        for length, equal in itertools.groupby(lengths):
+            end = start + len(list(equal))
             self.cache.copy_prompts(stacked, source[start:end], into[start:end], length - 1)
             start = end
 

@@ -1,7 +1,7 @@
-"""A decoding step of a Llama-like model in few operations: on small models their number is the time.
+"""A Llama-like model's decoding step in few operations: their number is the time of small models.
 
-transformers computes a layer's step in about 90 operations, and as many calls of modules. This loop
-computes the same with the model's own weights in about 40, and calls no module. It is used on the
+transformers computes a layer's step in about 90 operations and a dozen calls of modules. This loop
+computes the same with the model's own weights in about 40. It is used on the
 CPU in float32 for the classes below, once a model has given the same logits to rounding on random
 tokens, and where the LoRA of all layers is merged or disabled.
 """
