@@ -99,7 +99,7 @@ def is_small(result: Any) -> bool:
             result.target_prompt_logprobs, result.prompt_alt_tokens,
             *(sequence.topk_logprobs_np for sequence in result.sequences),
         )  # fmt: skip
-        tokens = sum(len(sequence.tokens_np) for sequence in result.sequences)
+        tokens = sum(len(sequence.tokens) for sequence in result.sequences)
         return tokens <= SMALL_REPLY and all(x is None for x in more)
     return not isinstance(result, ForwardBackwardOutput)
 
