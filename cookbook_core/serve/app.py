@@ -14,7 +14,14 @@ from cookbook_core.serve import chat, page
 from cookbook_core.serve.fields import fields_of
 from cookbook_core.serve.guard import PROTO, Guard
 from cookbook_core.serve.models import Base
-from cookbook_core.serve.replies import failure_body, missing, refusal, refusal_body, told
+from cookbook_core.serve.replies import (
+    failure_body,
+    is_small,
+    missing,
+    refusal,
+    refusal_body,
+    told,
+)
 from cookbook_core.serve.saved_runs import public, run_row, wire_path
 from cookbook_core.serve.service import CLIENT_CONFIG, Service
 from cookbook_core.serve.state import Options
@@ -180,7 +187,11 @@ class Rest:
             if promise.future.cancelled():
                 raise RequestError("request", "was cancelled")
             binary = PROTO in request.headers.get("accept", "")
-            reply = await asyncio.to_thread(promise.encode, promise.future.result(), binary)
+            result = promise.future.result()
+            if is_small(result):
+                reply = promise.encode(result, binary)
+            else:
+                reply = await asyncio.to_thread(promise.encode, result, binary)
             raw = isinstance(reply, bytes)
             response = Response(reply, media_type=PROTO) if raw else JSONResponse(reply)
         except Exception as error:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cookbook_core.errors import CookbookError, RequestError
+from cookbook_core.types import ForwardBackwardOutput, SampleResponse
 
 HOLD_SECONDS = 20.0
 """How long a poll is held open; clients give up after 45."""
@@ -28,6 +29,8 @@ MOST_RESULTS = 4096
 """Finished results kept; beyond it the oldest are dropped."""
 REMEMBERED = 4096
 """Requests of one model, sampler or session, the latest, of which a repetition is recognised."""
+SMALL_REPLY = 1024
+"""Sampled tokens whose reply the event loop's thread encodes itself, in less than a millisecond."""
 
 Encode = Callable[[Any, bool], Any]
 """Makes the reply of what a future holds: JSON, or bytes if the flag is set and there is such a
@@ -86,6 +89,19 @@ def _slots(error: CookbookError) -> dict[str, str]:
 def plain(text: str) -> str:
     """Text that UTF-8 can encode: paths of requests may hold other bytes."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def is_small(result: Any) -> bool:
+    """Whether encoding a result takes less time than handing it to another thread."""
+    if isinstance(result, SampleResponse):
+        more = (
+            result.prompt_logprobs, result.topk_prompt_logprobs,
+            result.target_prompt_logprobs, result.prompt_alt_tokens,
+            *(sequence.topk_logprobs_np for sequence in result.sequences),
+        )  # fmt: skip
+        tokens = sum(len(sequence.tokens) for sequence in result.sequences)
+        return tokens <= SMALL_REPLY and all(x is None for x in more)
+    return not isinstance(result, ForwardBackwardOutput)
 
 
 def typed(kind: str, **values: Any) -> Encode:

@@ -20,8 +20,11 @@ from cookbook_core.serve.replies import Promise, Promises, Refused, Repeats
 from cookbook_core.types import SampleResponse, TensorData
 
 GATHER_SECONDS = 0.004
-"""After a sampling request, how long to wait for more of the same weights, each time anew."""
+"""After a sampling request, how long to wait at least for more of the same weights."""
+LONGEST_GAP_SECONDS = 0.03
+"""How long to wait at most where requests follow each other slowly."""
 LONGEST_GATHER_SECONDS = 0.25
+"""From the first request to the decoding of what has come."""
 
 Start = Callable[[Any], Future[SampleResponse]]
 """Submits a request to the backend's sampler."""
@@ -133,7 +136,8 @@ class Samplers:
         sampler.pending.append((start, promise))
         if sampler.due is not None:
             sampler.due.cancel()
-        when = min(loop.time() + GATHER_SECONDS, sampler.first_at + LONGEST_GATHER_SECONDS)
+        gap = gather_seconds(loop.time() - sampler.first_at, len(sampler.pending))
+        when = min(loop.time() + gap, sampler.first_at + LONGEST_GATHER_SECONDS)
         sampler.due = loop.call_at(when, self._flush, sampler)
         return promise
 
@@ -198,6 +202,17 @@ class Samplers:
 
         loop = asyncio.get_running_loop()
         written.add_done_callback(lambda _: loop.call_soon_threadsafe(settle))
+
+
+def gather_seconds(since: float, count: int) -> float:
+    """How long to wait for the next request of a burst: three times the mean gap so far, in bounds.
+
+    Args:
+        since: seconds between the first request of the burst and the last.
+        count: how many have come.
+    """
+    mean = since / max(1, count - 1)
+    return min(max(3 * mean, GATHER_SECONDS), LONGEST_GAP_SECONDS)
 
 
 def _submit(start: Start, weights: Any, promise: Promise) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import gc
 import time
 
 from cookbook_core import tinker
 from cookbook_core.backend.local.kept_graphs import digest
+from cookbook_core.serve.samplers import gather_seconds
 from cookbook_core.serve.state import Options
 from tests.conftest import make_random_data
 from tests.serve.running import NAME, Running, Wire, adam, scoring
@@ -100,6 +102,32 @@ def test_requests_that_arrive_together_are_one_unit(running, monkeypatch):
         assert all(client.result(reply["request_id"])["sequences"] for reply in replies)
     assert sum(calls) == 64
     assert len(calls) < 12  # of 64 requests that arrived within a fraction of a second
+
+
+def test_bursts_are_waited_for_by_their_pace():
+    """Seconds since the first request, requests so far: at 8 ms each, 24 ms to the next."""
+    assert gather_seconds(0.0, 1) == 0.004
+    assert gather_seconds(0.010, 11) == 0.004
+    assert gather_seconds(0.080, 11) == pytest.approx(0.024)
+    assert gather_seconds(0.200, 2) == 0.03
+
+
+def test_small_results_are_encoded_without_another_thread(running, monkeypatch):
+    """Starting on it in another thread takes longer than encoding 32 tokens."""
+    threads, to_thread = [], asyncio.to_thread
+
+    async def counted(function, *args):
+        threads.append(function)
+        return await to_thread(function, *args)
+
+    with Wire(running.url) as client:
+        model = client.start()
+        sampler = snapshot(client, model, 1)
+        monkeypatch.setattr(asyncio, "to_thread", counted)
+        assert client.call("asample", sampling(sampler, 1))["sequences"]
+        assert threads == []
+        client.call("forward_backward", scoring(model, 2, make_random_data(1)))
+        assert len(threads) == 1
 
 
 def test_cancelled_samples_are_not_computed(running, monkeypatch):

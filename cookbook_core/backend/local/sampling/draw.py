@@ -112,15 +112,15 @@ def draw_tokens(
     logits = at_least_float32(logits)
     if tensors.scale is not None:
         logits = logits * tensors.scale.to(logits.dtype)
-    peak, best = logits.max(dim=1, keepdim=True)
+    peak = logits.amax(dim=1, keepdim=True)
     mass = (logits - peak).exp_()
-    total = mass.sum(dim=1, dtype=torch.float64)
-    allowed = mass
+    blocks, sums = _block_sums(mass)
+    total = sums[:, -1]
     if tensors.top_k is not None or tensors.top_p is not None:
-        allowed = truncate(mass, tensors.top_k, tensors.top_p)
-    tokens = _invert(allowed, uniforms)
+        blocks, sums = _block_sums(truncate(mass, tensors.top_k, tensors.top_p))
+    tokens = _invert(blocks, sums, uniforms)
     if tensors.greedy is not None:
-        tokens = torch.where(tensors.greedy, best[:, 0], tokens)
+        tokens = torch.where(tensors.greedy, logits.argmax(dim=1), tokens)
     chosen = logits.gather(1, tokens[:, None]) - peak
     return tokens, chosen[:, 0] - total.log().to(logits.dtype)
 
@@ -140,8 +140,8 @@ def top_tokens(logits: Tensor, tensors: SamplingTensors, top_k: int) -> tuple[Te
     if tensors.scale is not None:
         logits = logits * tensors.scale.to(logits.dtype)
     values, ids = logits.topk(top_k, dim=1)
-    peak = logits.max(dim=1, keepdim=True).values
-    total = (logits - peak).exp_().sum(dim=1, keepdim=True, dtype=torch.float64)
+    peak = logits.amax(dim=1, keepdim=True)
+    total = _block_sums((logits - peak).exp_())[1][:, -1:]
     return ids, values - peak - total.log().to(logits.dtype)  # the bits of `draw_tokens`
 
 
@@ -155,27 +155,31 @@ def draw_alternatives(logprobs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tenso
     Returns:
         tokens and their logprobs, both `(R, k)`.
     """
-    mass = logprobs.exp()
-    tokens = torch.stack([_invert(mass, column) for column in uniforms.unbind(1)], dim=1)
+    blocks, sums = _block_sums(logprobs.exp())
+    tokens = torch.stack([_invert(blocks, sums, column) for column in uniforms.unbind(1)], dim=1)
     return tokens, logprobs.gather(1, tokens)
 
 
-def _invert(mass: Tensor, uniforms: Tensor) -> Tensor:
-    """The index at which the cumulative sum of each row of `mass` `(R, V)` passes u * total."""
+def _block_sums(mass: Tensor) -> tuple[Tensor, Tensor]:
+    """`mass` `(R, V)` in blocks `(R, B, _BLOCK)`, and their cumulative sum `(R, B)`, float64."""
     rows, vocab = mass.shape
     if vocab % _BLOCK:
         mass = torch.nn.functional.pad(mass, (0, _BLOCK - vocab % _BLOCK))
     blocks = mass.view(rows, -1, _BLOCK)
-    sums = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    return blocks, blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+
+
+def _invert(blocks: Tensor, sums: Tensor, uniforms: Tensor) -> Tensor:
+    """The index at which each row's cumulative sum passes u * total; see `_block_sums`."""
     # strictly below the total, so that the block has some mass even after rounding
     target = uniforms.clamp(max=1 - 1e-15)[:, None] * sums[:, -1:]
     # (the clamp matters for NaN alone; the caller refuses the logprob that results)
     block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[1] - 1)
     before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks.gather(1, block[:, :, None].expand(rows, 1, _BLOCK))[:, 0].double()
+    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, _BLOCK))[:, 0].double()
     index = torch.searchsorted(inside.cumsum(dim=1), target - before, right=True)
     # rounding may carry the search past the last entry with any mass: step back to it
-    last = (torch.arange(_BLOCK, device=mass.device) * (inside > 0)).amax(dim=1, keepdim=True)
+    last = (torch.arange(_BLOCK, device=blocks.device) * (inside > 0)).amax(dim=1, keepdim=True)
     return (block * _BLOCK + torch.minimum(index, last))[:, 0]
 
 

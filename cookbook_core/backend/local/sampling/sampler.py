@@ -153,7 +153,8 @@ def _response(request: SampleRequest, prompt: Prompt, rows: list[Row]) -> Sample
 def _inference(core: Any) -> Iterator[None]:
     """Inside, no gradients and no dropout; afterwards every module has its former mode."""
     training = [module for module in core.modules() if module.training]
-    core.eval()
+    for module in training:
+        module.training = False
     try:
         with torch.no_grad():
             yield
