@@ -67,7 +67,9 @@ class Group:
             loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
             if loopback:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        # a sharded model's collectives run in groups that are made after the default one
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, timeout=TIMEOUT)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._nccl = None
         if torch.cuda.is_available():
@@ -143,11 +145,46 @@ class Group:
         """
         return self._collective(flat, lambda x, group: dist.reduce(x, 0, group=group))
 
-    def _collective(self, flat: torch.Tensor, run: Any) -> torch.Tensor:
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """Return the largest of all processes' numbers, place by place; all call this together."""
+        wire = torch.tensor([int(n) for n in numbers])
+        with self._detecting_loss(self._any_other()):
+            dist.all_reduce(wire, dist.ReduceOp.MAX)
+        return wire.tolist()
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Inside, this process takes part in forwards and backwards of a sharded model.
+
+        Each layer's weights are gathered by all processes together. So where one of them fails, the
+        others wait in the middle of a forward, for a part that will not come: the run ends.
+
+        Raises:
+            ProcessError: in place of any exception inside; nothing more can be computed.
+        """
+        try:
+            yield
+        except ProcessError:
+            raise
+        except Exception as error:
+            broken = isinstance(error, dist.DistError) or "gloo" in str(error)
+            where = self.name(self.rank)
+            what = "failed while all processes computed together"
+            if broken:
+                where, what = self._any_other(), "died: the connection to it broke"
+            got = f"{type(error).__name__}: {error}".partition("\n")[0]
+            self.lost = ProcessError(where, what, got=got)
+            raise self.lost from error
+
+    def _any_other(self) -> str:
+        """The name of the other process, or of one of them."""
         others = [self.name(r) for r in range(self.size) if r != self.rank]
+        return others[0] if len(others) == 1 else "a process of the run"
+
+    def _collective(self, flat: torch.Tensor, run: Any) -> torch.Tensor:
         nccl = flat.device.type == "cuda"
         wire = flat if nccl else flat.cpu()
-        with self._detecting_loss(others[0] if len(others) == 1 else "a process of the run"):
+        with self._detecting_loss(self._any_other()):
             run(wire, self._nccl if nccl else None)
             if nccl:
                 torch.cuda.synchronize(flat.device)
