@@ -471,6 +471,19 @@ def test_fewer_than_processes() -> None:
     assert share_out([], 2, reuse_prefixes=True) == [[], []]
 
 
+@pytest.mark.parametrize("form", ["logprobs", "vocab_logprobs"])
+def test_a_process_without_data(connect: Callable[..., TrainingClient], form: Any) -> None:
+    """A batch with fewer datums than processes: the gradient of nothing is zero."""
+    client = connect()
+    ours, adapter = engine_of(client), adapter_of(client)
+    assert ours.score(adapter, [], []) == ours.hidden(adapter, [], []) == []
+    with ours.score_with_graph(adapter, [], form, []) as scored:
+        assert scored.logprobs == []
+        grads = scored.pull_back([])
+    assert [g.shape for g in grads] == [p.shape for p in adapter.params]
+    assert not any(g.any() for g in grads)
+
+
 def test_distinct_tokens_are_those_laid_out() -> None:
     from cookbook_core.backend.local.scoring.packing import lay_out
 
