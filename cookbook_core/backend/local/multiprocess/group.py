@@ -18,12 +18,13 @@ import atexit
 import contextlib
 import json
 import os
+import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from cookbook_core import errors
 from cookbook_core.backend.local.multiprocess.heartbeat import Heartbeat
@@ -41,8 +42,6 @@ NCCL_TIMEOUT = timedelta(minutes=5)
 _UNLIMITED = timedelta(days=365)
 """Of a message: its sender may compute, or wait for a reward function or in a debugger. A dead one
 is detected at once, as its connections close, and a hung one by its heartbeat."""
-
-T = TypeVar("T")
 
 
 class Stopped(Exception):
@@ -72,8 +71,10 @@ class Group:
         choose_interface()
         store, self.rank, self.size = open_store(TIMEOUT)
         self.heartbeat = Heartbeat(store, self.rank, self.size)
+        # a sharded model's collectives run in groups that are made after the default one
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
-            "gloo", timeout=TIMEOUT, store=store, rank=self.rank, world_size=self.size
+            backends, timeout=TIMEOUT, store=store, rank=self.rank, world_size=self.size
         )
         self.heartbeat.start()
         self._nccl = None
@@ -114,7 +115,7 @@ class Group:
             _finish(dist.isend(body, to))
 
         with self._detecting_loss(self.name(to)):
-            self._wait_for([to], transfer)
+            self.heartbeat.run([to], transfer)
 
     def receive(self, source: int) -> Packet:
         """Wait for a packet.
@@ -131,7 +132,7 @@ class Group:
             return body
 
         with self._detecting_loss(self.name(source)):
-            body = self._wait_for([source], transfer)
+            body = self.heartbeat.run([source], transfer)
         at = int(sizes[0])
         header = json.loads(bytes(body[:at].numpy()))
         tensors = []
@@ -160,17 +161,65 @@ class Group:
         """
         return self._collective(flat, lambda x, group: dist.reduce(x, 0, group=group))
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """Return the largest of all processes' numbers, place by place; all call this together."""
+        wire = torch.tensor([int(n) for n in numbers])
+        with self._detecting_loss(self._any_other()):
+            dist.all_reduce(wire, dist.ReduceOp.MAX)
+        return wire.tolist()
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Inside, this process takes part in forwards and backwards of a sharded model.
+
+        Each layer's weights are gathered by all processes together. So where one of them fails, the
+        others wait in the middle of a forward, for a part that will not come: the run ends. Where
+        one hangs, the others exit with status 1: nothing can interrupt such a wait.
+
+        Raises:
+            ProcessError: in place of any exception inside; nothing more can be computed.
+        """
+        done = threading.Event()
+        threading.Thread(target=self._exit_if_hung, args=[done], daemon=True).start()
+        try:
+            yield
+        except ProcessError:
+            raise
+        except Exception as error:
+            broken = isinstance(error, dist.DistError) or "gloo" in str(error)
+            where = self.name(self.rank)
+            what = "failed while all processes computed together"
+            if broken:
+                where, what = self._any_other(), "died: the connection to it broke"
+            got = f"{type(error).__name__}: {error}".partition("\n")[0]
+            self.lost = ProcessError(where, what, got=got)
+            raise self.lost from error
+        finally:
+            done.set()
+
+    def _exit_if_hung(self, done: threading.Event) -> None:
+        if silent := self.heartbeat.wait(done, self._others()):
+            print(self.heartbeat.hung(silent[0]), file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _others(self) -> list[int]:
+        """Every rank but this one."""
+        return [r for r in range(self.size) if r != self.rank]
+
+    def _any_other(self) -> str:
+        """The name of the other process, or of one of them."""
+        others = self._others()
+        return self.name(others[0]) if len(others) == 1 else "a process of the run"
+
     def _collective(self, flat: torch.Tensor, run: Any) -> torch.Tensor:
-        others = [r for r in range(self.size) if r != self.rank]
         nccl = flat.device.type == "cuda"
         wire = flat if nccl else flat.cpu()
-        whom = self.name(others[0]) if len(others) == 1 else "a process of the run"
-        with self._detecting_loss(whom):
+        with self._detecting_loss(self._any_other()):
             if nccl:  # which has a timeout of its own
                 run(wire, self._nccl)
                 torch.cuda.synchronize(flat.device)
             else:
-                self._wait_for(others, lambda: run(wire, None))
+                self.heartbeat.run(self._others(), lambda: run(wire, None))
         return wire.to(flat.device)
 
     # ---- loss of a process -----------------------------------------------------------------------
@@ -188,43 +237,6 @@ class Group:
         except RuntimeError as error:
             self.lost = ProcessError(whom, "died: the connection to it broke")
             raise self.lost from error
-
-    def _wait_for(self, ranks: Collection[int], operation: Callable[[], T]) -> T:
-        """Return the result of an operation that ends when these processes have done their part.
-
-        It runs in a thread, which blocks for good where this one gives up: gloo can neither cancel
-        an operation nor time out without closing every connection.
-
-        Raises:
-            ProcessError: one of them hangs.
-        """
-        done: threading.Event = threading.Event()
-        results: list[T] = []
-        errors: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                results.append(operation())
-            except BaseException as error:  # raised below
-                errors.append(error)
-            done.set()
-
-        threading.Thread(target=run, name="message", daemon=True).start()
-        if silent := self.heartbeat.wait(done, ranks):
-            raise self._hung(silent[0])
-        if errors:
-            raise errors[0]
-        return results[0]
-
-    def _hung(self, rank: int) -> ProcessError:
-        beats = self.heartbeat
-        return ProcessError(
-            self.name(rank),
-            f"hangs, or its machine cannot be reached ({beats.places[rank]})",
-            expected=f"a sign of life every {beats.interval:g} seconds",
-            got=f"none for {beats.limit:g} seconds",
-            fix="Give the same command to resume from the last checkpoint.",
-        )
 
     # ---- rank 0 ----------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@ import math
 import os
 import platform
 import threading
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
-from cookbook_core.errors import ConfigError
+from cookbook_core.errors import ConfigError, ProcessError
 
 VARIABLE = "COOKBOOK_HANG_TIMEOUT"
 """Environment variable with another limit, in seconds."""
@@ -23,6 +23,8 @@ LIMIT = 600.0
 release Python's interpreter lock stops the signs for as long as it takes."""
 SIGNS = 40
 """Signs of life within the limit."""
+
+T = TypeVar("T")
 
 
 class Heartbeat:
@@ -80,6 +82,43 @@ class Heartbeat:
                 return silent
         return []
 
+    def run(self, ranks: Collection[int], operation: Callable[[], T]) -> T:
+        """Return the result of an operation that ends when these processes have done their part.
+
+        It runs in a thread, which blocks for good where this one gives up: gloo can neither cancel
+        an operation nor time out without closing every connection.
+
+        Raises:
+            ProcessError: one of them hangs. What the operation raises.
+        """
+        done = threading.Event()
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def complete() -> None:
+            try:
+                results.append(operation())
+            except BaseException as error:  # raised below
+                errors.append(error)
+            done.set()
+
+        threading.Thread(target=complete, name="message", daemon=True).start()
+        if silent := self.wait(done, ranks):
+            raise self.hung(silent[0])
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def hung(self, rank: int) -> ProcessError:
+        """The error that a process hangs."""
+        return ProcessError(
+            f"process {rank} of {len(self._signs)}",
+            f"hangs, or its machine cannot be reached ({self.places[rank]})",
+            expected=f"a sign of life every {self.interval:g} seconds",
+            got=f"none for {self.limit:g} seconds",
+            fix="Give the same command to resume from the last checkpoint.",
+        )
+
     def _beat(self) -> None:
         """Count until stopped. Where the store is gone, with its machine, all others are silent."""
         try:
@@ -97,6 +136,6 @@ def _limit() -> float:
     except ValueError:
         limit = math.nan
     if not 0 < limit < math.inf:
-        rule = "a number of seconds above 0"
-        raise ConfigError(VARIABLE, "unusable", expected=rule, got=text)
+        rule, fix = "a number of seconds above 0", f"Without it the limit is {LIMIT:g} seconds."
+        raise ConfigError(VARIABLE, "unusable", expected=rule, got=text, fix=fix)
     return limit

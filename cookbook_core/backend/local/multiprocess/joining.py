@@ -48,9 +48,8 @@ def open_store(timeout: timedelta) -> tuple[Any, int, int]:
             if store.check([key]):  # maybe written before the restart; then again soon
                 store.set(f"start/{store.get(key).decode()}", own)
         if time.monotonic() > deadline:
-            raise ProcessError(
-                "torchrun", "not all processes started", expected=size, got=1 + ready
-            )
+            what, fix = "not all processes started", "Give the same command on every machine."
+            raise ProcessError("torchrun", what, expected=size, got=1 + ready, fix=fix)
         time.sleep(0.02)
     return PrefixStore(own, store), rank, size
 
