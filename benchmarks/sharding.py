@@ -3,9 +3,10 @@
     torchrun --nproc_per_node=2 -m benchmarks.sharding
 
 Differences in float64, on the bundled model, between the processes of this run over a sharded model
-and one process with the whole model; each of three steps makes two backwards. Bytes in float32, on
-the random `small` model: of all tensors that rank 0 has after a step, less those it had before the
-model was loaded and those of an adapter in training.
+and one process with the whole model; each of three steps makes two backwards. Bytes in float32, of
+a random model of eight layers: of all tensors that rank 0 has after a step, less those it had
+before the model was loaded and those of the adapter in training; the copy of the adapter that was
+sent last is in them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from collections.abc import Sequence
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks import workloads as W
 from cookbook_core.backend.local.model import memory
 from cookbook_core.backend.local.multiprocess import group
 from cookbook_core.runs import join_processes
@@ -27,6 +27,7 @@ from tests.oracles.logprobs import adapter_of, engine_of, randomize, take_gradie
 from tests.test_processes import BATCHES, grouped, squared
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 
@@ -64,15 +65,24 @@ def differences(clients: Sequence[TrainingClient], loss: object, data: list[Datu
 def live_bytes() -> int:
     """Bytes of all tensors of this process."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
     parts = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
     return sum({s._cdata: s.nbytes() for s in (x.untyped_storage() for x in parts)}.values())
 
 
-def held(*, shard: bool) -> tuple[int, int]:
+def build_model(folder: str) -> str:
+    """A random model of 31 M parameters, of which 27 M are in layers, untied."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    config = AutoConfig.for_model("qwen3", vocab_size=4096, **sizes, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def held(model: str, *, shard: bool) -> tuple[int, int]:
     """Bytes of a base model after a step, and those that memory limits reckon with."""
     before = live_bytes()
-    made = client(W.build_model("small"), "float32", shard=shard)
+    made = client(model, "float32", shard=shard)
     made.forward_backward_custom(grouped(2, 2, 18), squared).result()
     take_gradient(made)
     own = live_bytes() - before - adapter_of(made).flat.nbytes
@@ -80,7 +90,6 @@ def held(*, shard: bool) -> tuple[int, int]:
 
 
 def main() -> None:
-    W.build_model("small")
     Qwen3RMSNorm.forward = float64_norm  # transformers' is in float32 whatever the model is in
     join_processes()
     print("| batch | logprobs, nats | gradient |\n|---|---|---|")
@@ -91,8 +100,9 @@ def main() -> None:
     for name, (loss, data) in BATCHES.items():
         logprobs, gradient = differences(clients, loss, data)
         print(f"| {name} | {logprobs:.1e} | {gradient:.1e} |", flush=True)
+    folder = build_model(tempfile.mkdtemp())
     for shard in (False, True):
-        own, counted = held(shard=shard)
+        own, counted = held(folder, shard=shard)
         print(f"sharded {shard}: {own / 2**20:.1f} MiB held, {counted / 2**20:.1f} counted")
 
 

@@ -402,7 +402,7 @@ def test_bytes_held_by_a_process(make_sides: Connect, model_folder: Callable[...
     """Half of the layers, and the ends whole. What memory limits reckon with has FSDP's part of the
     ends and two gathered layers as well."""
     both = make_sides("sharded", "llama")
-    both.agree(lambda c: c.forward(grouped(2, 2, 18), "cross_entropy"))
+    both.agree(lambda c: c.forward_backward(grouped(2, 2, 18), "cross_entropy"))
     model = engine_of(both.shared).base.model
     held = {"layers": 0, "ends": 0}
     for name, p in model.named_parameters():

@@ -121,7 +121,8 @@ def sharded_weight_bytes(model: Any, shards: int) -> int:
     """Bytes that a model's weights take in each of `shards` processes, while it computes.
 
     Layers are held in parts, each weight cut along its rows, and two of the layers whole: the one
-    that computes and the next. All else is whole for good, beside the part that FSDP keeps of it.
+    that computes and the next. All else is whole for good, beside the part that FSDP keeps of it;
+    an embedding that is the unembedding too is whole twice, as FSDP gathers it for two groups.
 
     Args:
         model: a sharded model before its first forward, or any model that is not sharded.
@@ -133,6 +134,8 @@ def sharded_weight_bytes(model: Any, shards: int) -> int:
         rows = p.shape[0] if p.dim() else 1
         held += _whole_bytes(p) // rows * -(-rows // shards)
         held += 0 if id(p) in in_layers else _whole_bytes(p)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    held += _whole_bytes(head.weight) if head and head.weight is embedding.weight else 0
     return held + sum(sorted(sum(map(_whole_bytes, own)) for own in layers)[-2:])
 
 

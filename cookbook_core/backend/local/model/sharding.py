@@ -70,6 +70,9 @@ def prepare(model: Any, shards: int, name: str) -> None:
             got=f"{name}, {architecture(model)}",
             fix="Leave --shard out: each process then holds the whole model.",
         )
+    for p in model.parameters():  # on the CPU each part is a view of the weight that was read
+        if (local := p.to_local()).untyped_storage().nbytes() > local.nbytes:
+            p._local_tensor = local.clone()
     for part in (model, model.get_input_embeddings(), model.get_output_embeddings()):
         if isinstance(part, FSDPModule):
             part.set_reshard_after_forward(False, recurse=False)
