@@ -30,9 +30,9 @@ import torch
 ADAM = tinker.AdamParams(W.LEARNING_RATE, 0.9, 0.999, 1e-8, grad_clip_norm=W.CLIP)
 
 
-def cpu_service() -> tinker.ServiceClient:
+def cpu_service(*, shard: bool = False) -> tinker.ServiceClient:
     """Service for all benchmarks: the CPU, in float32."""
-    return tinker.ServiceClient(device="cpu", dtype="float32")
+    return tinker.ServiceClient(device="cpu", dtype="float32", shard=shard)
 
 
 def grpo_loss(data: list[tinker.Datum], logprobs: list[torch.Tensor]) -> Any:
@@ -51,11 +51,13 @@ def grpo_loss(data: list[tinker.Datum], logprobs: list[torch.Tensor]) -> Any:
 class Side:
     """A client, its reference, and the workload's data."""
 
-    def __init__(self, workload: str, model: str, steps: int, threads: int) -> None:
+    def __init__(
+        self, workload: str, model: str, steps: int, threads: int, *, shard: bool = False
+    ) -> None:
         if threads:
             torch.set_num_threads(threads)
         self.workload, folder = workload, W.build_model(model)
-        service = cpu_service()
+        service = cpu_service(shard=shard)
         self.client = clients.start(service, folder, "", W.LORA_RANK, seed=0)
         self.base = clients.start(service, folder, "", 1, seed=0)  # B is 0: the bare base model
         if workload.startswith("sft"):

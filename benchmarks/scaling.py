@@ -4,7 +4,8 @@
 
 Three programs run interleaved, one step each, over the same batches of the random `small` model on
 the CPU: two processes of one thread; one process of one thread; one process of two threads. Prints
-the median over the rounds of the ratios within a round, with the smallest and largest. seconds:
+the median over the rounds of the ratios within a round, with the smallest and largest. A fourth
+program, 2 x 1 sharded, is the first over a base model in parts (--programs). seconds:
 wall-clock. cpu_s: processor seconds of rank 0, all threads; for 1 x 1 / 2 x 1 this is the scaling
 that two idle cores would allow, also when measured on a busy machine. generate_s: GRPO's sampling.
 """
@@ -24,16 +25,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WORKLOADS = ("sft", "dpo", "grpo")
 PROGRAMS = {"1 x 1": (1, 1), "1 x 2": (1, 2), "2 x 1": (2, 1)}  # processes x threads
+SHARDED = "2 x 1 sharded"
 
 
-def serve(workloads: list[str], threads: int, steps: int) -> None:
+def serve(workloads: list[str], threads: int, steps: int, shard: bool) -> None:
     """Run one program: read "workload step" lines, print each step's seconds and loss."""
     from cookbook_core.runs import join_processes
 
     join_processes()
     from benchmarks.our_side import Side
 
-    sides = {workload: Side(workload, "small", steps, threads) for workload in workloads}
+    sides = {
+        workload: Side(workload, "small", steps, threads, shard=shard) for workload in workloads
+    }
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         workload, step = line.split()
@@ -47,12 +51,13 @@ class Program:
     """The processes of one program; rank 0 reads and prints the lines."""
 
     def __init__(self, name: str, workloads: list[str], steps: int) -> None:
-        size, threads = PROGRAMS[name]
+        size, threads = PROGRAMS[name.removesuffix(" sharded")]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         command = [sys.executable, "-m", "benchmarks.scaling", "--serve", str(threads)]
         command += ["--steps", str(steps), "--workloads", *workloads]
+        command += ["--shard"] if name == SHARDED else []
         ranks = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_PORT": port}
         shared = {**os.environ, **ranks, "MASTER_ADDR": "127.0.0.1"}
         shared["OMP_NUM_THREADS"] = str(threads)
@@ -92,15 +97,16 @@ def main() -> None:
     parser.add_argument(
         "--programs",
         nargs="+",
-        choices=PROGRAMS,
+        choices=[*PROGRAMS, SHARDED],
         default=list(PROGRAMS),
         help="processes x threads; must include 2 x 1",
     )
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--shard", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.workloads, options.serve, options.steps)
+        serve(options.workloads, options.serve, options.steps, options.shard)
         return
     from benchmarks import workloads as W
 

@@ -145,7 +145,7 @@ class AnswerError(RequestError):
 
 
 class ProcessError(CookbookError, RuntimeError):
-    """Another process of the run died; nothing more can be computed."""
+    """A process of the run failed or died; nothing more can be computed."""
 
 
 class VersionError(CookbookError, ImportError):

@@ -4,6 +4,7 @@ run as a program; it fails when it meets certain tokens."""
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from typing import Any
 from cookbook_core.backend.local.multiprocess import group
 from cookbook_core.backend.local.scoring.scorer import Scorer
 from cookbook_core.runs import join_processes
+from cookbook_core.tinker import Datum, ModelInput
 
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 FAILS, FAILS_BACKWARD, TOO_LONG = 97, 98, 99
+FAILS_IN_LAYER, KILLED_IN_LAYER = 95, 94
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,12 +37,28 @@ def failing(grad: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("the backward broke")
 
 
+def breaking(*_: Any) -> None:
+    raise RuntimeError("the layer broke")
+
+
+def killing(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def beginning_with(token: int, datum: Datum) -> Datum:
+    ids = datum.model_input.to_ints()
+    return Datum(ModelInput.from_ints([token, *ids[1:]]), datum.loss_fn_inputs)
+
+
 def poisoned(self: Scorer, batch: Any) -> torch.Tensor:
     tokens = {token for datum in batch.data for token in datum.model_input.to_ints()}
     if FAILS in tokens:
         raise RuntimeError("the forward broke")
     if TOO_LONG in tokens:
         raise torch.OutOfMemoryError("out of memory")
+    for token, end in ((FAILS_IN_LAYER, breaking), (KILLED_IN_LAYER, killing)):
+        if token in tokens:
+            self.model.model.layers[1].register_forward_pre_hook(end)
     found = score_batch(self, batch)
     if FAILS_BACKWARD in tokens and torch.is_grad_enabled():
         found.register_hook(failing)

@@ -92,6 +92,21 @@ def test_the_document_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFix
     assert eight.fit("bfloat16", 24e9).recomputed < 16_384 < eight.fit("nf4", 24e9).recomputed
 
 
+def test_a_sharded_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A quarter of each layer, all of the ends and a quarter of them, and two layers whole."""
+    folders = make_folders(tmp_path, {"Qwen3-32B": SHAPES["Qwen3-32B"]})
+    sizes = memory_table.measure(folders[0], 32, shards=4)
+    model = memory_table.skeleton(folders[0])
+    layers = memory.weight_bytes(model.model.layers)
+    ends = memory.weight_bytes(model) - layers
+    expected = layers // 4 + ends + ends // 4 + 2 * layers // len(model.model.layers)
+    assert sizes.weights == {"bfloat16 over 4": expected}
+    assert cli.main(["memory", *folders, "--device_memory", "48GB", "--shard", "4"]) == 0
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    assert row in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert cli.main(["memory", "tiny", "--shard", "0"]) == 2
+
+
 def test_a_row_is_no_longer_than_the_context(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["memory", "tiny"]) == 0
     assert "| 512, all |" in capsys.readouterr().out

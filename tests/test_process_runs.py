@@ -1,8 +1,10 @@
-"""Runs of two processes: a recipe under torchrun, and a process that dies."""
+"""Runs of two processes: a recipe under torchrun, and processes that die or hang."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,34 +12,58 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cookbook_core import clients
-from cookbook_core.backend.local.multiprocess import group
+from cookbook_core.backend.local.multiprocess import group, heartbeat
 from cookbook_core.errors import ProcessError
 from cookbook_core.runs import Run, RunFlags, read_metrics
 from cookbook_core.runs.launch import join_processes
 from cookbook_core.tinker import AdamParams, ServiceClient, TrainingClient
 from recipes import dpo as dpo_recipe
 from tests.follower import ROOT, Two
+from tests.kill_harness import result_of
 from tests.oracles.logprobs import adapter_of, assert_close
 from tests.test_processes import SECONDS, dpo, grouped
 
 import pytest
 
+CONFIG = dpo_recipe.Config(num_steps=3, test_rows=2, batch_size=3, eval_every=40)
 
-def test_a_recipe_under_torchrun(tmp_path: Path) -> None:
-    """The command of the README, and the same run in this process alone: the same metrics."""
-    config = dpo_recipe.Config(num_steps=3, test_rows=2, batch_size=3, eval_every=40)
-    flags = [f"--{name}={getattr(config, name)}" for name in ("num_steps", "test_rows")]
-    flags += ["--batch_size=3", "--eval_every=40", "--log_path", str(tmp_path / "two")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc_per_node=2", "-m", "recipes.dpo", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+def torchrun(module: str, folder: Path, *launcher: str) -> tuple[str, str]:
+    """Run a program of the recipe dpo in two processes; its output and errors."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [*launcher, "-m", module, "--save_every=1", f"--log_path={folder}"]
+    command += [f"--{name}={getattr(CONFIG, name)}" for name in ("num_steps", "test_rows")]
+    command += ["--batch_size=3", "--eval_every=40"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Held-out pairs") == 1, "one process speaks"
-    dpo_recipe.train(dataclasses.replace(config, log_path=str(tmp_path / "one")))
-    actual, expected = (read_metrics(tmp_path / name) for name in ("two", "one"))
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of an uninterrupted run of two processes."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    return folder, torchrun("recipes.dpo", folder)[0]
+
+
+def test_a_recipe_under_torchrun(of_two: tuple[Path, str], tmp_path: Path) -> None:
+    """The command of the README, and the same run in this process alone: the same metrics."""
+    folder, printed = of_two
+    assert printed.count("Held-out pairs") == 1, "one process speaks"
+    dpo_recipe.train(dataclasses.replace(CONFIG, log_path=str(tmp_path)))
+    actual, expected = map(read_metrics, (folder, tmp_path))
     assert [row["step"] for row in actual] == [0, 0, 1, 2, 3]
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def test_max_restarts_resumes_by_itself(of_two: tuple[Path, str], tmp_path: Path) -> None:
+    """A process is killed: the end is equal to the byte to that of an uninterrupted run."""
+    run = tmp_path / "run"
+    printed, errors = torchrun("tests.restarted_program", run, "--max_restarts=1")
+    assert "resuming at step 1 of 3" in printed
+    assert re.search("process 1 of 2: died.* is that of step 1: give the same command", errors)
+    assert result_of(run, 3) == result_of(of_two[0], 3)
 
 
 @dataclass
@@ -60,24 +86,34 @@ def steps(
     return client
 
 
-def test_a_process_that_dies_ends_the_run_which_goes_on_in_one(
-    model_folder: Callable[..., str], make_service: Callable[..., ServiceClient], tmp_path: Path
+def test_a_process_that_hangs_ends_the_run_which_goes_on_in_one(
+    model_folder: Callable[..., str],
+    make_service: Callable[..., ServiceClient],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = model_folder()
-    run = tmp_path / "run"
-    made = Two(tmp_path)
+    """Rank 1 is stopped; then it goes on, and rank 0 has stopped giving signs of life."""
+    monkeypatch.setenv(heartbeat.VARIABLE, "4")
+    model, run, made = model_folder(), tmp_path / "run", Two(tmp_path)
+    first = group.joined()
+    assert first is not None
 
-    def kill(step: int) -> None:
+    def stop(step: int) -> None:
         if step == 5:
-            made.other.kill()
-            made.other.wait(SECONDS)
+            made.other.send_signal(signal.SIGSTOP)
 
-    says = "process 1 of 2: died.* The last checkpoint in .*run is that of step 4: give the same"
+    says = rf"process 1 of 2: hangs, or .*\(pid {made.other.pid} on .*none for 4 seconds. "
+    says += "The last checkpoint in .*run is that of step 4: give the same"
     try:
         with pytest.raises(ProcessError, match=says):
-            steps(run, make_service(checkpoint_dir=run / "checkpoints"), model, kill)
+            steps(run, make_service(checkpoint_dir=run / "checkpoints"), model, stop)
+        first.heartbeat.stop()
+        made.other.send_signal(signal.SIGCONT)
+        assert made.other.wait(SECONDS) == 1
+        assert "process 0 of 2: hangs" in made.said.read_text(encoding="utf-8")
     finally:
-        assert made.end() == -9
+        made.other.kill()
+        made.end()
     assert group.joined() is None
     began: list[int] = []
     ended = steps(run, make_service(checkpoint_dir=run / "checkpoints"), model, began.append)

@@ -188,6 +188,7 @@ def _add_memory(commands: Any) -> None:
         help="such as 24GB; repeatable; default: this machine's device",
     )
     add("--rank", type=int, default=32, help="of the adapter; default: %(default)s")
+    add("--shard", type=int, default=1, metavar="N", help="of N devices, sharded over them")
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 def _memory(arguments: argparse.Namespace) -> None:
     from cookbook_core.commands.memory import table
 
-    print(table(arguments.models, arguments.device_memory, arguments.rank))
+    print(table(arguments.models, arguments.device_memory, arguments.rank, arguments.shard))
 
 
 if __name__ == "__main__":

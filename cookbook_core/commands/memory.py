@@ -14,22 +14,26 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def table(models: Sequence[str], memories: Sequence[str], rank: int = 32) -> str:
+def table(models: Sequence[str], memories: Sequence[str], rank: int = 32, shards: int = 1) -> str:
     """A Markdown table of what fits, one row per model, device and dtype.
 
     Args:
         models: folders, hub names or "tiny".
         memories: sizes of devices, such as "24GB"; none takes this machine's device.
         rank: of the LoRA adapter in training, on all linear layers.
+        shards: processes of a run with --shard, one for each device; 1: a run without.
     Raises:
-        ConfigError: a size that cannot be read, or a rank out of range. ModelError: no such model.
+        ConfigError: a size that cannot be read, or a number out of range.
+        ModelError: no such model.
     """
+    if shards < 1:
+        raise ConfigError("--shard", "too small", expected="1 or more processes", got=shards)
     totals = {memory: read_size(memory) for memory in memories} or _this_device()
     from cookbook_core.backend.local import memory_table
 
     rows = [_COLUMNS, ("---",) * len(_COLUMNS)]
     for model in models:
-        sizes = memory_table.measure(model, rank)
+        sizes = memory_table.measure(model, rank, shards=shards)
         name, adapter = model.rstrip("/").rpartition("/")[2], f"{sizes.adapter / 1e9:.2f}"
         for memory, total in totals.items():
             for dtype, weights in sizes.weights.items():

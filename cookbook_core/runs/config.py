@@ -55,6 +55,9 @@ class RunFlags:
     sampler_url: str = ""
     """URL of a vLLM server of the same base model that draws all samples; empty samples on this
     machine. See docs/scaling.md."""
+    shard: bool = False
+    """Under torchrun, for a model larger than one GPU: each process holds a part of every layer
+    instead of the whole base model. See docs/scaling.md."""
     chat_template_kwargs: Annotated[str, Rule(_is_object, 'such as {"enable_thinking": false}')] = (
         ""
     )

@@ -148,6 +148,7 @@ class Run:
             base_url=self._flags.base_url,
             trust_service=self._flags.trust_service,
             sampler_url=self._flags.sampler_url,
+            shard=self._flags.shard,
             checkpoint_dir=self.path / "checkpoints",
             device=device,
             dtype=dtype,

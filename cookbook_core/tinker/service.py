@@ -54,12 +54,14 @@ class ServiceClient:
             model-N there; a client resumed from a checkpoint with its optimizer writes beside that.
         sampler_url: of a vLLM server of the same base model, which then draws all samples; the rest
             stays on this machine (docs/scaling.md).
+        shard: under torchrun, each process holds a part of every layer of the base model instead of
+            the whole (docs/scaling.md).
         display_name: no effect. api_key to default_headers_overrides have no effect on this
             machine, device to checkpoint_dir none at a service.
 
     Raises:
-        ConfigError: base_url or sampler_url is not a URL, both are given, or the SDK is not
-            installed.
+        ConfigError: base_url or sampler_url is not a URL, both are given, the SDK is not
+            installed, or shard is given with base_url.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class ServiceClient:
         checkpoint_dir: str | Path = "checkpoints",
         trust_service: bool = False,
         sampler_url: str | None = None,
+        shard: bool = False,
     ) -> None:
         del display_name
         self._service: Connection | None = None
@@ -89,6 +92,9 @@ class ServiceClient:
                 raise ConfigError("sampler_url", "not supported with base_url", fix=fix)
             sampler_url = checked_url("sampler_url", sampler_url)
         if base_url:
+            if shard:
+                fix = "Leave shard out: the service holds the model."
+                raise ConfigError("shard", "not supported with base_url", fix=fix)
             from cookbook_core.backend.remote.connection import Connection
 
             headers = dict(default_headers_overrides or {})
@@ -101,6 +107,7 @@ class ServiceClient:
             "device": device,
             "dtype": dtype,
             "gradient_checkpointing": gradient_checkpointing,
+            "shard": shard,
         }
         self._checkpoint_dir = usable_path("checkpoint_dir", checkpoint_dir, ConfigError)
         self._backends: dict[str, Any] = {}

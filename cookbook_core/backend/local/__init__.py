@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from cookbook_core.errors import VersionError, raise_all
@@ -14,15 +15,18 @@ SUPPORTED = {
 """Oldest version that the tests pass with, and the first beyond; pyproject.toml has the same."""
 
 
-def check_versions() -> None:
+def check_versions(needed: Mapping[str, tuple[str, str]] = SUPPORTED, purpose: str = "") -> None:
     """Check the installed versions from the packages' metadata, without importing them.
 
+    Args:
+        needed: by package, the oldest version and the first beyond.
+        purpose: what they are needed for.
     Raises:
         VersionError: a version outside its range; lists every such package. A package without
             metadata is not checked.
     """
     problems: list[VersionError] = []
-    for name, (low, high) in SUPPORTED.items():
+    for name, (low, high) in needed.items():
         try:
             installed = version(name)
         except PackageNotFoundError:
@@ -32,7 +36,7 @@ def check_versions() -> None:
             problems.append(
                 VersionError(
                     name,
-                    "version not supported",
+                    f"version not supported {purpose}".rstrip(),
                     expected=allowed,
                     got=installed,
                     fix=f'Run: pip install "{allowed}"',

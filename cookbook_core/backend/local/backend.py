@@ -39,7 +39,7 @@ from cookbook_core.backend.sampling_requests import (
 from cookbook_core.backend.worker import Worker, refuse_after_failure
 from cookbook_core.builtin_losses import builtin_loss
 from cookbook_core.custom_loss import LossFn, LossTypeInput
-from cookbook_core.errors import CheckpointError, CookbookError, check_text
+from cookbook_core.errors import CheckpointError, ConfigError, CookbookError, check_text
 from cookbook_core.storage.paths import usable_path
 from cookbook_core.types import (
     AdamParams,
@@ -61,6 +61,7 @@ class LocalBackend:
     """A base model with its queue. Its methods return futures; one thread does the work.
 
     `gathers` is the worker's: see `Worker`. A vLLM server at `sampler_url` samples, unless empty.
+    `shard` shards the layers over the processes of the run.
     """
 
     def __init__(
@@ -74,8 +75,12 @@ class LocalBackend:
         model_ids: ModelIds | None = None,
         gathers: bool = False,
         sampler_url: str = "",
+        shard: bool = False,
     ) -> None:
         check_mode(gradient_checkpointing)
+        if shard and joined() is None:
+            what, fix = "needs several processes", "Start with torchrun --nproc_per_node=2 -m ..."
+            raise ConfigError("shard", what, expected="a run under torchrun", fix=fix)
         if not torch.cuda.is_available():
             keep_freed_memory()  # set malloc options before the worker thread starts
         self.worker = Worker(f"cookbook-{base_model}", gathers=gathers)
@@ -86,7 +91,7 @@ class LocalBackend:
         self.model_ids = model_ids or ModelIds(checkpoint_dir)
         self.vllm = VllmSamples(sampler_url, checkpoint_dir) if sampler_url else None
         self._loaded: Engine | None = None
-        self._load = partial(load_engine, base_model, device, dtype, gradient_checkpointing)
+        self._load = partial(load_engine, base_model, device, dtype, gradient_checkpointing, shard)
 
     def engine(self) -> Engine:
         """The engine, loaded by the first request that needs it (worker thread only)."""
@@ -159,8 +164,17 @@ class LocalBackend:
             self.vllm.close()
 
 
-def load_engine(name: str, device: str, dtype: str, gradient_checkpointing: str) -> Engine:
+def load_engine(
+    name: str, device: str, dtype: str, gradient_checkpointing: str, shard: bool = False
+) -> Engine:
     """The engine of a base model; under torchrun, one that shares its work among the processes.
+
+    Args:
+        name: of the base model.
+        device: see `choose_device`.
+        dtype: see `choose_dtype`.
+        gradient_checkpointing: see `MemoryLimits`.
+        shard: shard the layers over the processes.
 
     Raises:
         ModelError: it does not fit into the device's memory, or cannot be loaded.
@@ -168,7 +182,8 @@ def load_engine(name: str, device: str, dtype: str, gradient_checkpointing: str)
     group = joined()
     try:
         if group is not None:
-            return SharedEngine.load(group, name, device, dtype, gradient_checkpointing)
+            options = name, device, dtype, gradient_checkpointing
+            return SharedEngine.load(group, *options, shard=shard)
         return Engine(load_base_model(name, device, dtype), gradient_checkpointing)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

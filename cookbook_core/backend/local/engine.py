@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from threading import Event
 from typing import Any
@@ -59,11 +59,22 @@ MERGE_SHARE = 0.25
 
 
 class Engine:
-    """A base model and its adapters: score, differentiate, sample."""
+    """A base model and its adapters: score, differentiate, sample.
 
-    def __init__(self, base: BaseModel, gradient_checkpointing: str = "auto") -> None:
+    Args:
+        base: the model.
+        gradient_checkpointing: see `MemoryLimits`.
+        agree: see `Scorer`.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        gradient_checkpointing: str = "auto",
+        agree: Callable[[Sequence[int]], Sequence[int]] = list,
+    ) -> None:
         self.base = base
-        self.scorer = Scorer(base.model, base.device, base.image_reader)
+        self.scorer = Scorer(base.model, base.device, base.image_reader, agree)
         self.bank = AdapterBank(base)
         self.limits = MemoryLimits(base, self.scorer, gradient_checkpointing)
         self.budget = CacheBudget.of(base)
@@ -193,11 +204,9 @@ class Engine:
     def _forward_vocabulary(
         self, adapter: Adapter | None, data: Sequence[Datum], loss_fn: LossFn
     ) -> ForwardBackwardOutput:
-        """`forward` over the whole vocabulary; of several processes the first does all of it."""
+        """`forward` over the whole vocabulary."""
+        hidden = self.hidden(adapter, data)
         with self.bank.active(adapter), torch.no_grad():
-            hidden = self.limits.fit(
-                data, lambda limits: self.scorer.hidden(data, limits.micro_batch_tokens)
-            )
             over = Event()
             pairs = zip(views_of(self.scorer, data, over), hidden, strict=True)
             logprobs: list[Any] = [view(each) for view, each in pairs]
@@ -226,6 +235,29 @@ class Engine:
             return self.limits.fit(
                 data,
                 lambda limits: self.scorer.score(data, limits.micro_batch_tokens),
+                datum_indices,
+            )
+
+    def hidden(
+        self,
+        adapter: Adapter | None,
+        data: Sequence[Datum],
+        datum_indices: Sequence[int] | None = None,
+    ) -> list[torch.Tensor]:
+        """Compute what `views_of` makes logprobs of the whole vocabulary of, without a graph.
+
+        Args:
+            adapter: the adapter to compute with; None for the base model.
+            data: D checked datums.
+            datum_indices: as in `score_with_graph`.
+
+        Returns:
+            D tensors `(N, H)` on the device.
+        """
+        with self.bank.active(adapter), torch.no_grad():
+            return self.limits.fit(
+                data,
+                lambda limits: self.scorer.hidden(data, limits.micro_batch_tokens),
                 datum_indices,
             )
 
@@ -301,6 +333,7 @@ class Engine:
             "dtype": str(dtype).removeprefix("torch."),
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "sharded": self.base.shards > 1,
             "micro_batch_tokens": self.scorer.micro_batch_tokens,
             "packed_rows": self.scorer.packs,
             "fused_layers": self.base.fused,

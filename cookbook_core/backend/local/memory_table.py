@@ -14,8 +14,10 @@ from cookbook_core.backend.local.model.adapters import AdapterBank
 from cookbook_core.backend.local.model.loading import BaseModel, resolve_model
 from cookbook_core.backend.local.model.memory import (
     SHARE,
+    decoder_layers,
     estimate_graph_bytes,
     nf4_weight_bytes,
+    sharded_weight_bytes,
     tokens_in,
     total_bytes,
     weight_bytes,
@@ -55,7 +57,7 @@ class Sizes:
     """What a base model and one adapter in training take, in bytes.
 
     Attributes:
-        weights: of the base model, by dtype: its own, and "nf4".
+        weights: of the base model, by dtype: its own, and "nf4"; or "bfloat16 over 4" processes.
         adapter: of the adapter, its gradient and its optimizer.
         whole: of a token's whole graph.
         row: of a token of a row whose layers are recomputed in the backward: its checkpointed
@@ -122,26 +124,29 @@ def adapter_bytes(model: Any, rank: int) -> int:
         return STATE * slot.new_flat().nbytes + rounded
 
 
-def measure(name: str, rank: int, dtype: torch.dtype = torch.bfloat16) -> Sizes:
-    """Compute what a model takes, in a dtype and with linear layers in NF4.
+def measure(name: str, rank: int, dtype: torch.dtype = torch.bfloat16, shards: int = 1) -> Sizes:
+    """Compute what a model takes, in a dtype and with linear layers in NF4, or sharded.
 
     Args:
         name: see `skeleton`.
         rank: of the LoRA adapter, on all linear layers.
         dtype: of the weights, or of those that NF4 leaves as they are.
+        shards: above 1: processes over which the layers are sharded; the sizes are those of rank 0,
+            which has the adapter's gradient and optimizer.
     Raises:
         ModelError: no such model. ConfigError: the rank is out of range.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     model = skeleton(name, dtype)
     config = model.config.get_text_config(decoder=True)
     graph = estimate_graph_bytes(model)
     row = graph.checkpointed + graph.whole / config.num_hidden_layers / SHARE
-    if not any(isinstance(m, GradientCheckpointingLayer) for m in model.modules()):
+    if not decoder_layers(model):
         row = graph.whole / SHARE
     own = str(dtype).removeprefix("torch.")
-    weights = {own: weight_bytes(model), NF4: nf4_weight_bytes(model)}
+    if shards > 1:
+        weights = {f"{own} over {shards}": sharded_weight_bytes(model, shards)}
+    else:
+        weights = {own: weight_bytes(model), NF4: nf4_weight_bytes(model)}
     return Sizes(
         weights,
         adapter_bytes(model, rank),

@@ -112,7 +112,7 @@ class AdapterBank:
         Use it inside `active(adapter)`. Each sum is made from the frozen W, which is put aside
         unchanged and put back afterwards. Which layers are merged depends on the model alone: not
         those where the sum would round the adapter away (a base below float32, or quantized) or
-        change another layer (tied embeddings).
+        change another layer (tied embeddings), and none of a sharded model.
 
         Args:
             adapter: None merges nothing.
@@ -138,7 +138,7 @@ class AdapterBank:
 
     def _mergeable(self, adapter: Adapter | None) -> list[Any]:
         """The LoRA layers of the adapter that `merged` merges."""
-        if adapter is None:
+        if adapter is None or self.base.shards > 1:
             return []
         embedding = self.base.model.get_input_embeddings().weight
         return [

@@ -10,8 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cookbook_core.backend.local.model import cuda, fused_cuda, fused_norm, quantization
-from cookbook_core.errors import ConfigError, ModelError, check_choice
+from cookbook_core.backend.local.model import (
+    cuda,
+    fused_cuda,
+    fused_norm,
+    quantization,
+    sharding,
+)
+from cookbook_core.errors import ConfigError, ModelError, VersionError, check_choice
 from cookbook_core.images import ImageReader, load_processor
 from cookbook_core.storage.hub import asking_hub
 from cookbook_core.storage.paths import asset_path, usable_path
@@ -38,6 +44,7 @@ class BaseModel:
         max_context_length: positions it was built for, in tokens; None if its config has none.
         fused: by class of module, whose fused kernel its modules use on CUDA.
         quantized: how its linear layers are: "nf4", a library's name, or "".
+        shards: processes over which its layers are sharded; 1: this process holds them all.
     """
 
     name: str
@@ -48,6 +55,7 @@ class BaseModel:
     max_context_length: int | None
     fused: dict[str, str] = field(default_factory=dict)
     quantized: str = ""
+    shards: int = 1
     _tokenizer: Any = field(default=None, repr=False)
     _image_reader: ImageReader | None = field(default=None, repr=False)
     _identity: dict[str, Any] | None = field(default=None, repr=False)
@@ -60,7 +68,7 @@ class BaseModel:
     def data(self) -> ModelData:
         """Its description for clients."""
         return ModelData(
-            arch=type(self.model).__name__,
+            arch=sharding.architecture(self.model),
             model_name=self.name,
             tokenizer_id=self.path,
             max_context_length=self.max_context_length,
@@ -72,7 +80,8 @@ class BaseModel:
 
         The fingerprint hashes about 64 numbers per parameter, rounded to bfloat16, so that it does
         not depend on the dtype the model is loaded in. Of a quantized model it hashes the
-        dequantized numbers, and `quantized` is added.
+        dequantized numbers, and `quantized` is added. Of a sharded one all processes ask together,
+        before its first forward; later calls return the same.
         """
         if self._identity is None:
             digest, count = hashlib.sha256(), 0
@@ -82,10 +91,9 @@ class BaseModel:
                 values = p.detach().flatten()[:: max(1, p.numel() // 64)].bfloat16().contiguous()
                 digest.update(f"{name}{tuple(p.shape)}".encode())
                 digest.update(values.view(torch.uint8).cpu().numpy().tobytes())
-            architecture = type(self.model).__name__
             self._identity = {
                 "path": self.path,
-                "architecture": architecture,
+                "architecture": sharding.architecture(self.model),
                 "parameters": count,
                 "fingerprint": digest.hexdigest()[:32],
             }
@@ -103,9 +111,15 @@ class BaseModel:
         """Return the parameter that had this name before LoRA was added, in its own shape.
 
         None if there is no such parameter. A tied parameter has two names.
+
+        Raises:
+            ModelError: it is sharded.
         """
         for own, p in self.model.named_parameters(remove_duplicate=False):
             if own.replace(".base_layer", "") == name:
+                if hasattr(p, "full_tensor"):  # which all processes would have to call
+                    what = f"the values of {name} are not at hand: it is sharded"
+                    raise ModelError("base_model", what, fix="Leave --shard out.")
                 return quantization.whole(p).detach()
         return None
 
@@ -211,7 +225,9 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> BaseModel:
+def load_base_model(
+    name: str, device: str = "auto", dtype: str = "auto", shards: int = 1
+) -> BaseModel:
     """Load a causal LM from a folder, the Hub, or the package ("tiny"), frozen, in eval mode.
 
     A model with a vision tower is loaded with it.
@@ -220,9 +236,17 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     `cuda.prepare` for what is set there. dtype="nf4" quantizes the linear layers as they are read;
     a folder that is quantized already is loaded as it is.
 
+    Args:
+        name: of the model.
+        device: see `choose_device`.
+        dtype: see `choose_dtype`.
+        shards: processes of the run, all of which call this, to shard the layers over them; 1 loads
+            them whole.
     Raises:
-        ModelError: no such model, not a causal LM, or quantized in a way that cannot be trained.
-        ConfigError: the device or dtype is unknown or not usable here.
+        ModelError: no such model, not a causal LM, or quantized in a way that cannot be trained, or
+            of an architecture that is not sharded.
+        ConfigError: the device or dtype is unknown or not usable here, or shards not supported.
+        VersionError: a package is too old to shard a model.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig
@@ -236,10 +260,14 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
         with _quiet_loading(), _hub_access(path, "folder"):
             config = AutoConfig.from_pretrained(path)
             saved = getattr(config, "quantization_config", None)
-            straight |= quantization.loading_options(saved, dtype, chosen_device, chosen_dtype)
+            if shards > 1:
+                straight = sharding.loading_options(config, dtype, chosen_device, shards)
+            else:
+                more = quantization.loading_options(saved, dtype, chosen_device, chosen_dtype)
+                straight |= more
             kind = _auto_class(config)
             model: Any = kind.from_pretrained(path, dtype=chosen_dtype, **straight)
-    except ConfigError:
+    except (ConfigError, VersionError):
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
@@ -252,10 +280,15 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
         ) from error
     # eval for good: no dropout, in training either, so that policy and reference are the same
     # function and a ratio of 1 is exactly 1.
-    model.to(chosen_device).eval().requires_grad_(False)
-    quantized = quantization.prepare(model, name, chosen_dtype)
-    fused_norm.fuse(model)
-    fused = fused_cuda.fuse(model) if chosen_device.type == "cuda" else {}
+    quantized, fused = "", {}
+    model.eval().requires_grad_(False)
+    if shards == 1:
+        model.to(chosen_device)
+        quantized = quantization.prepare(model, name, chosen_dtype)
+        fused_norm.fuse(model)
+        fused = fused_cuda.fuse(model) if chosen_device.type == "cuda" else {}
+    else:  # kernels are compared with a norm's own forward, which would gather weights
+        sharding.prepare(model, shards, name)
     text_config = model.config.get_text_config()
     if getattr(text_config, "attn_logit_softcapping", None):  # Gemma 2
         # before transformers 5.21 the default is sdpa attention, which leaves out the cap
@@ -269,6 +302,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
         max_context_length=getattr(text_config, "max_position_embeddings", None),
         fused=fused,
         quantized=quantized,
+        shards=shards,
     )
 
 

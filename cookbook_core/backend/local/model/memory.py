@@ -62,16 +62,17 @@ def count_graph_bytes(model: Any) -> Iterator[Callable[[], int]]:
     Yields:
         A function that returns the bytes so far.
     """
-    weights = {x.untyped_storage().data_ptr() for p in model.parameters() for x in _parts(p)}
-    sizes: dict[int, int] = {}
+    weights = {x.untyped_storage()._cdata for p in model.parameters() for x in _parts(p)}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def note(x: torch.Tensor) -> torch.Tensor:
         for storage in (part.untyped_storage() for part in _parts(x)):
-            sizes[storage.data_ptr()] = storage.nbytes()
+            kept[storage._cdata] = storage
         return x.detach()  # x itself would keep a graph that never sees a backward alive for good
 
     def count() -> int:
-        return sum(size for at, size in sizes.items() if at not in weights)
+        # a sharded layer's weights are freed by now: storages of 0 bytes
+        return sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         yield count
@@ -112,8 +113,41 @@ def feature_bytes(model: Any, device: torch.device) -> int:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of a model's parameters."""
-    return sum(stored_bytes(p) for p in model.parameters())
+    """Bytes of a model's parameters; of a sharded one see `sharded_weight_bytes`."""
+    return getattr(model, "sharded_bytes", 0) or sum(stored_bytes(p) for p in model.parameters())
+
+
+def sharded_weight_bytes(model: Any, shards: int) -> int:
+    """Bytes that a model's weights take in each of `shards` processes, while it computes.
+
+    Layers are held in parts, each weight cut along its rows, and two of the layers whole: the one
+    that computes and the next. All else is whole for good, beside the part that FSDP keeps of it;
+    an embedding that is the unembedding too is whole twice, as FSDP gathers it for two groups.
+
+    Args:
+        model: a sharded model before its first forward, or any model that is not sharded.
+        shards: processes.
+    """
+    layers = [list(layer.parameters()) for layer in decoder_layers(model)]
+    in_layers, held = {id(p) for own in layers for p in own}, 0
+    for p in model.parameters():
+        rows = p.shape[0] if p.dim() else 1
+        held += _whole_bytes(p) // rows * -(-rows // shards)
+        held += 0 if id(p) in in_layers else _whole_bytes(p)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    held += _whole_bytes(head.weight) if head and head.weight is embedding.weight else 0
+    return held + sum(sorted(sum(map(_whole_bytes, own)) for own in layers)[-2:])
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """A model's layers, if they are built to be recomputed in the backward."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def _whole_bytes(weight: torch.Tensor) -> int:
+    return weight.numel() * weight.dtype.itemsize
 
 
 def stored_bytes(weight: torch.Tensor) -> int:
@@ -127,13 +161,14 @@ def stored_bytes(weight: torch.Tensor) -> int:
 
 
 def _parts(x: Any) -> Iterator[torch.Tensor]:
-    """The tensors that a tensor consists of: itself, or those that a quantized one of torchao has
-    inside."""
+    """The tensors that a tensor consists of: itself, or those inside a quantized one of torchao or
+    a sharded one."""
     if not hasattr(x, "__tensor_flatten__"):
         yield x
         return
     for name in x.__tensor_flatten__()[0]:
-        yield from _parts(getattr(x, name))
+        if isinstance(part := getattr(x, name), torch.Tensor):
+            yield from _parts(part)
 
 
 def nf4_weight_bytes(model: Any) -> int:

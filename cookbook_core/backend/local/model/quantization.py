@@ -136,7 +136,12 @@ def quantized_layers(model: Any) -> Iterator[Any]:
 
 
 def whole(weight: torch.Tensor) -> torch.Tensor:
-    """The numbers of a parameter, in the shape they have in the model's unquantized folder."""
+    """The numbers of a parameter, in the shape they have in the model's unquantized folder.
+
+    Of a sharded one all processes ask together.
+    """
+    if (gather := getattr(weight, "full_tensor", None)) is not None:
+        return gather()
     if not is_quantized(weight):
         return weight
     if (state := getattr(weight, "quant_state", None)) is None:

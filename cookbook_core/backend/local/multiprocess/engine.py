@@ -8,8 +8,10 @@ diverge, a request that fails anywhere leaves no trace anywhere, and checkpoints
     logprobs of each share --> rank 0: the loss --> their gradient, to each rank
     --> each pulls its own back through the graph it kept --> adapter gradients summed on rank 0
 
-The base model is whole in every process. Sharding it would require equal numbers of micro-batches
-on all ranks, since each forward would then involve all processes.
+The base model is whole in every process, or its layers are sharded (`model/sharding.py`). Then all
+ranks take part in each request, in as many forwards and backwards as the rank with the most
+micro-batches needs: the others compute idle ones. Adapters are whole, so nothing else differs, but
+that a rank which fails inside a forward ends the run.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import dataclasses
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +74,28 @@ class SharedEngine(Engine):
     def __init__(
         self, base: BaseModel, gradient_checkpointing: str, group: Group, number: int
     ) -> None:
-        super().__init__(base, gradient_checkpointing)
+        with _in_step(group, base):
+            super().__init__(base, gradient_checkpointing, _agreement(group, base))
         self._group, self._number = group, number
         self._sent: OrderedDict[int, torch.Tensor] = OrderedDict()
         """By adapter number, the values that the other ranks have."""
 
     @classmethod
     def load(
-        cls, group: Group, name: str, device: str, dtype: str, gradient_checkpointing: str
+        cls,
+        group: Group,
+        name: str,
+        device: str,
+        dtype: str,
+        gradient_checkpointing: str,
+        *,
+        shard: bool = False,
     ) -> SharedEngine:
-        """Load a base model in all processes.
+        """Load a base model in all processes, whole or sharded.
 
         Raises:
-            ModelError: missing in one of them, or with other weights. ConfigError: a bad option.
+            ModelError: missing in one of them, with other weights, or not sharded by transformers.
+            ConfigError: a bad option. VersionError: a package is too old to shard.
         """
         path, number = resolve_model(name), next(_numbers)
         header = {
@@ -94,13 +105,17 @@ class SharedEngine(Engine):
                 "name": str(Path(path).absolute()) if Path(path).is_dir() else path,
                 "device": device,
                 "dtype": dtype,
+                "shards": group.size if shard else 1,
             },
             "gradient_checkpointing": gradient_checkpointing,
         }
         with group.request([Packet(header)] * group.size) as request:
-            base = load_base_model(name, device, dtype)
+            base = load_base_model(name, device, dtype, header["options"]["shards"])
+            request.answers()  # it is loaded everywhere: what follows is computed together
+            request.next_round([[]] * group.size)
+            with _in_step(group, base):
+                mine = base.identity()["fingerprint"]
             engine = cls(base, gradient_checkpointing, group, number)
-            mine = base.identity()["fingerprint"]
             for rank, answer in zip(group.others, request.answers(), strict=True):
                 if (theirs := answer.header["fingerprint"]) != mine:
                     where = f"base_model in {group.name(rank)}"
@@ -122,13 +137,32 @@ class SharedEngine(Engine):
             D tensors `(N,)` or `(N, K)`, nats, float32 or better, on the CPU.
         """
         shares = self._shares(data)
-        if not any(shares[1:]):
+        if self._alone(shares):
             return super().score(adapter, data, datum_indices)
         with self._request("score", adapter, [_packet(data, share) for share in shares]) as request:
-            mine = super().score(adapter, [data[i] for i in shares[0]], shares[0])
+            with _in_step(self._group, self.base):
+                mine = super().score(adapter, [data[i] for i in shares[0]], shares[0])
             scored = [mine, *(answer.tensors for answer in request.answers())]
             request.finish()
         return _in_order(shares, scored)
+
+    def hidden(
+        self,
+        adapter: Adapter | None,
+        data: Sequence[Datum],
+        datum_indices: Sequence[int] | None = None,
+    ) -> list[torch.Tensor]:
+        """As `Engine.hidden`; each rank computes its share."""
+        shares = self._shares(data)
+        if self._alone(shares):
+            return super().hidden(adapter, data, datum_indices)
+        work = [_packet(data, share) for share in shares]
+        with self._request("hidden", adapter, work) as request:
+            with _in_step(self._group, self.base):
+                mine = super().hidden(adapter, [data[i] for i in shares[0]], shares[0])
+            theirs = [[t.to(self.base.device) for t in a.tensors] for a in request.answers()]
+            request.finish()
+        return _in_order(shares, [mine, *theirs])
 
     @contextmanager
     def score_with_graph(
@@ -140,7 +174,7 @@ class SharedEngine(Engine):
     ) -> Iterator[BatchScores]:
         """As `Engine.score_with_graph`; each rank scores its share and keeps its graph."""
         shares = self._shares(data)
-        if not any(shares[1:]):
+        if self._alone(shares):
             with super().score_with_graph(adapter, data, loss_type_input, datum_indices) as scored:
                 yield scored
             return
@@ -148,24 +182,36 @@ class SharedEngine(Engine):
         mine = [data[i] for i in shares[0]]
         with (
             self._request("gradient", adapter, work) as request,
-            super().score_with_graph(adapter, mine, loss_type_input, shares[0]) as own,
+            ExitStack() as stack,
         ):
+            with _in_step(self._group, self.base):
+                scoring = super().score_with_graph(adapter, mine, loss_type_input, shares[0])
+                own = stack.enter_context(scoring)
             views = views_of(self.scorer, data) if own.views else None
-            yield SharedScores(own, views, shares, request, self._group, self.base.device)
+            yield SharedScores(own, views, shares, request, self._group, self.base)
 
     def sample(
         self, adapter: Adapter | None, requests: Sequence[SampleRequest]
     ) -> list[SampleResponse]:
         """As `Engine.sample`; each rank takes whole requests. Missing seeds are drawn on rank 0.
 
-        With images among the prompts rank 0 takes all of them.
+        With images among the prompts rank 0 takes all of them. Over a sharded model each rank takes
+        all of them: a decoding step is one of all ranks.
         """
         requests = [_seeded(request) for request in requests]
+        silent = [dataclasses.replace(r, on_token=None) for r in requests]  # elsewhere than here
+        if self.base.shards > 1:
+            same = Packet({"requests": [dataclasses.asdict(r) for r in silent]})
+            with self._request("sample", adapter, [same] * self._group.size) as request:
+                with _in_step(self._group, self.base):
+                    mine = super().sample(adapter, requests)
+                request.answers()
+                request.finish()
+            return mine
         costs = [r.num_samples * (r.params.max_tokens or 1) for r in requests]
         shares = spread(costs, self._group.size)
         if not any(shares[1:]) or any(r.model_input is not None for r in requests):
             return super().sample(adapter, requests)
-        silent = [dataclasses.replace(r, on_token=None) for r in requests]  # elsewhere than here
         work = [
             Packet({"requests": [dataclasses.asdict(silent[i]) for i in share]}) for share in shares
         ]
@@ -174,6 +220,10 @@ class SharedEngine(Engine):
             answers = [answer.header["responses"] for answer in request.answers()]
             request.finish()
         return _in_order(shares, [mine, *([_response(r) for r in each] for each in answers)])
+
+    def _alone(self, shares: Sequence[Sequence[int]]) -> bool:
+        """Whether the other ranks have no part in a request."""
+        return not any(shares[1:]) and self.base.shards == 1
 
     def _shares(self, data: Sequence[Datum]) -> list[list[int]]:
         lists = [datum.model_input.keys() for datum in data]
@@ -216,10 +266,10 @@ class SharedScores:
         shares: Sequence[Sequence[int]],
         request: Request,
         group: Group,
-        device: torch.device,
+        base: BaseModel,
     ) -> None:
         self._own, self._shares, self._request, self._group = own, shares, request, group
-        self._device = device
+        self._base = base
         self.views, self.loss_params, self.passes = views, own.loss_params, own.passes
         self.limits = own.limits
         answers = [[self._like_own(t) for t in answer.tensors] for answer in request.answers()]
@@ -236,7 +286,8 @@ class SharedScores:
         """
         shares = [[grads[i] for i in share] for share in self._shares]
         self._request.next_round(shares)
-        own = self._own.pull_back(shares[0])
+        with _in_step(self._group, self._base):
+            own = self._own.pull_back(shares[0])
         passes = [answer.header["passes"] for answer in self._request.answers()]
         self.passes = max(self._own.passes, *passes)
         self._request.finish()
@@ -244,7 +295,7 @@ class SharedScores:
 
     def _like_own(self, scores: torch.Tensor) -> torch.Tensor:
         """Move hidden states to rank 0's device; leave logprobs on the CPU."""
-        return scores.to(self._device) if self.views else scores
+        return scores.to(self._base.device) if self.views else scores
 
 
 class Follower:
@@ -285,8 +336,12 @@ class Follower:
         if wanted.startswith("cuda") or (wanted == "auto" and torch.cuda.is_available()):
             options["device"] = f"cuda:{torch.cuda.current_device()}"  # which Group has set
         base = load_base_model(**options)
-        engine = Engine(base, header["gradient_checkpointing"])
-        self._group.exchange({"fingerprint": base.identity()["fingerprint"]})
+        self._group.exchange({})
+        with _in_step(self._group, base):
+            mine = base.identity()["fingerprint"]
+            agreement = _agreement(self._group, base)
+            engine = Engine(base, header["gradient_checkpointing"], agreement)
+        self._group.exchange({"fingerprint": mine})
         self._engines[header["engine"]] = engine
         self._copies[header["engine"]] = OrderedDict()
 
@@ -294,22 +349,29 @@ class Follower:
         header = request.header
         engine = self._engines[header["engine"]]
         adapter = self._adapter(header)
+        in_step = _in_step(self._group, engine.base)
         if header["op"] == "sample":
             requests = [_sample_request(values) for values in header["requests"]]
-            responses = engine.sample(adapter, requests) if requests else []
+            with in_step:
+                responses = engine.sample(adapter, requests) if requests else []
             self._group.exchange({"responses": [dataclasses.asdict(r) for r in responses]})
             return
         data, datum_indices = _datums(request), header["datum_indices"]
-        if header["op"] == "score":
-            self._group.exchange({}, engine.score(adapter, data, datum_indices))
+        if header["op"] in ("score", "hidden"):
+            compute = engine.score if header["op"] == "score" else engine.hidden
+            with in_step:
+                scores = compute(adapter, data, datum_indices)
+            self._group.exchange({}, scores)
             return
         assert adapter is not None, "gradient request without an adapter"
 
-        with engine.score_with_graph(
-            adapter, data, header["loss_type_input"], datum_indices
-        ) as scored:
+        scoring = engine.score_with_graph(adapter, data, header["loss_type_input"], datum_indices)
+        with ExitStack() as stack:
+            with in_step:
+                scored = stack.enter_context(scoring)
             grads = self._group.exchange({}, scored.logprobs).tensors
-            flat = _flat(scored.pull_back(grads))
+            with _in_step(self._group, engine.base):
+                flat = _flat(scored.pull_back(grads))
         self._group.exchange({"passes": scored.passes})
         self._group.sum_on_first(flat)
 
@@ -332,6 +394,16 @@ class Follower:
 
 
 _numbers = itertools.count()
+
+
+def _in_step(group: Group, base: BaseModel) -> AbstractContextManager[None]:
+    """`Group.in_step` where the model is sharded; else an error ends the request alone."""
+    return group.in_step() if base.shards > 1 else nullcontext()
+
+
+def _agreement(group: Group, base: BaseModel) -> Callable[[Sequence[int]], Sequence[int]]:
+    """See `Scorer`."""
+    return group.largest if base.shards > 1 else list
 
 
 def _keep(copies: OrderedDict[int, Any], number: int, value: Any) -> None:

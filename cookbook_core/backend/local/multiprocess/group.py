@@ -27,17 +27,21 @@ from datetime import timedelta
 from typing import Any
 
 from cookbook_core import errors
+from cookbook_core.backend.local.multiprocess.heartbeat import Heartbeat
+from cookbook_core.backend.local.multiprocess.joining import choose_interface, open_store
 from cookbook_core.backend.worker import close_all
 from cookbook_core.errors import CookbookError, ProcessError, RequestError
 
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(days=1)
-"""For a hung process; a dead one is detected at once, as its connections close. Rank 0 may pause
-for long between two requests: a reward function, a debugger."""
+TIMEOUT = timedelta(minutes=30)
+"""To connect, and of a collective, which all processes enter together."""
 NCCL_TIMEOUT = timedelta(minutes=5)
-"""Of a collective, which all processes enter together."""
+"""Of a collective over nccl."""
+_UNLIMITED = timedelta(days=365)
+"""Of a message: its sender may compute, or wait for a reward function or in a debugger. A dead one
+is detected at once, as its connections close, and a hung one by its heartbeat."""
 
 
 class Stopped(Exception):
@@ -59,16 +63,20 @@ class Group:
         rank: of this process; rank 0 runs the script.
         size: number of processes.
         lock: rank 0 holds it during a request: one at a time, whichever thread it is from.
-        lost: the error that a process died, after one did.
+        lost: the error that a process died or hangs, after one did.
+        heartbeat: signs of life of all processes.
     """
 
     def __init__(self) -> None:
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # all on this machine
-            loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
-            if loopback:
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        choose_interface()
+        store, self.rank, self.size = open_store(TIMEOUT)
+        self.heartbeat = Heartbeat(store, self.rank, self.size)
+        # a sharded model's collectives run in groups that are made after the default one
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(
+            backends, timeout=TIMEOUT, store=store, rank=self.rank, world_size=self.size
+        )
+        self.heartbeat.start()
         self._nccl = None
         if torch.cuda.is_available():
             torch.cuda.set_device(
@@ -93,28 +101,38 @@ class Group:
         """Send a packet to a process that waits for one.
 
         Raises:
-            ProcessError: it died.
+            ProcessError: it died, or hangs.
         """
         tensors = [t.detach().cpu().contiguous() for t in packet.tensors]
         kinds = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
         text = json.dumps({**packet.header, "tensors": kinds}, default=_plain).encode()
         head = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         body = torch.cat([head, *(t.flatten().view(torch.uint8) for t in tensors)])
+        sizes = torch.tensor([len(head), len(body)])
+
+        def transfer() -> None:
+            _finish(dist.isend(sizes, to))
+            _finish(dist.isend(body, to))
+
         with self._detecting_loss(self.name(to)):
-            dist.send(torch.tensor([len(head), len(body)]), to)
-            dist.send(body, to)
+            self.heartbeat.run([to], transfer)
 
     def receive(self, source: int) -> Packet:
         """Wait for a packet.
 
         Raises:
-            ProcessError: the process died.
+            ProcessError: the process died, or hangs.
         """
         sizes = torch.empty(2, dtype=torch.int64)
-        with self._detecting_loss(self.name(source)):
-            dist.recv(sizes, source)
+
+        def transfer() -> torch.Tensor:
+            _finish(dist.irecv(sizes, source))
             body = torch.empty(int(sizes[1]), dtype=torch.uint8)
-            dist.recv(body, source)
+            _finish(dist.irecv(body, source))
+            return body
+
+        with self._detecting_loss(self.name(source)):
+            body = self.heartbeat.run([source], transfer)
         at = int(sizes[0])
         header = json.loads(bytes(body[:at].numpy()))
         tensors = []
@@ -143,15 +161,68 @@ class Group:
         """
         return self._collective(flat, lambda x, group: dist.reduce(x, 0, group=group))
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """Return the largest of all processes' numbers, place by place; all call this together."""
+        wire = torch.tensor([int(n) for n in numbers])
+        with self._detecting_loss(self._any_other()):
+            dist.all_reduce(wire, dist.ReduceOp.MAX)
+        return wire.tolist()
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Inside, this process takes part in forwards and backwards of a sharded model.
+
+        Each layer's weights are gathered by all processes together. So where one of them fails, the
+        others wait in the middle of a forward, for a part that will not come: the run ends. Where
+        one hangs, the others exit with status 1: nothing can interrupt such a wait.
+
+        Raises:
+            ProcessError: in place of any exception inside; nothing more can be computed.
+        """
+        done = threading.Event()
+        threading.Thread(target=self._exit_if_hung, args=[done], daemon=True).start()
+        try:
+            yield
+        except ProcessError:
+            raise
+        except Exception as error:
+            broken = isinstance(error, dist.DistError) or "gloo" in str(error)
+            where = self.name(self.rank)
+            what = "failed while all processes computed together"
+            if broken:
+                where, what = self._any_other(), "died: the connection to it broke"
+            got = f"{type(error).__name__}: {error}".partition("\n")[0]
+            self.lost = ProcessError(where, what, got=got)
+            raise self.lost from error
+        finally:
+            done.set()
+
+    def _exit_if_hung(self, done: threading.Event) -> None:
+        if silent := self.heartbeat.wait(done, self._others()):
+            print(self.heartbeat.hung(silent[0]), file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _others(self) -> list[int]:
+        """Every rank but this one."""
+        return [r for r in range(self.size) if r != self.rank]
+
+    def _any_other(self) -> str:
+        """The name of the other process, or of one of them."""
+        others = self._others()
+        return self.name(others[0]) if len(others) == 1 else "a process of the run"
+
     def _collective(self, flat: torch.Tensor, run: Any) -> torch.Tensor:
-        others = [self.name(r) for r in range(self.size) if r != self.rank]
         nccl = flat.device.type == "cuda"
         wire = flat if nccl else flat.cpu()
-        with self._detecting_loss(others[0] if len(others) == 1 else "a process of the run"):
-            run(wire, self._nccl if nccl else None)
-            if nccl:
+        with self._detecting_loss(self._any_other()):
+            if nccl:  # which has a timeout of its own
+                run(wire, self._nccl)
                 torch.cuda.synchronize(flat.device)
+            else:
+                self.heartbeat.run(self._others(), lambda: run(wire, None))
         return wire.to(flat.device)
+
+    # ---- loss of a process -----------------------------------------------------------------------
 
     @contextmanager
     def _detecting_loss(self, whom: str) -> Iterator[None]:
@@ -160,6 +231,9 @@ class Group:
             raise self.lost
         try:
             yield
+        except ProcessError as error:
+            self.lost = error
+            raise
         except RuntimeError as error:
             self.lost = ProcessError(whom, "died: the connection to it broke")
             raise self.lost from error
@@ -266,6 +340,11 @@ class Request:
             group.send(rank, Packet({"stop": True}))
 
 
+def _finish(message: Any) -> None:
+    """Wait until a message is through."""
+    message.wait(_UNLIMITED)
+
+
 def _plain(value: Any) -> Any:
     """A numpy number or array as a JSON value."""
     return value.tolist()
@@ -301,4 +380,5 @@ def leave() -> None:
         with contextlib.suppress(ProcessError):
             for rank in group.others:
                 group.send(rank, Packet({"op": "end"}))
+        group.heartbeat.stop()
         dist.destroy_process_group()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from cookbook_core.backend.local.model.sharding import backbone
 from cookbook_core.backend.local.model.vision import VisionTower
 from cookbook_core.backend.local.sampling.draw import score
 from cookbook_core.backend.local.sampling.kv_cache import RowCache, move_indices
@@ -70,10 +71,11 @@ class Decoder:
     ) -> None:
         self.core, self._tower = core, tower
         self._head = head if core.dtype.itemsize < 4 else None
-        self._model = getattr(core, core.base_model_prefix) if self._head else core
+        self._model = backbone(core) if self._head else core
+        computes = getattr(core, core.base_model_prefix) if self._head else core
         self.config = core.config.get_text_config(decoder=True)
         self.device = core.get_input_embeddings().weight.device
-        known = inspect.signature(self._model.forward).parameters
+        known = inspect.signature(computes.forward).parameters
         names = [name for name in ("cache", "past_key_values") if name in known]
         if not names:
             raise ModelError(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from cookbook_core.backend.local.model.memory import is_out_of_memory
+from cookbook_core.backend.local.model.sharding import is_sharded
 from cookbook_core.backend.local.sampling.decoder import Decoder
 from cookbook_core.backend.local.sampling.draw import (
     DRAWS,
@@ -55,6 +56,7 @@ class GraphError(Exception):
 def can_capture(decoder: Decoder, rows: Sequence[Row]) -> bool:
     """Whether to decode these rows in graphs: by device, model and request alone."""
     usable = decoder.device.type == "cuda" and decoder.pads and decoder.core not in _refused
+    usable = usable and not is_sharded(decoder.core)  # gathering weights is not captured
     plain = not any(row.top_k for row in rows)  # a graph reports no likeliest tokens
     return usable and plain and max(row.limit for row in rows) >= WORTH
 

@@ -83,7 +83,9 @@ class ScoredBatch:
         self.passes = 1
         self.views = views_of(scorer, data) if self._whole_vocabulary else None
         self.loss_params = list(params) if self._whole_vocabulary else []
-        self.limits = memory.limits(max(datum.model_input.length for datum in data), params)
+        self.limits = memory.limits(
+            max((datum.model_input.length for datum in data), default=0), params
+        )
         self.logprobs = self._fit(self._score_all)
 
     def pull_back(self, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -131,7 +133,9 @@ class ScoredBatch:
             if scores is None:
                 self.passes = 2
                 scores = self._score(batch, self._memory.graph_alone(batch, limits))
-            if cotangents is None:
+            if not batch.data:
+                own = torch.zeros_like(scores)
+            elif cotangents is None:
                 own = self._scorer.hidden_cotangent(batch, [grads[i] for i in batch.indices])
             else:
                 own = cotangents[number]

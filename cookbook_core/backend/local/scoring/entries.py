@@ -47,7 +47,8 @@ class Entries:
 
     def collect(self, each: Sequence[torch.Tensor]) -> torch.Tensor:
         """A tensor on the CPU for each datum, in the shape of its scores -> `(E,)`."""
-        return torch.cat([x.flatten() for x in each])[torch.from_numpy(self.places)]
+        flat = [x.flatten() for x in each] or [torch.empty(0)]
+        return torch.cat(flat)[torch.from_numpy(self.places)]
 
 
 def target_entries(data: Sequence[Datum], rows: Sequence[torch.Tensor]) -> Entries:
@@ -57,7 +58,9 @@ def target_entries(data: Sequence[Datum], rows: Sequence[torch.Tensor]) -> Entri
         data: D datums with target_tokens `(N,)` or `(N, K)`.
         rows: of each datum `(N,)`: the row of the states of each of its positions.
     """
-    at, targets, places, temperatures, shapes, offset = [], [], [], [], [], 0
+    nothing = np.empty(0, np.int64)
+    at, targets, places, temperatures = [nothing], [nothing], [nothing], [nothing]
+    shapes, offset = [], 0
     for datum, own in zip(data, rows, strict=True):
         ids = datum.loss_fn_inputs["target_tokens"].to_numpy()
         shapes.append(ids.shape)
@@ -81,7 +84,7 @@ def position_entries(rows: Sequence[torch.Tensor]) -> Entries:
     Args:
         rows: as in `target_entries`.
     """
-    at = torch.cat(list(rows)).numpy()
+    at = torch.cat([torch.empty(0, dtype=torch.int64), *rows]).numpy()
     shapes = [tuple(own.shape) for own in rows]
     return _sorted(at, np.empty(0, np.int64), np.arange(len(at)), np.ones(len(at)), shapes)
 

@@ -25,6 +25,7 @@ from cookbook_core.backend.local.model.loading import BaseModel
 from cookbook_core.backend.local.model.memory import (
     GraphBytes,
     count_graph_bytes,
+    decoder_layers,
     estimate_graph_bytes,
     is_out_of_memory,
     release_cached,
@@ -37,7 +38,6 @@ from cookbook_core.types import Datum
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 T = TypeVar("T")
 
@@ -109,8 +109,7 @@ class MemoryLimits:
         """After running out of memory, by the length of the longest datum then."""
         self._counted: dict[tuple[tuple[int, ...], Graph], tuple[int, float]] = {}
         """By parameters and graph: tokens of the micro-batch counted, and bytes per token."""
-        layers = [m for m in base.model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        self._recomputes = bool(layers)
+        self._recomputes = bool(decoder_layers(base.model))
 
     # ---- limits ----------------------------------------------------------------------------------
 
@@ -151,6 +150,9 @@ class MemoryLimits:
         First come checkpointed graphs of micro-batches whose whole graph does not fit by itself:
         not kept, they would be computed three times. The rest is for the first micro-batches, whole
         graphs before checkpointed ones.
+
+        Over a sharded model the other processes decide at the same time, and a micro-batch is
+        scored again in all of them or in none.
         """
         large = [self.graph_alone(batch, limits) == "checkpointed" for batch in batches]
         cost = {"whole": 1.0, "checkpointed": limits.checkpointed}
@@ -164,7 +166,8 @@ class MemoryLimits:
                     if plan[number] is None and batch.tokens * cost[graph] <= free:
                         free -= batch.tokens * cost[graph]
                         plan[number] = graph
-        return plan
+        again = self.scorer.agree([graph is None for graph in plan])
+        return [None if dropped else graph for graph, dropped in zip(plan, again, strict=True)]
 
     def _graphs(self, large: bool) -> Sequence[Graph]:
         """The graphs that may be kept of a micro-batch, the best first."""
@@ -200,7 +203,7 @@ class MemoryLimits:
             DatumError: the longest datum does not fit by itself.
         """
         lengths = [datum.model_input.length for datum in data]
-        longest = max(lengths)
+        longest = max(lengths, default=0)
         limits = limits or self.limits(longest, params or ())
         before = limits
         while True:
@@ -208,8 +211,8 @@ class MemoryLimits:
                 result = run(limits)
                 break
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
+                if not is_out_of_memory(error) or self.base.shards > 1:
+                    raise  # sharded: the other processes are inside this forward
             # the traceback, which references the graphs, ended with that block
             release_cached(self.base.device)
             lowered = self._lower(limits, lengths, params is not None)
@@ -326,9 +329,7 @@ def recomputed(model: Any, *, on: bool) -> Iterator[None]:
     built for it. Only the layers' own `training` flags are raised; the modules in them stay in
     eval mode: no dropout.
     """
-    layers: list[Any] = []
-    if on:
-        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = decoder_layers(model) if on else []
     for layer in layers:
         layer.training = layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = _checkpoint

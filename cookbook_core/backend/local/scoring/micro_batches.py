@@ -60,6 +60,15 @@ def padded(data: Sequence[Datum], lists: Sequence[list[int]], indices: list[int]
     return MicroBatch(indices, [data[i] for i in indices], torch.tensor(ids), rows)
 
 
+def idle(*, in_a_row: bool) -> MicroBatch:
+    """One token of which nothing is scored: what a process computes to keep step with others.
+
+    in_a_row: packed.
+    """
+    layout = packing.lay_out([[0]]) if in_a_row else None
+    return MicroBatch([], [], torch.zeros(1, 1, dtype=torch.int64), [], layout)
+
+
 def by_length(lists: Sequence[list[int]], budget: int) -> Iterator[list[int]]:
     """Groups of indices, longest first, each within the budget of padded tokens."""
     batch: list[int] = []

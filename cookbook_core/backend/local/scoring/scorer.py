@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cookbook_core.backend.local.model.memory import feature_bytes, micro_batch_tokens
+from cookbook_core.backend.local.model.sharding import architecture, backbone
 from cookbook_core.backend.local.model.vision import VisionTower, language_model, missing_support
 from cookbook_core.backend.local.scoring import attention, packing
 from cookbook_core.backend.local.scoring.image_check import (
@@ -27,6 +28,7 @@ from cookbook_core.backend.local.scoring.image_check import (
 from cookbook_core.backend.local.scoring.micro_batches import (
     MicroBatch,
     by_length,
+    idle,
     packed,
     padded,
 )
@@ -51,21 +53,30 @@ log = logging.getLogger(__name__)
 
 
 class Scorer:
-    """Logprobs of target tokens under whatever adapter is active in `model`."""
+    """Logprobs of target tokens under whatever adapter is active in `model`.
+
+    Args:
+        model: the causal LM.
+        device: where it is.
+        image_reader: gives what reads the model's images.
+        agree: over a sharded model, whose forwards all processes make together: the largest of
+            their numbers, place by place.
+    """
 
     def __init__(
         self,
         model: Any,
         device: torch.device,
         image_reader: Callable[[], ImageReader] | None = None,
+        agree: Callable[[Sequence[int]], Sequence[int]] = list,
     ) -> None:
         self.model = model
         self._image_reader = image_reader
         self._tower: VisionTower | str | None = None
         """Why there is none, or the tower; None before the first image."""
         self._packs_images = False
-        self.device = device
-        self.backbone = getattr(model, model.base_model_prefix, model)
+        self.device, self.agree = device, agree
+        self.backbone = backbone(model)
         self.head: Head | None = find_head(model)
         self.micro_batch_tokens = micro_batch_tokens(model, device)
         self._switchable = _switchable(model)
@@ -99,14 +110,17 @@ class Scorer:
     def batches(
         self, data: Sequence[Datum], micro_batch_tokens: int | None = None
     ) -> list[MicroBatch]:
-        """The micro-batches in which `data` goes through the model: a function of the tokens."""
+        """The micro-batches in which `data` goes through the model: a function of the tokens.
+
+        Over a sharded model there are as many as in the process that has most; the last are idle.
+        """
         budget = micro_batch_tokens or self.micro_batch_tokens
         lists = [datum.model_input.keys() for datum in data]
-        if self.packs_all(data):
-            groups = packing.micro_batches(lists, budget)
-            return [packed(data, lists, group) for group in groups]
-        groups = by_length(lists, budget)
-        return [padded(data, lists, group) for group in groups]
+        in_rows = self.packs_all(data)
+        make, cut = (packed, packing.micro_batches) if in_rows else (padded, by_length)
+        batches = [make(data, lists, group) for group in cut(lists, budget)]
+        (most,) = self.agree([len(batches)])
+        return batches + [idle(in_a_row=in_rows) for _ in range(most - len(batches))]
 
     def score_batch(self, batch: MicroBatch) -> torch.Tensor:
         """Compute the logprobs of one micro-batch's targets.
@@ -287,7 +301,7 @@ class Scorer:
             log.warning(
                 "%s: %s are scored in padded batches and shared prefixes recomputed, as "
                 "packed rows do not give this architecture's own results on %s (%s).",
-                type(self.model).__name__,
+                architecture(self.model),
                 what,
                 self.device.type,
                 problem,
@@ -299,6 +313,8 @@ def logprobs_of_data(
     batches: Sequence[MicroBatch], scores: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """What `score_batch` gave for each micro-batch -> each datum's, on the CPU, after one copy."""
+    if not scores:
+        return []
     flat = torch.cat(list(scores)).cpu()
     pieces = flat.split([len(own) for own in scores])
     return in_order(
@@ -311,6 +327,8 @@ def logprob_cotangents(
 ) -> list[torch.Tensor]:
     """d loss / d logprobs of each datum -> of what `score_batch` gave, after one copy."""
     each = [b.targets.collect([grads[i] for i in b.indices]) for b in batches]
+    if not each:
+        return []
     return list(torch.cat(each).to(device).split([len(own) for own in each]))
 
 

@@ -24,6 +24,7 @@ from functools import cache
 from typing import Any
 
 from cookbook_core.backend.local.model.memory import is_out_of_memory
+from cookbook_core.backend.local.model.sharding import backbone
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -85,8 +86,8 @@ def find_head(model: Any) -> Head | None:
     checked against the model itself on a few tokens.
     """
     module = model.get_output_embeddings()
-    backbone = getattr(model, model.base_model_prefix, None)
-    if backbone is None or backbone is model or not hasattr(module, "weight"):
+    inner = getattr(model, model.base_model_prefix, None)
+    if inner is None or inner is model or not hasattr(module, "weight"):
         return None
     config = model.config.get_text_config()
     head = Head(
@@ -98,7 +99,7 @@ def find_head(model: Any) -> Head | None:
     ids = torch.arange(4, device=module.weight.device)[None] % config.vocab_size
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
-        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
         logits = head.finish(module(hidden))
     tolerance = 1e-2 if expected.dtype == torch.bfloat16 else 1e-4
     same = logits.shape == expected.shape and torch.allclose(
@@ -154,7 +155,9 @@ def target_logprobs(head: Head, hidden: torch.Tensor, targets: Targets) -> torch
 def _frozen_linear(module: Any) -> torch.nn.Linear | None:
     """The layer that alone computes the raw logits; None if it is trained or of another kind."""
     linear = getattr(module, "base_layer", module)  # below LoRA layers, active or not
-    if type(linear) is not torch.nn.Linear or any(p.requires_grad for p in module.parameters()):
+    # FSDP's subclass has the same forward
+    plain = getattr(type(linear), "forward", None) is torch.nn.Linear.forward
+    if not plain or any(p.requires_grad for p in module.parameters()):
         return None
     return linear
 

@@ -1,0 +1,100 @@
+"""A base model whose layers are sharded over the processes of a run, by torch's FSDP2.
+
+transformers reads each process's part of the weights and wraps the layers (`DistributedConfig`):
+a layer's weights are gathered from all processes before it computes, and freed after it. Adapters
+are added later, and are whole and plain in every process. Embedding, last norm and unembedding are
+gathered by the first forward and stay whole: the unembedding's product and its backward are
+computed past FSDP's hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cookbook_core.backend.local import SUPPORTED, check_versions
+from cookbook_core.backend.local.model.memory import decoder_layers, sharded_weight_bytes
+from cookbook_core.errors import ConfigError, ModelError
+
+import torch
+
+NEEDS = {"torch": "2.13", "transformers": "5.23", "peft": "0.21.2"}
+"""The oldest versions with which this was run; older ones split models otherwise, or not at all."""
+
+
+def loading_options(config: Any, dtype: str, device: torch.device, shards: int) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a model in `shards` parts; all processes pass the same.
+
+    Args:
+        config: of the model.
+        dtype: as the user gave it.
+        device: to load it onto.
+        shards: processes of the run; 1 gives no arguments.
+    Raises:
+        VersionError: a package is too old. ConfigError: a dtype, device or model that is not
+            sharded.
+    """
+    if shards == 1:
+        return {}
+    check_versions({name: (low, SUPPORTED[name][1]) for name, low in NEEDS.items()}, "for --shard")
+    if dtype == "nf4" or getattr(config, "quantization_config", None) is not None:
+        fix = "Leave --shard out: each process then holds the whole quantized model."
+        what = "not supported for quantized models: transformers' loader cannot split them"
+        raise ConfigError("shard", what, fix=fix)
+    if getattr(config, "vision_config", None) is not None:
+        fix = "Leave --shard out: each process then holds the whole model."
+        raise ConfigError("shard", "not supported for models with a vision tower", fix=fix)
+    found = torch.accelerator.current_accelerator()
+    if device.type != (found.type if found else "cpu") or device.type == "mps":
+        what, rule = "not supported on this device", "cuda, or cpu where there is no GPU"
+        raise ConfigError("shard", what, expected=rule, got=device)
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(fsdp_size=shards)}
+
+
+def prepare(model: Any, shards: int, name: str) -> None:
+    """Set up a model that was just loaded in `shards` parts, before its first forward.
+
+    Raises:
+        ModelError: transformers does not shard the layers of this architecture.
+    """
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    layers = decoder_layers(model)
+    if not layers or not all(isinstance(layer, FSDPModule) for layer in layers):
+        raise ModelError(
+            "shard",
+            "transformers does not shard the layers of this architecture",
+            expected="decoder layers that its plan names (model.layers.*), as Llama or Qwen have",
+            got=f"{name}, {architecture(model)}",
+            fix="Leave --shard out: each process then holds the whole model.",
+        )
+    for p in model.parameters():  # on the CPU each part is a view of the weight that was read
+        if (local := p.to_local()).untyped_storage().nbytes() > local.nbytes:
+            p._local_tensor = local.clone()
+    for part in (model, model.get_input_embeddings(), model.get_output_embeddings()):
+        if isinstance(part, FSDPModule):
+            part.set_reshard_after_forward(False, recurse=False)
+            part.set_reshard_after_backward(False, recurse=False)
+    inner = getattr(model, model.base_model_prefix)
+    # a forward of the whole model to FSDP: the ends are gathered, and layers ahead of their turn
+    model.sharded_backbone = lambda **inputs: inner(**inputs)
+    register_fsdp_forward_method(model, "sharded_backbone")
+    model.sharded_bytes = sharded_weight_bytes(model, shards)
+
+
+def backbone(model: Any) -> Callable[..., Any]:
+    """What computes a causal LM's hidden states: the model without its unembedding."""
+    inner = getattr(model, model.base_model_prefix, model)
+    return getattr(model, "sharded_backbone", inner)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether `prepare` has set up this model."""
+    return hasattr(model, "sharded_backbone")
+
+
+def architecture(model: Any) -> str:
+    """The name of a model's class in transformers; FSDP derives classes of its own."""
+    return type(model).__name__.removeprefix("FSDP")
