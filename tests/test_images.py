@@ -169,7 +169,7 @@ MODEL = ModelData(vocab_size=10, max_context_length=32)
         (r"sample\.prompt\.chunks\[1\]: the prompt ends with an image", [text(5), image()], ()),
         (r"sample\.prompt\.chunks\[1\]\.expected_tokens", [text(5), image(PNG, None), text(6)], ()),
         (r"sample\.prompt\[4\]: token id outside", [text(5), image(), text(10)], ()),
-        (r"sample\.include_prompt_logprobs", [text(5), image(), text(6)], (True, 0)),
+        (r"sample\.topk_prompt_logprobs", [text(5), image(), text(6)], (False, 2)),
         (r"do not fit the model's context", [text(5), image(PNG, 40), text(6)], ()),
     ],
 )
