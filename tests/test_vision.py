@@ -10,7 +10,7 @@ from cookbook_core import datum_from_prompt_completion
 from cookbook_core.backend.local.engine import Engine
 from cookbook_core.backend.local.model import loading, vision
 from cookbook_core.backend.local.model.adapters import Adapter
-from cookbook_core.backend.local.multiprocess import engine as multiprocess
+from cookbook_core.backend.local.multiprocess import packets
 from cookbook_core.backend.local.multiprocess.group import Packet
 from cookbook_core.backend.sampling_requests import sampling_request
 from cookbook_core.builtin_losses import builtin_loss
@@ -21,6 +21,7 @@ from cookbook_core.types import (
     EncodedTextChunk,
     ImageChunk,
     LoraConfig,
+    ModelData,
     ModelInput,
     SamplingParams,
 )
@@ -391,14 +392,20 @@ def test_clients_train_score_and_sample(engine_of, service):
 
 def test_images_reach_other_processes_as_they_are(engine_of):
     data = mixed(engine_of("llava"))
-    sent = multiprocess._packet(data, [1, 5, 6])
-    assert sent.header["images"][2] is None
-    packet = Packet(json.loads(json.dumps(sent.header)), sent.tensors)
-    received = multiprocess._datums(packet)
-    assert [d.model_input for d in received] == [
-        *(data[i].model_input for i in (1, 5)),
-        ModelInput.from_ints(data[6].model_input.to_ints()),
-    ]
+    sent = packets.datum_packet(data, [1, 5, 6])
+    assert len(sent.header["inputs"]["files"]) == 2  # of three images, two are the same
+    received = packets.datums_in(through_json(sent))
+    assert [d.model_input for d in received] == [data[i].model_input for i in (1, 5, 6)]
+    params = SamplingParams(max_tokens=2)
+    prompts = [ModelInput.from_ints([5, 6]), data[5].model_input, data[5].model_input]
+    requests = [sampling_request(ModelData(), p, 3, params, False, 0) for p in prompts]
+    sent = packets.sample_packet(requests)
+    assert len(sent.header["inputs"]["files"]) == 2
+    assert packets.sample_requests(through_json(sent)) == requests
+
+
+def through_json(packet: Packet) -> Packet:
+    return Packet(json.loads(json.dumps(packet.header)), packet.tensors)
 
 
 # ---- bad input -----------------------------------------------------------------------------------
