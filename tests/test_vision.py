@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cookbook_core import datum_from_prompt_completion
@@ -14,7 +15,8 @@ from cookbook_core.backend.local.multiprocess import packets
 from cookbook_core.backend.local.multiprocess.group import Packet
 from cookbook_core.backend.sampling_requests import sampling_request
 from cookbook_core.builtin_losses import builtin_loss
-from cookbook_core.errors import DatumError
+from cookbook_core.commands.export import export
+from cookbook_core.errors import DatumError, ModelError
 from cookbook_core.types import (
     AdamParams,
     Datum,
@@ -25,7 +27,7 @@ from cookbook_core.types import (
     ModelInput,
     SamplingParams,
 )
-from tests.oracles.logprobs import assert_close
+from tests.oracles.logprobs import assert_close, randomize
 from tests.tiny_vision import FAMILIES, PACKED, picture, write
 
 import peft
@@ -483,3 +485,34 @@ def test_an_adapter_on_the_tower_is_given_no_images(engine_of):
     datum = Datum(value, {"target_tokens": [5] * value.length})
     with pytest.raises(DatumError, match=r"layers outside the language model.*visual"):
         engine.forward(adapter, [datum], CE)
+
+
+# ---- exports -------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_an_export_scores_images_as_the_client_does(engine_of, service, tmp_path):
+    """As an adapter and merged, with the processor's files; llama.cpp's form is refused."""
+    engine = engine_of("qwen3_vl")
+    client = service.create_lora_training_client(engine.base.path, rank=4, seed=0).result(60)
+    randomize(client, scale=0.05)
+    data = mixed(engine)
+    scored = client.forward(data, "cross_entropy").result(60).loss_fn_outputs
+    ours = [output["logprobs"].to_torch() for output in scored]
+    path = client.save_weights_for_sampler("final").result(60).path
+    for form in ("peft", "merged"):
+        out = export(path, form, tmp_path / form)
+        base = engine.base.path if form == "peft" else out
+        model: Any = AutoModelForImageTextToText.from_pretrained(base)
+        if form == "peft":
+            model = peft.PeftModel.from_pretrained(model, out)
+        with torch.no_grad():
+            theirs = [own_logprobs(model.eval(), engine, datum) for datum in data]
+        assert max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) <= 1e-5
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            assert (out / name).read_bytes() == (Path(engine.base.path) / name).read_bytes()
+        card = (out / "README.md").read_text(encoding="utf-8")
+        assert "pipeline_tag: image-text-to-text" in card
+        assert "model = AutoModelForImageTextToText" in card
+    with pytest.raises(ModelError, match=r"vision tower as two files.*--mmproj"):
+        export(path, "gguf-ready", tmp_path / "gguf")

@@ -237,7 +237,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
             config = AutoConfig.from_pretrained(path)
             saved = getattr(config, "quantization_config", None)
             straight |= quantization.loading_options(saved, dtype, chosen_device, chosen_dtype)
-            kind = _auto_class(config)
+            kind = auto_class(config)
             model: Any = kind.from_pretrained(path, dtype=chosen_dtype, **straight)
     except ConfigError:
         raise
@@ -272,7 +272,7 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     )
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model with all the parts that its folder has."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
