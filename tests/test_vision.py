@@ -9,7 +9,7 @@ from typing import Any
 
 from cookbook_core import datum_from_prompt_completion
 from cookbook_core.backend.local.engine import Engine
-from cookbook_core.backend.local.model import loading, vision
+from cookbook_core.backend.local.model import loading, memory, vision
 from cookbook_core.backend.local.model.adapters import Adapter
 from cookbook_core.backend.local.multiprocess import packets
 from cookbook_core.backend.local.multiprocess.group import Packet
@@ -314,7 +314,22 @@ def test_scoring_after_everything_was_dropped_gives_equal_bits(engine_of, monkey
     before = tower.runs
     found = engine.score(adapter, data)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
-    assert tower.runs > before
+    assert tower.runs == before + 3  # of one micro-batch, each image once all the same
+    assert len(tower._kept) == 1
+
+
+def test_features_to_come_are_left_free(engine_of, monkeypatch):
+    """Graphs are given what is free, less what the cache of features may still take."""
+    engine = engine_of("qwen2_5_vl")
+    tower, free = engine.scorer.tower(), 8 << 30
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    size = engine.limits.graph_bytes(()).whole
+    before = tower.nbytes
+    for n in range(2):
+        found = engine.limits.limits(100).graph_tokens
+        assert found == int(memory.SHARE * (free - tower.bound + tower.nbytes) / size)
+        tower.features(tower.reader.chunk(picture(300 + n)))
+    assert tower.nbytes > before
 
 
 # ---- sampling ------------------------------------------------------------------------------------
