@@ -27,7 +27,7 @@ from cookbook_core.types import (
     ModelInput,
     SamplingParams,
 )
-from tests.oracles.logprobs import assert_close, randomize
+from tests.oracles.logprobs import adapter_of, assert_close, randomize
 from tests.tiny_vision import FAMILIES, PACKED, picture, write
 
 import peft
@@ -405,6 +405,28 @@ def test_clients_train_score_and_sample(engine_of, service):
             1,
             SamplingParams(max_tokens=2),
         )
+
+
+def test_a_resumed_client_ends_with_the_same_bits(engine_of, make_service):
+    """Another process would have no features and no pixels either."""
+    path = engine_of("qwen3_vl").base.path
+    reader = engine_of("qwen3_vl").base.image_reader()
+    prompts = [ModelInput([text(40), reader.chunk(picture(n)), text(43)]) for n in range(6)]
+    data = [datum_from_prompt_completion(prompt, [50, 51]) for prompt in prompts]
+
+    def train(client: Any, steps: range) -> None:
+        for n in steps:
+            client.forward_backward(data[n : n + 3], "cross_entropy").result(60)
+            client.optim_step(AdamParams(learning_rate=1e-2)).result(60)
+
+    whole = make_service().create_lora_training_client(path, rank=4, seed=0).result(60)
+    train(whole, range(2))
+    saved = whole.save_state("cut").result(60).path
+    train(whole, range(2, 4))
+    resumed = make_service().create_training_client_from_state_with_optimizer(saved).result(60)
+    train(resumed, range(2, 4))
+    ends = [adapter_of(client).named() for client in (whole, resumed)]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
 def test_images_reach_other_processes_as_they_are(engine_of):
