@@ -80,6 +80,20 @@ class _InRow:
         return _spool.read(self)
 
 
+@dataclass(frozen=True)
+class _InMemory:
+    """Bytes that are needed once, as those of a request to a server."""
+
+    data: bytes = field(repr=False)
+
+    def stream(self) -> BinaryIO:
+        return io.BytesIO(self.data)
+
+    def read(self, place: str) -> bytes:
+        del place
+        return self.data
+
+
 class _Spool:
     """One temporary file, which the system deletes with the process."""
 
@@ -179,12 +193,25 @@ def image_file(value: Any, place: str, folder: Path | None = None) -> ImageFile:
     if isinstance(value, ImageFile):
         return value
     try:
-        source = _source_of(value, place, folder)
-        with source.stream() as file:
-            return _measured(source, file, place)
+        return _opened_once(_source_of(value, place, folder), place)
     except OSError as error:
         fix = "Paths are relative to the dataset's file."
         raise DataError(place, "no such image file", got=error, fix=fix) from error
+
+
+def image_in_memory(data: bytes, place: str) -> ImageFile:
+    """Measure an image whose bytes are freed with it.
+
+    Raises:
+        DataError: not an image, too many pixels, or a file that was cut short.
+    """
+    return _opened_once(_InMemory(data), place)
+
+
+def _opened_once(source: Any, place: str) -> ImageFile:
+    try:
+        with source.stream() as file:
+            return _measured(source, file, place)
     except DatumError as error:
         raise DataError(**error.slots()) from error
 

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cookbook_core import datum_from_prompt_completion
+from cookbook_core import datum_from_prompt_completion, tinker
+from cookbook_core.chat.rendering import render_prompt
 from cookbook_core.serve import wire
 from cookbook_core.types import Datum, EncodedTextChunk, ImageChunk, ModelInput
 from tests.conftest import make_random_data
@@ -26,9 +27,20 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(300)
 
 
+TEMPLATE = """\
+{%- for m in messages %}{{ m.role }}:
+{%- if m.content is string %}{{ m.content }}{% else %}
+{%- for p in m.content %}
+{%- if p.type == "image" %}<|vision_start|><|image_pad|><|vision_end|>
+{%- else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}</s>{% endfor %}
+{%- if add_generation_prompt %}assistant:{% endif %}"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, small_tokenizer) -> str:
-    return write("qwen3_vl", tmp_path_factory.mktemp("qwen3_vl"), small_tokenizer)
+    path = tmp_path_factory.mktemp("qwen3_vl")
+    (path / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return write("qwen3_vl", path, small_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +198,57 @@ def test_a_text_only_model_refuses_by_name(model_folder, tmp_path):
         assert "error" not in client.call(
             "forward_backward", scoring(model, 2, make_random_data(1))
         )
+
+
+# ---- chat ----------------------------------------------------------------------------------------
+
+
+def question(url: str) -> list[dict[str, Any]]:
+    parts = [{"type": "image_url", "image_url": {"url": url, "detail": "auto"}},
+             {"type": "text", "text": "Which?"}]  # fmt: skip
+    return [{"role": "system", "content": "Look."}, {"role": "user", "content": parts}]
+
+
+def data_url(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def test_chat_reads_images_of_the_request(client, folder, make_service):
+    here = make_service().create_sampling_client(base_model=folder).result()
+    messages = question(data_url(IMAGE.data))
+    own = [messages[0], {"role": "user", "content": [{"type": "image", "image": IMAGE.data},
+                                                     messages[1]["content"][1]]}]  # fmt: skip
+    prompt = render_prompt(here.get_tokenizer(), own)
+    assert [image.data for image in prompt.images] == [IMAGE.data]
+    params = tinker.SamplingParams(max_tokens=4, temperature=0.0)
+    expected = here.sample(prompt, 1, params).result().sequences[0]
+    asked = {"model": NAME, "messages": messages, "max_tokens": 4, "temperature": 0}
+    reply = client.http.post("/v1/chat/completions", json={**asked, "logprobs": True}).json()
+    (choice,) = reply["choices"]
+    found = [token["logprob"] for token in choice["logprobs"]["content"]]
+    assert found == pytest.approx(expected.logprobs[: len(found)], abs=1e-5)
+    assert choice["message"]["content"] == here.get_tokenizer().decode(
+        expected.tokens[: len(found)]
+    )
+    assert reply["usage"]["prompt_tokens"] == prompt.length
+    streamed = client.http.post("/v1/chat/completions", json={**asked, "stream": True}).text
+    pieces = [json.loads(x[6:]) for x in streamed.splitlines() if x.startswith("data: {")]
+    texts = [choice["delta"].get("content") or "" for x in pieces for choice in x["choices"]]
+    assert "".join(texts) == choice["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("http://127.0.0.1:9/a.png", "this server fetches nothing"),
+        ("file:///etc/passwd", "this server fetches nothing"),
+        ("data:text/html;base64,QUJD", "this server fetches nothing"),
+        ("data:image/png;base64,%%", "messages[1].content[0].image_url.url: not base64"),
+        (data_url(IMAGE.data[:-40]), "image_url.url: the image cannot be read"),
+    ],
+)
+def test_chat_refuses_other_images(client, url, says):
+    asked = {"model": NAME, "messages": question(url), "max_tokens": 4}
+    reply = client.http.post("/v1/chat/completions", json=asked)
+    assert reply.status_code == 422
+    assert says in reply.json()["error"]["message"]

@@ -72,18 +72,20 @@ def sample_requests(packet: Packet) -> list[SampleRequest]:
 
 def _inputs_out(inputs: Sequence[Any]) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """Each image's file once, and the token ids of all text; what `_inputs_in` needs beside."""
-    files: dict[ImageChunk, int] = {}
+    files: dict[int, tuple[int, ImageChunk]] = {}
     texts, chunks = [], []
     for value in inputs:
         chunks.append([])
         for chunk in value.chunks:
-            pictured = isinstance(chunk, ImageChunk)
-            chunks[-1].append(files.setdefault(chunk, len(files)) if pictured else None)
-            if not pictured:
+            if isinstance(chunk, ImageChunk):
+                chunks[-1].append(files.setdefault(chunk.key, (len(files), chunk))[0])
+            else:
                 texts.append(torch.tensor(chunk.tokens, dtype=torch.int64))
-    images = [torch.frombuffer(bytearray(x.data), dtype=torch.uint8) for x in files]
-    header = {"chunks": chunks, "files": [(x.format, x.length) for x in files]}
-    return header, [*images, *texts]
+                chunks[-1].append(None)
+    images = [image for _, image in files.values()]
+    bytes_ = [torch.frombuffer(bytearray(image.data), dtype=torch.uint8) for image in images]
+    header = {"chunks": chunks, "files": [(image.format, image.length) for image in images]}
+    return header, [*bytes_, *texts]
 
 
 def _inputs_in(header: dict[str, Any], tensors: Iterator[torch.Tensor]) -> list[ModelInput]:
