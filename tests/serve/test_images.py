@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cookbook_core import datum_from_prompt_completion, tinker
+from cookbook_core.backend.local.model.vision import VisionTower
+from cookbook_core.backend.local.scoring.image_check import probe_images
 from cookbook_core.chat.rendering import render_prompt
+from cookbook_core.conformance import IMAGES, check_service
 from cookbook_core.serve import wire
 from cookbook_core.types import Datum, EncodedTextChunk, ImageChunk, ModelInput
 from tests.conftest import make_random_data
@@ -252,3 +255,23 @@ def test_chat_refuses_other_images(client, url, says):
     reply = client.http.post("/v1/chat/completions", json=asked)
     assert reply.status_code == 422
     assert says in reply.json()["error"]["message"]
+
+
+# ---- cookbook check ------------------------------------------------------------------------------
+
+
+def test_the_checks_of_images_pass_and_find_a_model_that_sees_none(folder, service, monkeypatch):
+    def make_client():
+        return service.create_lora_training_client(folder, rank=4, seed=0).result()
+
+    def rows():
+        return {row.name: row.outcome for row in check_service(make_client, IMAGES, below=False)}
+
+    assert {name: found.result for name, found in rows().items()} == {
+        "images": "pass", "refuses an image of another length": "pass",
+    }  # fmt: skip
+    tower = make_client()._backend._engine.scorer.tower()
+    blind = tower.features(probe_images(tower)[0])
+    monkeypatch.setattr(VisionTower, "features", lambda self, chunk: blind)
+    seen = rows()["images"]
+    assert (seen.result, seen.figure[:42]) == ("fail", "another image moves logprobs by 0 nats, th")
