@@ -84,10 +84,7 @@ def export(
     source, name, tokenizer = _base_model(base_model or checkpoints.base_model_of(folder))
     card = model_card.Card(to, name, folder.name, adapter.config.r, home and home / "config.json")
     card.auto_class = loading.auto_class(AutoConfig.from_pretrained(source)).__name__
-    if to == "gguf-ready" and card.reads_images:
-        what = "llama.cpp takes a model with a vision tower as two files, which this does not write"
-        fix = "Export with --to merged, and convert that with llama.cpp's own --mmproj."
-        raise ModelError(name, what, expected="a model of text alone", got=to, fix=fix)
+    _check_form(card)
     if to == "peft":
         with _new_folder(target, (folder / "adapter_model.safetensors").stat().st_size) as new:
             shutil.copyfile(folder / "adapter_model.safetensors", new / "adapter_model.safetensors")
@@ -114,6 +111,14 @@ def export(
             _inline_template(new, tokenizer)
         card.write(new, tokenizer)
     return target
+
+
+def _check_form(card: model_card.Card) -> None:
+    """Raise ModelError for a form that this base model cannot have."""
+    if card.form == "gguf-ready" and card.reads_images:
+        what = "llama.cpp takes a model with a vision tower as two files, which this does not write"
+        fix = "Export with --to merged, and convert that with llama.cpp's own --mmproj."
+        raise ModelError(card.base_model, what, expected="a model of text alone", fix=fix)
 
 
 def _base_model(given: str) -> tuple[Path, str, Any]:
