@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 
 from cookbook_core import conformance, tinker
-from cookbook_core.errors import ConfigError, CookbookError, ModelError
+from cookbook_core.errors import ConfigError, ModelError
 
 
 def check(
@@ -61,6 +61,6 @@ def _reads_images(client: tinker.TrainingClient) -> bool:
     """Whether the model's image processor is here, or on the Hub under the model's name."""
     try:
         client.get_tokenizer().images.reader()
-    except CookbookError:
+    except Exception:  # whatever keeps it from being loaded: these checks are optional
         return False
     return True
