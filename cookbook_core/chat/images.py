@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cookbook_core.chat.conversations import Message, text_of
+from cookbook_core.data.images import carried
 from cookbook_core.errors import DataError, ModelError
 from cookbook_core.image_files import ImageFile, StoredImage, image_file
 from cookbook_core.images import ImageReader
@@ -85,7 +86,7 @@ class Images:
             if images is not None and images.token is not None and images.token in tokens:
                 at = tokens.index(images.token)
                 raise DataError(
-                    "images",
+                    "image",
                     "the text has a placeholder of an image, and the row has none",
                     expected="an image for each placeholder",
                     got=repr(self._tokenizer.decode(tokens[max(0, at - 10) : at + 1])),
@@ -113,7 +114,7 @@ class Images:
 
     def _miscounted(self, placeholders: int) -> DataError:
         return DataError(
-            "images",
+            "image",
             "another number of images than the rendered prompt has places for",
             expected=f"{placeholders} images",
             got=len(self._chunks),
@@ -130,19 +131,17 @@ def _placed(messages: Sequence[Message], given: list[ImageFile]) -> tuple[Any, l
         places = [IMAGE_PART] * len(given)
         user = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
         contents[user] = [*places, *as_parts(contents[user] or "")]
-    own = [place["image"] for place in places if "image" in place]
-    if len(places) - len(own) != len(given):
+    own = [carried(place) for place in places]
+    if own.count(None) != len(given):
         raise DataError(
-            "images",
+            "image",
             "another number of images than placeholders",
-            expected=f"{len(places) - len(own)} images",
+            expected=f"{own.count(None)} images",
             got=len(given),
             fix='Write one {"type": "image"} part for each image of the column, or none at all.',
         )
     rest = iter(given)
-    files = [
-        image_file(place["image"], "images") if "image" in place else next(rest) for place in places
-    ]
+    files = [next(rest) if each is None else image_file(each, "image") for each in own]
     turns = [
         {**message, "content": as_parts(content) if places else text_of(message)}
         if isinstance(content, list)
@@ -160,7 +159,7 @@ def _reader_of(tokenizer: Any, count: int) -> ImageReader:
     except ModelError as error:
         reason = f"{error.what}: {error.got}" if error.got else error.what
     raise DataError(
-        "images",
+        "image",
         "this model is given no images",
         expected="text only",
         got=f"{count} images ({reason})",

@@ -17,7 +17,7 @@ from cookbook_core.chat.tool_calls import (
     as_template_takes,
     renders_probe,
 )
-from cookbook_core.data.images import row_images
+from cookbook_core.data.images import column_images
 from cookbook_core.errors import DataError, ModelError
 
 _PARTS_ONLY: dict[str, bool] = {}
@@ -36,7 +36,7 @@ def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         DataError: not JSON, or of another type; or an image that cannot be measured.
     """
-    images = row_images(row)
+    images = column_images(row)
     arguments: dict[str, Any] = {"images": images} if images else {}
     for column, kind in (("chat_template_kwargs", Mapping), ("tools", list)):
         value = row.get(column)
@@ -177,6 +177,8 @@ def apply_template(
 
 def _check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
     """Raise DataError for tools that are none, and for names that the template does not read."""
+    if not arguments:
+        return
     for j, tool in enumerate(arguments.get("tools") or ()):
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):

@@ -112,8 +112,8 @@ def load_rows(
         all_columns: keep the other columns too, which may be empty or missing in some rows.
     Returns:
         One dict per row, in file order, with exactly the columns of that alternative, and those of
-        TEMPLATE_COLUMNS and IMAGE_COLUMNS where it has a value there (unless all_columns); images
-        are of `image_files.ImageFile`, read when a batch needs them. In a block
+        TEMPLATE_COLUMNS and IMAGE_COLUMNS where it has a value there (unless all_columns). Images
+        are as `data.images.with_image_files` makes them, read when a batch needs them. In a block
         `with chat.naming(row)`, errors name its place. Values of a .csv are strings, except
         conversations, which are parsed from JSON.
     Raises:
