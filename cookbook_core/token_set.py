@@ -18,6 +18,8 @@ from cookbook_core.datums import SCORE_MASK, as_sequence
 from cookbook_core.errors import ConfigError, DataError, DatumError, check_text, is_finite
 from cookbook_core.types import Datum, ModelInput
 
+import numpy as np
+
 
 def single_tokens(tokenizer: Any, labels: Sequence[str]) -> list[int]:
     """Encode labels that are one token each, a leading space included.
@@ -97,8 +99,10 @@ def datum_from_token_set(
             got=f"N = {n} and K = {len(ids)}",
             fix="Render the prompt, and encode the labels with single_tokens().",
         )
-    weights = [0.0] * (n - 1) + [1.0]
-    inputs = {"target_tokens": [ids] * n, "weights": weights, SCORE_MASK: weights, **loss_fn_inputs}
+    weights = np.zeros(n)
+    weights[-1] = 1
+    targets = np.tile(ids, (n, 1))
+    inputs = {"target_tokens": targets, "weights": weights, SCORE_MASK: weights, **loss_fn_inputs}
     return Datum(prompt, inputs)
 
 

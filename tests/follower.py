@@ -11,20 +11,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cookbook_core.backend.local.model.vision import VisionTower
 from cookbook_core.backend.local.multiprocess import group
 from cookbook_core.backend.local.scoring.scorer import Scorer
 from cookbook_core.runs import join_processes
 from cookbook_core.tinker import Datum, ModelInput
+from cookbook_core.types import ImageChunk
 
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 FAILS, FAILS_BACKWARD, TOO_LONG = 97, 98, 99
 FAILS_IN_LAYER, KILLED_IN_LAYER = 95, 94
 
 ROOT = Path(__file__).parents[1]
 
+NORMS: tuple[Any, ...] = (Qwen3RMSNorm, Qwen3VLTextRMSNorm)
+ENCODED = "encoded the image"
+
 score_batch = Scorer.score_batch
+run_tower = VisionTower._run
 
 
 def float64_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -51,7 +58,7 @@ def beginning_with(token: int, datum: Datum) -> Datum:
 
 
 def poisoned(self: Scorer, batch: Any) -> torch.Tensor:
-    tokens = {token for datum in batch.data for token in datum.model_input.to_ints()}
+    tokens = {token for datum in batch.data for token in datum.model_input.ids()}
     if FAILS in tokens:
         raise RuntimeError("the forward broke")
     if TOO_LONG in tokens:
@@ -63,6 +70,11 @@ def poisoned(self: Scorer, batch: Any) -> torch.Tensor:
     if FAILS_BACKWARD in tokens and torch.is_grad_enabled():
         found.register_hook(failing)
     return found
+
+
+def counted(self: VisionTower, chunk: ImageChunk) -> Any:
+    print(ENCODED, chunk.key, flush=True)
+    return run_tower(self, chunk)
 
 
 class Two:
@@ -104,5 +116,7 @@ class Two:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     Scorer.score_batch = poisoned
-    Qwen3RMSNorm.forward = float64_norm
+    VisionTower._run = counted
+    for norm in NORMS:
+        norm.forward = float64_norm
     join_processes()

@@ -16,7 +16,8 @@ from cookbook_core.backend.sampling_requests import sampling_request
 from cookbook_core.datum_checks import check_data
 from cookbook_core.datums import shift_sequence
 from cookbook_core.errors import ConfigError, DatumError
-from cookbook_core.images import MOST_PIXELS, ImageReader, rgb
+from cookbook_core.image_files import MOST_PIXELS, rgb
+from cookbook_core.images import ImageReader
 from cookbook_core.tinker.sdk_objects import own_data
 from cookbook_core.token_set import datum_from_token_set
 from cookbook_core.types import (
@@ -169,7 +170,7 @@ MODEL = ModelData(vocab_size=10, max_context_length=32)
         (r"sample\.prompt\.chunks\[1\]: the prompt ends with an image", [text(5), image()], ()),
         (r"sample\.prompt\.chunks\[1\]\.expected_tokens", [text(5), image(PNG, None), text(6)], ()),
         (r"sample\.prompt\[4\]: token id outside", [text(5), image(), text(10)], ()),
-        (r"sample\.include_prompt_logprobs", [text(5), image(), text(6)], (True, 0)),
+        (r"sample\.topk_prompt_logprobs", [text(5), image(), text(6)], (False, 2)),
         (r"do not fit the model's context", [text(5), image(PNG, 40), text(6)], ()),
     ],
 )

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cookbook_core import weighted_sums, with_inputs
+from cookbook_core import datum_from_prompt_completion, weighted_sums, with_inputs
 from cookbook_core.backend.local import memory_table
 from cookbook_core.backend.local.model import memory
 from cookbook_core.backend.local.multiprocess import engine, group
@@ -18,6 +18,7 @@ from cookbook_core.errors import DatumError, LossError, ModelError, RequestError
 from cookbook_core.tinker import (
     AdamParams,
     Datum,
+    EncodedTextChunk,
     ModelInput,
     SamplingParams,
     ServiceClient,
@@ -27,11 +28,11 @@ from tests import follower
 from tests.conftest import make_random_data
 from tests.follower import Two
 from tests.oracles.logprobs import adapter_of, assert_close, engine_of, randomize, take_gradient
+from tests.tiny_vision import picture, write
 
 import numpy as np
 import pytest
 import torch
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 60
@@ -46,7 +47,8 @@ PLAIN = 94  # tokens below this do not make the follower fail
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
     found = Two(tmp_path_factory.mktemp("two"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Qwen3RMSNorm, "forward", follower.float64_norm)
+        for norm in follower.NORMS:
+            patch.setattr(norm, "forward", follower.float64_norm)
         yield found
     assert found.end() == 0, found.said.read_text(encoding="utf-8")
 
@@ -82,7 +84,7 @@ def make_sides(
 ) -> Iterator[Callable[..., Sides]]:
     services: dict[str, ServiceClient] = {}
 
-    def client(kind: str, arch: str, seed: int, train_unembed: bool) -> TrainingClient:
+    def client(kind: str, folder: str, seed: int, train_unembed: bool) -> TrainingClient:
         if kind not in services:
             folder = tmp_path_factory.mktemp("checkpoints")
             options = {"dtype": "float64", "checkpoint_dir": folder, "shard": kind == "sharded"}
@@ -91,17 +93,24 @@ def make_sides(
             if kind == "alone":
                 patch.setattr(group, "_group", None)
             created = services[kind].create_lora_training_client(
-                model_folder(arch), rank=4, seed=seed, train_unembed=train_unembed
+                folder, rank=4, seed=seed, train_unembed=train_unembed
             )
             made = created.result(SECONDS)
         randomize(made, seed)
         return made
 
     def make(
-        kind: str, arch: str = "qwen3", *, seed: int = 0, train_unembed: bool = False
+        kind: str,
+        arch: str = "qwen3",
+        *,
+        seed: int = 0,
+        train_unembed: bool = False,
+        folder: str = "",
     ) -> Sides:
         assert two.other.poll() is None
-        shared, alone = (client(k, arch, seed, train_unembed) for k in (kind, "alone"))
+        shared, alone = (
+            client(k, folder or model_folder(arch), seed, train_unembed) for k in (kind, "alone")
+        )
         engines = engine_of(shared), engine_of(alone)
         assert [type(e) is engine.SharedEngine for e in engines] == [True, False]
         assert [e.base.shards for e in engines] == [2 if kind == "sharded" else 1, 1]
@@ -314,6 +323,52 @@ def test_samples(sides: Connect, seed: int | None) -> None:
         ):
             assert [i for i, _ in a] == [i for i, _ in b]
             assert isinstance(a[0], tuple)
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def test_images_are_read_where_they_are_needed(
+    two: Two, sides: Connect, small_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Steps and samples are those of one process; each encodes the images of its share, once."""
+    both = sides(folder=write("qwen3_vl", tmp_path, small_tokenizer))
+    shared = engine_of(both.shared)
+    images = [shared.base.image_reader().chunk(picture(n)) for n in range(4)]
+    stem, end = EncodedTextChunk(list(range(10, 28))), EncodedTextChunk([30])
+    prompts = [ModelInput([stem, image, end]) for image in images]
+    data = [datum_from_prompt_completion(p, [50 + n, 51]) for p in prompts[:3] for n in range(2)]
+    shares = shared._shares(data)
+    needed = [{x.key for i in share for x in data[i].model_input.images} for share in shares]
+    assert not needed[0] & needed[1]
+
+    def encoded() -> list[set[int]]:
+        lines = two.said.read_text(encoding="utf-8").splitlines()
+        there = [int(x.split()[-1]) for x in lines if x.startswith(follower.ENCODED)]
+        assert len(there) == len(set(there))
+        known = {image.key for image in images}
+        return [set(shared.scorer.tower()._kept) & known, set(there) & known]
+
+    for _ in range(2):
+        both.agree(lambda c: c.forward(data, "cross_entropy"))
+        both.agree(lambda c: c.forward_backward_custom(data, squared))
+        for client in both.each():
+            client.optim_step(AdamParams(1e-2)).result(SECONDS)
+    both.agree(lambda c: c.forward_backward_custom(data, squared))
+    assert_close(*map(take_gradient, both.each()), EXACT)
+    assert encoded() == needed
+
+    found = []
+    for client in both.each():
+        sampler = client.save_weights_and_get_sampling_client()
+        params = [SamplingParams(max_tokens=8, seed=7, stop=[])] * 2
+        drawn = sampler.sample_batch(prompts[2:], 3, params)
+        found.append([s for future in drawn for s in future.result(SECONDS).sequences])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.tokens == theirs.tokens
+        assert ours.logprobs == pytest.approx(theirs.logprobs, rel=1e-6)
+    assert encoded() == [needed[0] | {images[2].key}, needed[1] | {images[3].key}]
+    assert shared.scorer.tower().runs == len(shared.scorer.tower()._kept)
 
 
 # ---- errors --------------------------------------------------------------------------------------

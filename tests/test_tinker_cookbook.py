@@ -22,7 +22,10 @@ pytest.importorskip("tinker_cookbook", minversion="0.6")
 
 from cookbook_core import chat, datum_from_tokens_weights, tinker
 from cookbook_core.clients import add_ref_logprobs
+from cookbook_core.tinker.sdk_objects import own_data
+from cookbook_core.types.model_input import own_input
 from recipes.dpo import dpo_loss
+from tests.tiny_vision import picture
 
 import chz
 import datasets
@@ -34,7 +37,7 @@ from tinker_cookbook.preference.dpo_datasets import DPODatasetBuilderFromCompari
 from tinker_cookbook.preference.preference_datasets import ComparisonDatasetBuilder
 from tinker_cookbook.preference.types import Comparison, LabeledComparison
 from tinker_cookbook.supervised import train
-from tinker_cookbook.supervised.common import compute_mean_nll
+from tinker_cookbook.supervised.common import compute_mean_nll, datum_from_model_input_weights
 from tinker_cookbook.supervised.data import FromConversationFileBuilder, conversation_to_datum
 from tinker_cookbook.supervised.nll_evaluator import NLLEvaluator, SamplerNLLEvaluator
 from tinker_cookbook.supervised.types import ChatDatasetBuilderCommonConfig
@@ -126,6 +129,21 @@ def test_their_datums_are_ours(client, renderer):
         assert theirs.model_input.to_ints() == mine.model_input.to_ints()
         for key in ("target_tokens", "weights"):
             assert theirs.loss_fn_inputs[key].tolist() == mine.loss_fn_inputs[key].tolist()
+
+
+@pytest.mark.parametrize("max_length", [None, 13, 11, 9, 6])
+def test_their_datums_with_images_are_ours(max_length):
+    """An image is kept whole or left out, and never the last chunk."""
+    image = sdk.types.ImageChunk(data=picture(0), format="png", expected_tokens=4)
+    text = [sdk.EncodedTextChunk(tokens=tokens) for tokens in ([5, 6, 7], [8], [9, 10])]
+    theirs = sdk.ModelInput(chunks=[text[0], image, text[1], image, text[2]])
+    weights = [0, 1, 1, *[0] * 4, 1, *[0] * 4, 0.5, 1]
+    given = datum_from_model_input_weights(theirs, torch.tensor(weights), max_length)
+    (own,) = own_data([given])
+    ours = datum_from_tokens_weights(own_input(theirs), weights, max_length)
+    assert own.model_input.keys() == ours.model_input.keys()
+    for key, values in ours.loss_fn_inputs.items():
+        assert own.loss_fn_inputs[key].tolist() == values.tolist()
 
 
 def test_their_nll_is_ours(client, renderer):

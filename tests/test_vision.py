@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cookbook_core import datum_from_prompt_completion
 from cookbook_core.backend.local.engine import Engine
-from cookbook_core.backend.local.model import loading, vision
+from cookbook_core.backend.local.model import loading, memory, vision
 from cookbook_core.backend.local.model.adapters import Adapter
-from cookbook_core.backend.local.multiprocess import engine as multiprocess
+from cookbook_core.backend.local.multiprocess import packets
 from cookbook_core.backend.local.multiprocess.group import Packet
 from cookbook_core.backend.sampling_requests import sampling_request
 from cookbook_core.builtin_losses import builtin_loss
-from cookbook_core.errors import DatumError
+from cookbook_core.commands.export import export
+from cookbook_core.errors import DatumError, ModelError
 from cookbook_core.types import (
     AdamParams,
     Datum,
     EncodedTextChunk,
     ImageChunk,
     LoraConfig,
+    ModelData,
     ModelInput,
     SamplingParams,
 )
-from tests.oracles.logprobs import assert_close
+from tests.oracles.logprobs import adapter_of, assert_close, randomize
 from tests.tiny_vision import FAMILIES, PACKED, picture, write
 
 import peft
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig
-from transformers.models.smolvlm import processing_smolvlm
 
 CE = builtin_loss("cross_entropy")
 STEM = tuple(range(10, 28))
@@ -52,10 +54,7 @@ def engine_of(tmp_path_factory: Any, small_tokenizer: Any) -> Callable[..., Engi
             made[key] = Engine(loading.load_base_model(folders[family], "cpu", dtype))
         return made[key]
 
-    with pytest.MonkeyPatch.context() as patch:
-        # SmolVLM's processor wants a package that only its videos use
-        patch.setattr(processing_smolvlm, "num2words", str)
-        yield engine
+    return engine
 
 
 def text(*tokens: int) -> EncodedTextChunk:
@@ -311,7 +310,22 @@ def test_scoring_after_everything_was_dropped_gives_equal_bits(engine_of, monkey
     before = tower.runs
     found = engine.score(adapter, data)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
-    assert tower.runs > before
+    assert tower.runs == before + 3  # of one micro-batch, each image once all the same
+    assert len(tower._kept) == 1
+
+
+def test_features_to_come_are_left_free(engine_of, monkeypatch):
+    """Graphs are given what is free, less what the cache of features may still take."""
+    engine = engine_of("qwen2_5_vl")
+    tower, free = engine.scorer.tower(), 8 << 30
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    size = engine.limits.graph_bytes(()).whole
+    before = tower.nbytes
+    for n in range(2):
+        found = engine.limits.limits(100).graph_tokens
+        assert found == int(memory.SHARE * (free - tower.bound + tower.nbytes) / size)
+        tower.features(tower.reader.chunk(picture(300 + n)))
+    assert tower.nbytes > before
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -389,16 +403,44 @@ def test_clients_train_score_and_sample(engine_of, service):
         )
 
 
+def test_a_resumed_client_ends_with_the_same_bits(engine_of, make_service):
+    """Another process would have no features and no pixels either."""
+    path = engine_of("qwen3_vl").base.path
+    reader = engine_of("qwen3_vl").base.image_reader()
+    prompts = [ModelInput([text(40), reader.chunk(picture(n)), text(43)]) for n in range(6)]
+    data = [datum_from_prompt_completion(prompt, [50, 51]) for prompt in prompts]
+
+    def train(client: Any, steps: range) -> None:
+        for n in steps:
+            client.forward_backward(data[n : n + 3], "cross_entropy").result(60)
+            client.optim_step(AdamParams(learning_rate=1e-2)).result(60)
+
+    whole = make_service().create_lora_training_client(path, rank=4, seed=0).result(60)
+    train(whole, range(2))
+    saved = whole.save_state("cut").result(60).path
+    train(whole, range(2, 4))
+    resumed = make_service().create_training_client_from_state_with_optimizer(saved).result(60)
+    train(resumed, range(2, 4))
+    ends = [adapter_of(client).named() for client in (whole, resumed)]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
 def test_images_reach_other_processes_as_they_are(engine_of):
     data = mixed(engine_of("llava"))
-    sent = multiprocess._packet(data, [1, 5, 6])
-    assert sent.header["images"][2] is None
-    packet = Packet(json.loads(json.dumps(sent.header)), sent.tensors)
-    received = multiprocess._datums(packet)
-    assert [d.model_input for d in received] == [
-        *(data[i].model_input for i in (1, 5)),
-        ModelInput.from_ints(data[6].model_input.to_ints()),
-    ]
+    sent = packets.datum_packet(data, [1, 5, 6])
+    assert len(sent.header["inputs"]["files"]) == 2  # of three images, two are the same
+    received = packets.datums_in(through_json(sent))
+    assert [d.model_input for d in received] == [data[i].model_input for i in (1, 5, 6)]
+    params = SamplingParams(max_tokens=2)
+    prompts = [ModelInput.from_ints([5, 6]), data[5].model_input, data[5].model_input]
+    requests = [sampling_request(ModelData(), p, 3, params, False, 0) for p in prompts]
+    sent = packets.sample_packet(requests)
+    assert len(sent.header["inputs"]["files"]) == 2
+    assert packets.sample_requests(through_json(sent)) == requests
+
+
+def through_json(packet: Packet) -> Packet:
+    return Packet(json.loads(json.dumps(packet.header)), packet.tensors)
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -444,11 +486,11 @@ def test_a_model_that_would_be_read_in_another_way_is_given_no_images(engine_of,
 
 
 def test_an_older_transformers_is_named(engine_of, monkeypatch):
+    a, *_ = chunks_of(engine_of("llava"))
     engine = Engine(loading.load_base_model(engine_of("llava").base.path, "cpu"))
     inner = type(getattr(engine.base.model, engine.base.model.base_model_prefix))
     monkeypatch.setattr(inner, "forward", lambda self, input_ids=None: None)
     monkeypatch.setattr("transformers.__version__", "5.17.0")
-    a, *_ = chunks_of(engine)
     with pytest.raises(DatumError, match=r"images need transformers 5\.18 or newer, and 5\.17\.0"):
         scored(engine, a, text(6))
 
@@ -476,3 +518,34 @@ def test_an_adapter_on_the_tower_is_given_no_images(engine_of):
     datum = Datum(value, {"target_tokens": [5] * value.length})
     with pytest.raises(DatumError, match=r"layers outside the language model.*visual"):
         engine.forward(adapter, [datum], CE)
+
+
+# ---- exports -------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_an_export_scores_images_as_the_client_does(engine_of, service, tmp_path):
+    """As an adapter and merged, with the processor's files; llama.cpp's form is refused."""
+    engine = engine_of("qwen3_vl")
+    client = service.create_lora_training_client(engine.base.path, rank=4, seed=0).result(60)
+    randomize(client, scale=0.05)
+    data = mixed(engine)
+    scored = client.forward(data, "cross_entropy").result(60).loss_fn_outputs
+    ours = [output["logprobs"].to_torch() for output in scored]
+    path = client.save_weights_for_sampler("final").result(60).path
+    for form in ("peft", "merged"):
+        out = export(path, form, tmp_path / form)
+        base = engine.base.path if form == "peft" else out
+        model: Any = AutoModelForImageTextToText.from_pretrained(base)
+        if form == "peft":
+            model = peft.PeftModel.from_pretrained(model, out)
+        with torch.no_grad():
+            theirs = [own_logprobs(model.eval(), engine, datum) for datum in data]
+        assert max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) <= 1e-5
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            assert (out / name).read_bytes() == (Path(engine.base.path) / name).read_bytes()
+        card = (out / "README.md").read_text(encoding="utf-8")
+        assert "pipeline_tag: image-text-to-text" in card
+        assert "model = AutoModelForImageTextToText" in card
+    with pytest.raises(ModelError, match=r"vision tower as two files.*--mmproj"):
+        export(path, "gguf-ready", tmp_path / "gguf")

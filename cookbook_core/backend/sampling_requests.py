@@ -63,12 +63,8 @@ def prompt_scores(
     """Check the SDK's arguments of these names against a checked request.
 
     Raises:
-        ConfigError: a value that the SDK's documentation does not allow, or does not define; or
-            logprobs of a prompt with images.
+        ConfigError: a value that the SDK's documentation does not allow, or does not define.
     """
-    asked = target_prompt_logprobs is not None or prompt_alt_tokens_k
-    if request.model_input is not None and asked:
-        raise _no_prompt_logprobs("target_prompt_logprobs, prompt_alt_tokens_k")
     targets, rows = None, len(request.prompt) - 1
     if target_prompt_logprobs is not None:
         targets = _targets(target_prompt_logprobs, rows, vocab_size)
@@ -118,15 +114,6 @@ def check_last_n(last_n: Any, rows: int) -> int | None:
         rule = f"1 to {rows} (the prompt's tokens after the first), or None"
         raise ConfigError("prompt_logprobs_last_n", "out of range", expected=rule, got=repr(last_n))
     return None if last_n is None else int(last_n)
-
-
-def _no_prompt_logprobs(name: str) -> ConfigError:
-    return ConfigError(
-        name,
-        "not supported for a prompt with images",
-        expected="no logprobs of the prompt",
-        fix="Call compute_logprobs() for them.",
-    )
 
 
 def _whole(value: Any, low: float, high: float = math.inf) -> bool:
@@ -227,8 +214,14 @@ def check_request(
         raise DatumError(f"{where}.prompt", "is empty", expected="at least 1 token", fix=fix)
     ids = prompt if request.model_input is None else request.model_input.ids()
     raise_all(input_problems(f"{where}.prompt", ids, vocab_size))
-    if request.model_input and (request.include_prompt_logprobs or request.topk_prompt_logprobs):
-        raise _no_prompt_logprobs(f"{where}.include_prompt_logprobs")
+    if request.model_input is not None and request.topk_prompt_logprobs:
+        raise ConfigError(
+            f"{where}.topk_prompt_logprobs",
+            "not supported for a prompt with images",
+            expected=0,
+            got=request.topk_prompt_logprobs,
+            fix="Name the tokens: target_prompt_logprobs.",
+        )
     if not isinstance(params, SamplingParams):
         got = f"{type(params).__name__} {params!r:.80}"
         raise ConfigError(

@@ -43,6 +43,8 @@ def check(
             first, rows = [make_client()], []
         except ModelError as error:
             raise ConfigError(**error.slots()) from error
+        if not core and _reads_images(first[0]):
+            checks = (*checks[:-1], *conformance.IMAGES, checks[-1])
         print(f"{base_url or 'this machine'}, {name}")
         width = max(len(check.name) for check in checks)
         for row in conformance.check_service(
@@ -53,3 +55,12 @@ def check(
         print(conformance.summary(rows))
         service.close()
     return all(row.outcome.result in ("pass", "not offered") for row in rows)
+
+
+def _reads_images(client: tinker.TrainingClient) -> bool:
+    """Whether the model's image processor is here, or on the Hub under the model's name."""
+    try:
+        client.get_tokenizer().images.reader()
+    except Exception:  # whatever keeps it from being loaded: these checks are optional
+        return False
+    return True

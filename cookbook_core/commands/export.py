@@ -4,8 +4,8 @@
     cookbook export runs/dpo-1 --to merged        one model, which transformers loads without peft
     cookbook export runs/dpo-1 --to gguf-ready    merged, with the commands for llama.cpp and Ollama
 
-Files that training does not change (tokenizer, config.json) are copied as the base model's
-publisher wrote them, so that every program that reads the base model reads the export too.
+Files that training does not change (tokenizer, image processor, config.json) are copied as the base
+model's publisher wrote them, so that every program that reads the base model reads the export too.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from cookbook_core.storage.paths import usable_path
 
 FORMS = ("peft", "merged", "gguf-ready")
 DTYPES = ("float32", "bfloat16", "float16")
-_TOKENIZER_FILES = (
+_PROCESSOR_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
-    "vocab.txt merges.txt tokenizer.model spiece.model chat_template.jinja chat_template.json"
+    "vocab.txt merges.txt tokenizer.model spiece.model chat_template.jinja chat_template.json "
+    "processor_config.json preprocessor_config.json video_preprocessor_config.json"
 ).split()
 _NO_UNEMBEDDING_IN_GGUF = ("GemmaForCausalLM", "Gemma2ForCausalLM")
 """Architectures whose lm_head.weight llama.cpp's converter omits, taking the embedding instead."""
@@ -57,7 +58,7 @@ def export(
         ConfigError: an unknown form or dtype, no such run or checkpoint, or `out` exists.
         CheckpointError: the checkpoint is damaged, on a service, or of another base model; or the
             new folder cannot be written.
-        ModelError: the base model cannot be loaded, or not be merged into.
+        ModelError: the base model cannot be loaded, not be merged into, or not be converted.
     """
     check_choice(ConfigError, "--to", "unknown form", to, FORMS)
     if dtype is not None:
@@ -75,17 +76,22 @@ def export(
         raise ConfigError(str(target), "exists", fix=fix)
 
     from cookbook_core.backend.local import checkpoints, merging
+    from cookbook_core.backend.local.model import loading
+
+    from transformers import AutoConfig
 
     adapter = checkpoints.read(folder)
     source, name, tokenizer = _base_model(base_model or checkpoints.base_model_of(folder))
     card = model_card.Card(to, name, folder.name, adapter.config.r, home and home / "config.json")
+    card.auto_class = loading.auto_class(AutoConfig.from_pretrained(source)).__name__
+    _check_form(card)
     if to == "peft":
         with _new_folder(target, (folder / "adapter_model.safetensors").stat().st_size) as new:
             shutil.copyfile(folder / "adapter_model.safetensors", new / "adapter_model.safetensors")
             config = _read_json(folder / "adapter_config.json")
             config |= {"base_model_name_or_path": name, "inference_mode": True}
             _write_json(new / "adapter_config.json", config)
-            _copy_tokenizer(source, new)
+            _copy_processor(source, new)
             card.write(new, tokenizer)
         return target
 
@@ -100,11 +106,19 @@ def export(
         model.generation_config = _generation_config(model, tokenizer)
         model.save_pretrained(new)
         _keep_config(source, new, card.dtype, card.untied)
-        _copy_tokenizer(source, new)
+        _copy_processor(source, new)
         if to == "gguf-ready":
             _inline_template(new, tokenizer)
         card.write(new, tokenizer)
     return target
+
+
+def _check_form(card: model_card.Card) -> None:
+    """Raise ModelError for a form that this base model cannot have."""
+    if card.form == "gguf-ready" and card.reads_images:
+        what = "llama.cpp takes a model with a vision tower as two files, which this does not write"
+        fix = "Export with --to merged, and convert that with llama.cpp's own --mmproj."
+        raise ModelError(card.base_model, what, expected="a model of text alone", fix=fix)
 
 
 def _base_model(given: str) -> tuple[Path, str, Any]:
@@ -128,7 +142,7 @@ def _base_model(given: str) -> tuple[Path, str, Any]:
         raise error.replace(fix=fix) from error
     if Path(name).is_dir():
         return Path(name), name, tokenizer
-    wanted = ["config.json", *_TOKENIZER_FILES]
+    wanted = ["config.json", *_PROCESSOR_FILES]
     return Path(snapshot_download(name, allow_patterns=wanted)), name, tokenizer
 
 
@@ -157,8 +171,8 @@ def _new_folder(target: Path, size: int) -> Iterator[Path]:
         raise CheckpointError(where, "cannot be written", expected=rule, got=error) from error
 
 
-def _copy_tokenizer(source: Path, new: Path) -> None:
-    for name in _TOKENIZER_FILES:
+def _copy_processor(source: Path, new: Path) -> None:
+    for name in _PROCESSOR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, new / name)
 

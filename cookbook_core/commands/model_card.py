@@ -13,15 +13,19 @@ from cookbook_core.commands import recipes
 _OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 _USE_PEFT = """\
-    model = AutoModelForCausalLM.from_pretrained({base!r})
+    model = {auto_class}.from_pretrained({base!r})
     model = PeftModel.from_pretrained(model, "THIS FOLDER")
 
 vLLM: `vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME=THIS_FOLDER`
 """
 _USE_MERGED = """\
-    model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+    model = {auto_class}.from_pretrained("THIS FOLDER")
 
 Weights in {dtype}, merged in float32; peft is not needed.
+"""
+_IMAGES = """\
+It reads images: `AutoProcessor.from_pretrained("THIS FOLDER")` is the base model's, and so is the
+vision tower. The language model alone was trained.
 """
 _USE_GGUF = """\
 With a checkout of llama.cpp, from this folder:
@@ -60,6 +64,7 @@ class Card:
         run_config: the run's config.json; None if the adapter is not from a run.
         dtype: of merged weights.
         untied: whether merging untied the embeddings.
+        auto_class: the class of transformers that loads the model.
     """
 
     form: str
@@ -69,12 +74,23 @@ class Card:
     run_config: Path | None
     dtype: str = ""
     untied: bool = False
+    auto_class: str = "AutoModelForCausalLM"
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the model has a vision tower."""
+        return self.auto_class == "AutoModelForImageTextToText"
 
     def write(self, folder: Path, tokenizer: Any) -> None:
         """Write README.md; for gguf-ready also a Modelfile."""
-        known = {"base": self.base_model, "rank": self.rank, "dtype": self.dtype}
+        known = {
+            "base": self.base_model, "rank": self.rank, "dtype": self.dtype,
+            "auto_class": self.auto_class,
+        }  # fmt: skip
         use = _USE_PEFT if self.form == "peft" else _USE_MERGED
         parts = [self._head(), use.format(**known)]
+        if self.reads_images:
+            parts.append(_IMAGES)
         if self.untied:
             parts.append("The unembedding was trained, so it is no longer tied to the embedding.\n")
         if self.form == "gguf-ready":
@@ -91,7 +107,10 @@ class Card:
         library = "peft" if self.form == "peft" else "transformers"
         local = Path(self.base_model).is_absolute()  # a hub has no use for somebody's path
         base = None if local else self.base_model
-        data = ModelCardData(library_name=library, base_model=base, tags=["lora"])
+        task = "image-text-to-text" if self.reads_images else None
+        data = ModelCardData(
+            library_name=library, base_model=base, tags=["lora"], pipeline_tag=task
+        )
         kind = f"LoRA adapter of rank {self.rank} for" if library == "peft" else "Fine-tuned"
         return f"---\n{data.to_yaml()}\n---\n# {kind} {Path(self.base_model).name}\n"
 

@@ -16,12 +16,14 @@ from cookbook_core.backend.gradient_probe import (
     CannotBeRead,
     error_line,
 )
-from cookbook_core.conformance import gradients, requests, sampling
+from cookbook_core.conformance import gradients, images, requests, sampling
 from cookbook_core.conformance.report import Outcome, Row, row_text, summary
 from cookbook_core.conformance.subject import NotOffered, Subject, logprobs
 from cookbook_core.tinker import TrainingClient
 
-__all__ = ["CHECKS", "CORE", "Check", "Outcome", "Row", "check_service", "row_text", "summary"]
+__all__ = [
+    "CHECKS", "CORE", "IMAGES", "Check", "Outcome", "Row", "check_service", "row_text", "summary",
+]  # fmt: skip
 
 
 class Check(NamedTuple):
@@ -183,6 +185,15 @@ CHECKS: tuple[Check, ...] = (
         "a weight of NaN", requests.nan_weight, "One NaN ends the run's weights for good."
     ),
 )
+IMAGES: tuple[Check, ...] = (
+    Check("images", images.images_read, "The model is trained on text alone."),
+    _refuses(
+        "an image of another length",
+        images.miscounted,
+        "Targets and weights belong to other positions than those that are trained.",
+    ),
+)
+"""For a service whose model reads images."""
 
 
 def check_service(

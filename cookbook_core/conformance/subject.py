@@ -15,6 +15,7 @@ from cookbook_core.backend.gradient_probe import (
     measure,
     weigh,
 )
+from cookbook_core.images import ImageReader
 from cookbook_core.tinker import (
     AdamParams,
     Datum,
@@ -104,6 +105,10 @@ class Subject:
             except Exception as error:
                 raise NotOffered(error_line(error)) from error
         return self._sampler
+
+    def images(self) -> ImageReader:
+        """The reader of the model's images."""
+        return self.client().get_tokenizer().images.reader()
 
     def send(self, data: list[Datum]) -> Any:
         """Submit a forward_backward that may be refused, which the future's result() raises."""

@@ -215,9 +215,9 @@ def per_token(datum: Datum) -> list[str]:
 def take_rows(datum: Datum, rows: np.ndarray) -> Datum:
     """Build a datum of these positions, in this order; -1 adds a new position of weight 0.
 
-    rows: `(M,)` int64.
+    rows: `(M,)` int64. Positions of images have token 0: a loss is not given the images.
     """
-    tokens = np.asarray(datum.model_input.to_ints())[rows]
+    tokens = np.asarray(datum.model_input.ids())[rows]
     inputs = dict(datum.loss_fn_inputs)
     for key in per_token(datum):
         array = inputs[key].to_numpy()[rows]
@@ -243,7 +243,7 @@ def draw_logprobs(
     import torch
 
     rng = np.random.default_rng(seed)
-    vocab = 1 + max(max(datum.model_input.to_ints(), default=0) for datum in data)
+    vocab = 1 + max(max(datum.model_input.ids(), default=0) for datum in data)
     for datum in data:
         if targets := datum.loss_fn_inputs.get("target_tokens"):
             vocab = max(vocab, 1 + int(targets.to_numpy().max()))

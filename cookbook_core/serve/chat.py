@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from cookbook_core.chat.rendering import render_prompt
+from cookbook_core.datums import as_sequence
 from cookbook_core.errors import RequestError
+from cookbook_core.image_files import image_in_memory
 from cookbook_core.serve.completions import Completion, Growing, OnToken, Wanted, complete
-from cookbook_core.serve.fields import Fields, fields_of
+from cookbook_core.serve.fields import Fields, base64_in, fields_of
 from cookbook_core.serve.replies import plain, refusal
 from cookbook_core.serve.samplers import Sampler
 from cookbook_core.serve.service import Service
-from cookbook_core.types import SamplingParams
+from cookbook_core.types import ModelInput, SamplingParams
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -77,7 +79,7 @@ class _Ask:
 
     model: str
     wanted: Wanted
-    prompts: list[list[int]]
+    prompts: list[ModelInput]
     stream: bool
     usage: bool
 
@@ -86,10 +88,11 @@ async def _chat(service: Service, body: Fields) -> Response:
     flag, top = body.flag("logprobs"), body.integer("top_logprobs", 0)
     if top and not flag:
         raise RequestError("top_logprobs", "needs logprobs", fix="Set logprobs to true.")
-    messages = [_message(item, i) for i, item in enumerate(body.items("messages"))]
+    given = body.items("messages")
+    messages = await asyncio.to_thread(lambda: [_message(x, i) for i, x in enumerate(given)])
     limit = body.integer("max_tokens", None)
 
-    def prompts(tokenizer: Any) -> list[list[int]]:
+    def prompts(tokenizer: Any) -> list[Any]:
         return [render_prompt(tokenizer, messages)]
 
     ask = await _ask(service, body, limit, top if flag else None, False, prompts)
@@ -109,7 +112,7 @@ async def _completions(service: Service, body: Fields) -> Response:
 
 async def _ask(
     service: Service, body: Fields, limit: int | None, top: int | None, echo: bool,
-    prompts: Callable[[Any], list[list[int]]],
+    prompts: Callable[[Any], list[Any]],
 ) -> _Ask:  # fmt: skip
     """Read the fields that both endpoints have, and refuse the others."""
     if top is not None and top > MOST_TOP:
@@ -138,7 +141,16 @@ async def _ask(
     )  # fmt: skip
     body.end()
     wanted = Wanted(sampler, tokenizer, params, count, top, echo)
-    return _Ask(model, wanted, await asyncio.to_thread(prompts, tokenizer), stream, usage)
+    inputs = await asyncio.to_thread(lambda: _read(sampler, prompts(tokenizer)))
+    return _Ask(model, wanted, inputs, stream, usage)
+
+
+def _read(sampler: Sampler, prompts: Sequence[Any]) -> list[ModelInput]:
+    """Token ids, and prompts with images, as inputs whose images have been read."""
+    inputs = [as_sequence(prompt) for prompt in prompts]
+    for value in inputs:
+        sampler.base.backend.engine().check_prompt(value, "messages")
+    return inputs
 
 
 def _is_text_or_texts(value: Any) -> bool:
@@ -160,19 +172,35 @@ def _tokenizer(base: Any) -> Any:
     return base.backend.engine().base.tokenizer()
 
 
-def _message(item: Any, i: int) -> dict[str, str]:
-    """A message of text; a list of text parts is joined."""
+def _message(item: Any, i: int) -> dict[str, Any]:
+    """A message of text, or of text and images; a list of text parts is joined."""
     body = Fields(item, f"messages[{i}]")
     role = body.text("role")
     content = body.take("content", "text", lambda value: isinstance(value, (str, list)))
     if isinstance(content, list):
-        parts = [Fields(part, f"messages[{i}].content[{j}]") for j, part in enumerate(content)]
-        for part in parts:
-            part.take("type", '"text"', lambda value: value == "text")
-        content = "".join(part.text("text") for part in parts)
+        parts = [_part(part, f"messages[{i}].content[{j}]") for j, part in enumerate(content)]
+        plain = all(part["type"] == "text" for part in parts)
+        content = "".join(part["text"] for part in parts) if plain else parts
     body.ignore("name", "type", "refusal")
     body.end()
     return {"role": role, "content": content}
+
+
+def _part(item: Any, where: str) -> dict[str, Any]:
+    """A part of a message: text, or an image with its bytes."""
+    part, kinds = Fields(item, where), ("text", "image_url")
+    if part.take("type", '"text" or "image_url"', lambda value: value in kinds) == "text":
+        return {"type": "text", "text": part.text("text")}
+    given = part.inner("image_url")
+    given.ignore("detail")
+    url, where = given.text("url"), given.name_of("url")
+    given.end()
+    kind, _, data = url.partition(",")
+    if not kind.startswith("data:image/") or not kind.endswith(";base64"):
+        what, rule = "not an image in the request", "data:image/png;base64,..."
+        fix = "Send the file itself: this server fetches nothing."
+        raise RequestError(where, what, expected=rule, got=f"{url:.60}", fix=fix)
+    return {"type": "image", "image": image_in_memory(base64_in(data, where), where)}
 
 
 def _prompts(given: Any, tokenizer: Any) -> list[list[int]]:
@@ -296,7 +324,7 @@ async def _events(
 
         return put
 
-    async def one(first: int, prompt: list[int]) -> None:
+    async def one(first: int, prompt: ModelInput) -> None:
         try:
             on_token = to_queue(first) if plainly else None
             found = await complete(service.samplers, ask.wanted, prompt, on_token)
@@ -336,7 +364,7 @@ def _choice(ask: _Ask, style: _Style, i: int, row: Completion) -> dict[str, Any]
 
 
 def _usage(ask: _Ask, rows: Sequence[Completion]) -> dict[str, int]:
-    read, made = sum(map(len, ask.prompts)), sum(row.generated for row in rows)
+    read, made = sum(x.length for x in ask.prompts), sum(row.generated for row in rows)
     return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
 

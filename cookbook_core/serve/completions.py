@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -126,7 +126,7 @@ class Growing:
 
 
 async def complete(
-    samplers: Samplers, wanted: Wanted, prompt: list[int], on_token: OnToken | None = None
+    samplers: Samplers, wanted: Wanted, prompt: ModelInput, on_token: OnToken | None = None
 ) -> list[Completion]:
     """The completions of one prompt.
 
@@ -144,16 +144,16 @@ async def complete(
 
 
 async def _completion(
-    samplers: Samplers, wanted: Wanted, prompt: list[int], drawn: list[int], reason: str
+    samplers: Samplers, wanted: Wanted, prompt: ModelInput, drawn: list[int], reason: str
 ) -> Completion:
-    whole = [*prompt, *drawn]
-    scores = await _scores(samplers, wanted, whole)
-    begin, pieces = (0 if wanted.echo else len(prompt)), Pieces(wanted.tokenizer)
+    scores = await _scores(samplers, wanted, prompt + drawn)
+    whole, length = [*prompt.ids(), *drawn], prompt.length
+    begin, pieces = (0 if wanted.echo else length), Pieces(wanted.tokenizer)
     tokens = [
         Token(pieces.add(whole[i], i + 1 == len(whole)), *_at(wanted.tokenizer, scores, i))
         for i in range(begin, len(whole))
     ]
-    keep = len(prompt) - begin
+    keep = length - begin
     if reason == "stop":
         tokens = _cut(tokens[:keep], tokens[keep:], wanted)
     return Completion("".join(t.text for t in tokens), reason, len(drawn), tokens)
@@ -181,29 +181,26 @@ def _cut(head: list[Token], tail: list[Token], wanted: Wanted) -> list[Token]:
 
 
 async def _sample(
-    samplers: Samplers, wanted: Wanted, prompt: list[int], count: int, params: SamplingParams,
+    samplers: Samplers, wanted: Wanted, prompt: ModelInput, count: int, params: SamplingParams,
     top: int | None = None, on_token: OnToken | None = None,
 ) -> SampleResponse:  # fmt: skip
-    ids = ModelInput.from_ints(prompt)
     promise = samplers.submit(
         wanted.sampler, None, b"",
         lambda weights: weights.sample(
-            ids, count, params, top is not None, top or 0, on_token=on_token
+            prompt, count, params, top is not None, top or 0, on_token=on_token
         ),
     )  # fmt: skip
     promise.read = True  # nobody polls for it
     return await asyncio.wrap_future(promise.future)
 
 
-async def _scores(
-    samplers: Samplers, wanted: Wanted, tokens: Sequence[int]
-) -> SampleResponse | None:
+async def _scores(samplers: Samplers, wanted: Wanted, tokens: ModelInput) -> SampleResponse | None:
     """Logprobs of all tokens; None where they are not wanted."""
-    if wanted.top is None or len(tokens) < 2:
+    if wanted.top is None or tokens.length < 2:
         return None
     greedy = SamplingParams(max_tokens=1, temperature=0.0)
-    context = wanted.sampler.base.data.max_context_length or len(tokens) + 1
-    shown = list(tokens[: context - 1])  # the last token of a full context cannot be scored
+    context = wanted.sampler.base.data.max_context_length or tokens.length + 1
+    shown = tokens.first(context - 1)  # the last token of a full context cannot be scored
     return await _sample(samplers, wanted, shown, 1, greedy, wanted.top)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,13 @@ from typing import Any
 
 from cookbook_core.errors import ConfigError, DatumError, RequestError, check_choice, is_finite
 from cookbook_core.serve import wire
-from cookbook_core.types import Datum, EncodedTextChunk, ModelInput, TensorData
+from cookbook_core.types import (
+    Datum,
+    EncodedTextChunk,
+    ModelInput,
+    ModelInputChunk,
+    TensorData,
+)
 
 from starlette.requests import Request
 
@@ -173,23 +180,47 @@ def prompt_in(value: Any, where: str) -> ModelInput:
     """A ModelInput from JSON.
 
     Raises:
-        RequestError, DatumError: other structure, or content that is not text.
+        RequestError, DatumError: other structure, audio, or a bad image.
     """
-    body, chunks = Fields(value, where), []
-    for j, item in enumerate(body.items("chunks")):
-        chunk = Fields(item, f"{where}.chunks[{j}]")
-        if (kind := chunk.text("type", "encoded_text")) != "encoded_text":
-            raise wire.not_text(f"{where}.chunks[{j}]", kind)
-        tokens = chunk.items("tokens")
-        bad = [t for t in tokens if type(t) is not int or not -(2**63) <= t < 2**63]
-        if bad:
-            rule, at = "token ids (integers)", f"{where}.chunks[{j}].tokens"
-            fix = "Encode text with the model's tokenizer."
-            raise DatumError(at, "not token ids", expected=rule, got=f"{bad[0]!r:.80}", fix=fix)
-        chunk.end()
-        chunks.append(EncodedTextChunk(tokens))
+    body = Fields(value, where)
+    chunks = [
+        _chunk_in(item, f"{where}.chunks[{j}]") for j, item in enumerate(body.items("chunks"))
+    ]
     body.end()
     return ModelInput(chunks)
+
+
+def _chunk_in(value: Any, where: str) -> ModelInputChunk:
+    chunk = Fields(value, where)
+    kind = chunk.text("type", "encoded_text")
+    if kind == "image":
+        data, form = base64_in(chunk.text("data"), f"{where}.data"), chunk.text("format")
+        image = wire.image_in(where, data, form, chunk.integer("expected_tokens", None))
+        chunk.end()
+        return image
+    if kind != "encoded_text":
+        raise wire.not_read(where, kind)
+    tokens = chunk.items("tokens")
+    bad = [t for t in tokens if type(t) is not int or not -(2**63) <= t < 2**63]
+    if bad:
+        rule, at = "token ids (integers)", f"{where}.tokens"
+        fix = "Encode text with the model's tokenizer."
+        raise DatumError(at, "not token ids", expected=rule, got=f"{bad[0]!r:.80}", fix=fix)
+    chunk.end()
+    return EncodedTextChunk(tokens)
+
+
+def base64_in(text: str, where: str) -> bytes:
+    """The bytes of base64 text.
+
+    Raises:
+        DatumError: other characters, or an early end.
+    """
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        rule, fix = "the bytes of a PNG or JPEG file in base64", "Send it again."
+        raise DatumError(where, "not base64", expected=rule, got=error, fix=fix) from None
 
 
 def datums_in(values: Sequence[Any]) -> list[Datum]:

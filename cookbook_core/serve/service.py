@@ -321,6 +321,9 @@ class Service(State):
             if self.samplers.get(sampler_id) is None:
                 self.open_sampler(sampler_id, "", path, base_name)
         sampler = self.sampler(sampler_id)
+        if prompt.images:  # read here for the first time, outside of the event loop
+            check = sampler.base.backend.engine().check_prompt
+            await asyncio.to_thread(check, prompt, "sample")
 
         def start(weights: Any) -> Future[Any]:
             return weights.sample(prompt, count, params, *wanted, **more)

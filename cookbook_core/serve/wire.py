@@ -15,7 +15,9 @@ from cookbook_core.errors import DatumError, RequestError
 from cookbook_core.types import (
     Datum,
     EncodedTextChunk,
+    ImageChunk,
     ModelInput,
+    ModelInputChunk,
     SampleResponse,
     TensorData,
     TopkLogprobs,
@@ -34,7 +36,10 @@ SCHEMA: Mapping[str, Mapping[str, tuple[int, str]]] = {
         "shape": (4, "int64 repeated"),
     },
     "Tokens": {"tokens": (1, "bytes")},
-    "Chunk": {"encoded_text": (1, "Tokens"), "image": (2, "bytes"), "dmel": (3, "bytes")},
+    "Image": {
+        "data": (1, "bytes"), "format": (2, "string"), "expected_tokens": (3, "int32 optional"),
+    },
+    "Chunk": {"encoded_text": (1, "Tokens"), "image": (2, "Image"), "dmel": (3, "bytes")},
     "Datum": {
         "model_input": (1, "Chunk repeated"), "loss_fn_inputs": (2, "Tensor map"),
         "model_input_spans": (3, "bytes repeated"), "loss_fn_input_spans": (4, "bytes repeated"),
@@ -154,19 +159,16 @@ def datums_in(messages: Sequence[Any]) -> list[Datum]:
     """Datums from their messages.
 
     Raises:
-        DatumError: content that is not text, or a tensor that is inconsistent; with its index.
+        DatumError: audio, a bad image, or a tensor that is inconsistent; with its index.
         RequestError: an unknown field.
     """
     data = []
     for i, message in enumerate(messages):
         _refuse_unknown(f"data[{i}]", message)
-        chunks = []
-        for j, chunk in enumerate(message.model_input):
-            where = f"data[{i}].model_input[{j}]"
-            if not chunk.HasField("encoded_text"):
-                raise not_text(where, "an image or audio")
-            tokens = _numbers(where, chunk.encoded_text.tokens, np.int32)
-            chunks.append(EncodedTextChunk(tokens.tolist()))
+        chunks = [
+            _chunk_in(f"data[{i}].model_input.chunks[{j}]", chunk)
+            for j, chunk in enumerate(message.model_input)
+        ]
         inputs = {
             key: tensor_in(f'data[{i}].loss_fn_inputs["{key}"]', tensor)
             for key, tensor in message.loss_fn_inputs.items()
@@ -175,10 +177,29 @@ def datums_in(messages: Sequence[Any]) -> list[Datum]:
     return data
 
 
-def not_text(where: str, got: str) -> DatumError:
-    """The error of a chunk that is not token ids."""
-    fix = "Pass token ids: ModelInput.from_ints()."
-    return DatumError(where, "not supported by this server", expected="text", got=got, fix=fix)
+def _chunk_in(where: str, chunk: Any) -> ModelInputChunk:
+    if chunk.HasField("image"):
+        image = chunk.image
+        _refuse_unknown(where, image)
+        count = image.expected_tokens if image.HasField("expected_tokens") else None
+        return image_in(where, image.data, image.format, count)
+    if not chunk.HasField("encoded_text"):
+        raise not_read(where, "audio")
+    return EncodedTextChunk(_numbers(where, chunk.encoded_text.tokens, np.int32).tolist())
+
+
+def image_in(where: str, data: bytes, form: str, expected_tokens: int | None) -> ImageChunk:
+    """An image, with `where` in its errors."""
+    try:
+        return ImageChunk(data, form, expected_tokens)  # pyright: ignore[reportArgumentType]
+    except DatumError as error:
+        raise error.replace(where=error.where.replace("ImageChunk", where)) from None
+
+
+def not_read(where: str, got: str) -> DatumError:
+    """The error of a chunk that is neither token ids nor an image."""
+    rule, fix = "text, or an image's bytes", "Pass an EncodedTextChunk or an ImageChunk."
+    return DatumError(where, "not supported by this server", expected=rule, got=got, fix=fix)
 
 
 def tensor_in(where: str, tensor: Any) -> TensorData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from cookbook_core.commands.serve import load_bases
 from cookbook_core.serve import wire
 from cookbook_core.serve.app import make_app
 from cookbook_core.serve.service import Service
+from cookbook_core.types import ImageChunk
 from tests.oracles.logprobs import take_gradient
 
 import httpx
@@ -144,13 +146,24 @@ class Wire:
         return made["model_id"]
 
 
+def json_prompt(prompt: Any) -> dict[str, Any]:
+    """A ModelInput as JSON."""
+    chunks = []
+    for chunk in prompt.chunks:
+        if isinstance(chunk, ImageChunk):
+            fields = {"data": base64.b64encode(chunk.data).decode(), "format": chunk.format}
+            fields["expected_tokens"] = chunk.expected_tokens
+        else:
+            fields = {"tokens": list(chunk.tokens)}
+        chunks.append({**fields, "type": chunk.type})
+    return {"chunks": chunks}
+
+
 def json_datums(data: Any) -> list[dict[str, Any]]:
     """Datums as JSON."""
     return [
         {
-            "model_input": {
-                "chunks": [{"tokens": d.model_input.to_ints(), "type": "encoded_text"}]
-            },
+            "model_input": json_prompt(d.model_input),
             "loss_fn_inputs": {
                 key: {"data": t.data, "dtype": t.dtype, "shape": t.shape}
                 for key, t in d.loss_fn_inputs.items()
@@ -179,8 +192,13 @@ def proto_scoring(model_id: str, seq: int, data: Any, forward: bool = False) -> 
 
     for d in data:
         datum = message.data.add()
-        tokens = np.asarray(d.model_input.to_ints(), np.int32).tobytes()
-        datum.model_input.add().encoded_text.tokens = tokens
+        for chunk in d.model_input.chunks:
+            sent = datum.model_input.add()
+            if isinstance(chunk, ImageChunk):
+                sent.image.data, sent.image.format = chunk.data, chunk.format
+                sent.image.expected_tokens = chunk.expected_tokens
+            else:
+                sent.encoded_text.tokens = np.asarray(chunk.tokens, np.int32).tobytes()
         for key, t in d.loss_fn_inputs.items():
             tensor = datum.loss_fn_inputs[key]
             tensor.dense, tensor.dtype = t.to_numpy().tobytes(), 1 if t.dtype == "float32" else 2

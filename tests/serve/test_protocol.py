@@ -225,11 +225,9 @@ def test_inputs_and_fields_that_nothing_reads_are_refused_by_name(client):
     body = scoring(model, 3, data)
     body["forward_backward_input"]["micro_batch"] = 3
     assert "micro_batch" in client.call("forward_backward", body)["error"]
-    image = scoring(model, 4, data)
-    image["forward_backward_input"]["data"][0]["model_input"]["chunks"].append(
-        {"type": "image", "data": "", "format": "png"}
-    )
-    assert "not supported" in client.call("forward_backward", image)["error"]
+    audio = scoring(model, 4, data)
+    audio["forward_backward_input"]["data"][0]["model_input"]["chunks"].append({"type": "dmel"})
+    assert "not supported" in client.call("forward_backward", audio)["error"]
     step = adam(model, 5)
     step["adam_params"]["momentum"] = 0.9
     assert "momentum" in client.call("optim_step", step)["error"]

@@ -115,14 +115,15 @@ class RemoteSampler:
         return joined(scored, lambda outputs: _output(data, outputs))
 
     def _score(self, datum: Datum) -> Future[Any]:
-        inputs, targets = datum.model_input.to_ints(), datum.loss_fn_inputs["target_tokens"]
+        inputs, targets = datum.model_input, datum.loss_fn_inputs["target_tokens"]
         ids = targets.to_numpy()
         if ids.ndim == 1:
-            prompt = ModelInput.from_ints([*inputs, int(ids[-1])])
-            if prompt.to_ints()[1:] == ids.tolist():
+            prompt = inputs.append_int(int(ids[-1]))
+            # compute_logprobs gives no number before an image
+            if not inputs.images and prompt.to_ints()[1:] == ids.tolist():
                 return self.compute_logprobs(prompt)
             targets = TensorData(ids[:, None], "int64")
-        prompt = ModelInput.from_ints([*inputs, inputs[-1]])  # the last is not read
+        prompt = inputs.append_int(0)  # the last is not read
         greedy = SamplingParams(max_tokens=1, temperature=0)
         return self.sample(prompt, 1, greedy, target_prompt_logprobs=targets)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from cookbook_core.backend.local.model import (
     quantization,
     sharding,
 )
+from cookbook_core.backend.local.model.vision import missing_support
 from cookbook_core.errors import ConfigError, ModelError, VersionError, check_choice
-from cookbook_core.images import ImageReader, load_processor
+from cookbook_core.images import ImageReader, ModelImages
 from cookbook_core.storage.hub import asking_hub
 from cookbook_core.storage.paths import asset_path, usable_path
 from cookbook_core.types import ModelData
@@ -57,7 +59,6 @@ class BaseModel:
     quantized: str = ""
     shards: int = 1
     _tokenizer: Any = field(default=None, repr=False)
-    _image_reader: ImageReader | None = field(default=None, repr=False)
     _identity: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
@@ -124,21 +125,28 @@ class BaseModel:
         return None
 
     def tokenizer(self) -> Any:
-        """The model's Hugging Face tokenizer."""
+        """The model's Hugging Face tokenizer, with the model's `images`."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.path)
+            self._tokenizer.images = self.images
         return self._tokenizer
 
     def image_reader(self) -> ImageReader:
         """The reader of the model's images.
 
         Raises:
-            ModelError: the model's processor cannot be loaded.
+            ModelError: the model reads no images, or its processor cannot be loaded.
         """
-        if self._image_reader is None:
-            with _hub_access(self.path):
-                self._image_reader = ImageReader(load_processor(self.path))
-        return self._image_reader
+        return self.images.reader()
+
+    @functools.cached_property
+    def images(self) -> ModelImages:
+        """The model's images."""
+        return ModelImages(
+            self.path,
+            missing_support(self.model),
+            getattr(self.model.config, "image_token_id", None),
+        )
 
 
 def resolve_model(name: str) -> str:
@@ -265,7 +273,7 @@ def load_base_model(
             else:
                 more = quantization.loading_options(saved, dtype, chosen_device, chosen_dtype)
                 straight |= more
-            kind = _auto_class(config)
+            kind = auto_class(config)
             model: Any = kind.from_pretrained(path, dtype=chosen_dtype, **straight)
     except (ConfigError, VersionError):
         raise
@@ -306,7 +314,7 @@ def load_base_model(
     )
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model with all the parts that its folder has."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -349,6 +357,7 @@ def load_tokenizer(path: str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(path)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             raise ValueError("config.json alone gives a tokenizer of special tokens only:")
+        tokenizer.images = ModelImages(path)
         return tokenizer
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +69,7 @@ class VisionTower:
         self.image_token: int = model.config.image_token_id
         self.runs = 0
         self._kept: OrderedDict[int, Features] = OrderedDict()
+        self._holds = False
         self._two_way = "token_type_ids" in inspect.signature(self._model.forward).parameters
         self.in_space = in_space(model)
 
@@ -75,11 +77,26 @@ class VisionTower:
         """The features of an image, computed unless they are kept."""
         if chunk.key not in self._kept:
             self._kept[chunk.key] = self._run(chunk)
-            total = self.nbytes
-            while total > self.bound and len(self._kept) > 1:
-                total -= self._kept.popitem(last=False)[1].nbytes
+            if not self._holds:
+                self._drop()
         self._kept.move_to_end(chunk.key)
         return self._kept[chunk.key]
+
+    def _drop(self) -> None:
+        """Drop features, those used longest ago first, down to the bound or to the last."""
+        total = self.nbytes
+        while total > self.bound and len(self._kept) > 1:
+            total -= self._kept.popitem(last=False)[1].nbytes
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Inside, nothing is dropped: a micro-batch reads the features of each image repeatedly."""
+        self._holds = True
+        try:
+            yield
+        finally:
+            self._holds = False
+            self._drop()
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +152,12 @@ class VisionTower:
             rows: of each input `(N,)`: the index of its positions in the row.
             positions: `(T,)`, each token's position in its input.
         """
+        with self._holding():
+            return self._packed(inputs, rows, positions)
+
+    def _packed(
+        self, inputs: Sequence[ModelInput], rows: Sequence[torch.Tensor], positions: torch.Tensor
+    ) -> dict[str, Any]:
         ids = torch.empty_like(positions)
         first_at: dict[int, ImageChunk] = {}
         for value, own in zip(inputs, rows, strict=True):
@@ -157,6 +180,10 @@ class VisionTower:
 
     def padded(self, inputs: Sequence[ModelInput]) -> dict[str, Any]:
         """The model's arguments for inputs in rows of a batch, padded on the right."""
+        with self._holding():
+            return self._padded(inputs)
+
+    def _padded(self, inputs: Sequence[ModelInput]) -> dict[str, Any]:
         lists = [self.ids(value) for value in inputs]
         width = max(map(len, lists))
         # never an image's id, and a row's own where there is one: see `micro_batches.padded`

@@ -31,32 +31,25 @@ from cookbook_core.backend.local.model.flat_adapter import Adapter
 from cookbook_core.backend.local.model.loading import BaseModel, load_base_model, resolve_model
 from cookbook_core.backend.local.model.memory import keep_freed_memory
 from cookbook_core.backend.local.multiprocess.group import Group, Packet, Request, Stopped
+from cookbook_core.backend.local.multiprocess.packets import (
+    datum_packet,
+    datums_in,
+    response_in,
+    sample_packet,
+    sample_requests,
+)
 from cookbook_core.backend.local.multiprocess.shares import share_out, spread
 from cookbook_core.backend.local.scoring.backward import BatchScores, View, views_of
 from cookbook_core.backend.sampling_requests import SampleRequest
 from cookbook_core.custom_loss import LossTypeInput
-from cookbook_core.datums import SCORE_MASK, TEMPERATURE
 from cookbook_core.errors import CookbookError, ModelError, ProcessError
-from cookbook_core.types import (
-    Datum,
-    EncodedTextChunk,
-    ImageChunk,
-    ModelInput,
-    ModelInputChunk,
-    SampledSequence,
-    SampleResponse,
-    SamplingParams,
-    TopkLogprobs,
-)
+from cookbook_core.types import Datum, SampleResponse
 
-import numpy as np
 import torch
 
 COPIES = 4
 """Adapters of which each rank keeps copies: a policy, its reference, a snapshot and one more. The
 least recently used are sent again when needed."""
-_KEYS = ("target_tokens", SCORE_MASK, TEMPERATURE)
-"""Inputs of a datum that scoring reads; the others are for the loss and stay on rank 0."""
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +132,8 @@ class SharedEngine(Engine):
         shares = self._shares(data)
         if self._alone(shares):
             return super().score(adapter, data, datum_indices)
-        with self._request("score", adapter, [_packet(data, share) for share in shares]) as request:
+        work = [datum_packet(data, share) for share in shares]
+        with self._request("score", adapter, work) as request:
             with _in_step(self._group, self.base):
                 mine = super().score(adapter, [data[i] for i in shares[0]], shares[0])
             scored = [mine, *(answer.tensors for answer in request.answers())]
@@ -156,7 +150,7 @@ class SharedEngine(Engine):
         shares = self._shares(data)
         if self._alone(shares):
             return super().hidden(adapter, data, datum_indices)
-        work = [_packet(data, share) for share in shares]
+        work = [datum_packet(data, share) for share in shares]
         with self._request("hidden", adapter, work) as request:
             with _in_step(self._group, self.base):
                 mine = super().hidden(adapter, [data[i] for i in shares[0]], shares[0])
@@ -178,7 +172,7 @@ class SharedEngine(Engine):
             with super().score_with_graph(adapter, data, loss_type_input, datum_indices) as scored:
                 yield scored
             return
-        work = [_packet(data, share, loss_type_input=loss_type_input) for share in shares]
+        work = [datum_packet(data, share, loss_type_input=loss_type_input) for share in shares]
         mine = [data[i] for i in shares[0]]
         with (
             self._request("gradient", adapter, work) as request,
@@ -195,14 +189,12 @@ class SharedEngine(Engine):
     ) -> list[SampleResponse]:
         """As `Engine.sample`; each rank takes whole requests. Missing seeds are drawn on rank 0.
 
-        With images among the prompts rank 0 takes all of them. Over a sharded model each rank takes
-        all of them: a decoding step is one of all ranks.
+        Over a sharded model each rank takes all of them: a decoding step is one of all ranks.
         """
         requests = [_seeded(request) for request in requests]
-        silent = [dataclasses.replace(r, on_token=None) for r in requests]  # elsewhere than here
         if self.base.shards > 1:
-            same = Packet({"requests": [dataclasses.asdict(r) for r in silent]})
-            with self._request("sample", adapter, [same] * self._group.size) as request:
+            work = [sample_packet(requests)] * self._group.size
+            with self._request("sample", adapter, work) as request:
                 with _in_step(self._group, self.base):
                     mine = super().sample(adapter, requests)
                 request.answers()
@@ -210,16 +202,14 @@ class SharedEngine(Engine):
             return mine
         costs = [r.num_samples * (r.params.max_tokens or 1) for r in requests]
         shares = spread(costs, self._group.size)
-        if not any(shares[1:]) or any(r.model_input is not None for r in requests):
+        if not any(shares[1:]):
             return super().sample(adapter, requests)
-        work = [
-            Packet({"requests": [dataclasses.asdict(silent[i]) for i in share]}) for share in shares
-        ]
+        work = [sample_packet([requests[i] for i in share]) for share in shares]
         with self._request("sample", adapter, work) as request:
             mine = super().sample(adapter, [requests[i] for i in shares[0]])
             answers = [answer.header["responses"] for answer in request.answers()]
             request.finish()
-        return _in_order(shares, [mine, *([_response(r) for r in each] for each in answers)])
+        return _in_order(shares, [mine, *([response_in(r) for r in each] for each in answers)])
 
     def _alone(self, shares: Sequence[Sequence[int]]) -> bool:
         """Whether the other ranks have no part in a request."""
@@ -351,12 +341,12 @@ class Follower:
         adapter = self._adapter(header)
         in_step = _in_step(self._group, engine.base)
         if header["op"] == "sample":
-            requests = [_sample_request(values) for values in header["requests"]]
+            requests = sample_requests(request)
             with in_step:
                 responses = engine.sample(adapter, requests) if requests else []
             self._group.exchange({"responses": [dataclasses.asdict(r) for r in responses]})
             return
-        data, datum_indices = _datums(request), header["datum_indices"]
+        data, datum_indices = datums_in(request), header["datum_indices"]
         if header["op"] in ("score", "hidden"):
             compute = engine.score if header["op"] == "score" else engine.hidden
             with in_step:
@@ -433,83 +423,9 @@ def _in_order(shares: Sequence[Sequence[int]], results: Sequence[Sequence[Any]])
     return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
 
 
-# ---- packets -------------------------------------------------------------------------------------
-
-
-def _packet(data: Sequence[Datum], share: Sequence[int], **header: Any) -> Packet:
-    """The datums of a share, reduced to what scoring reads."""
-    keys, images, tensors = [], [], []
-    for datum in (data[i] for i in share):
-        keys.append([key for key in _KEYS if key in datum.loss_fn_inputs])
-        chunks = datum.model_input.chunks
-        pictured = bool(datum.model_input.images)
-        images.append([_image_fields(chunk) for chunk in chunks] if pictured else None)
-        if pictured:
-            tensors += [_as_tensor(chunk) for chunk in chunks]
-        else:
-            tensors.append(torch.tensor(datum.model_input.to_ints()))
-        tensors += [datum.loss_fn_inputs[key].to_torch() for key in keys[-1]]
-    more = {"keys": keys, "images": images, "datum_indices": list(share)}
-    return Packet({**header, **more}, tensors)
-
-
-def _image_fields(chunk: ModelInputChunk) -> tuple[str, int] | None:
-    """Format and length of an image; None for text."""
-    return (chunk.format, chunk.length) if isinstance(chunk, ImageChunk) else None
-
-
-def _as_tensor(chunk: ModelInputChunk) -> torch.Tensor:
-    """The bytes of an image, uint8, or token ids."""
-    if isinstance(chunk, ImageChunk):
-        return torch.frombuffer(bytearray(chunk.data), dtype=torch.uint8)
-    return torch.tensor(list(chunk.tokens), dtype=torch.int64)
-
-
-def _datums(packet: Packet) -> list[Datum]:
-    tensors = iter(packet.tensors)
-    data = []
-    for keys, images in zip(packet.header["keys"], packet.header["images"], strict=True):
-        chunks: list[ModelInputChunk] = []
-        for fields in images or [None]:
-            x = next(tensors)
-            if fields is None:
-                chunks.append(EncodedTextChunk(x.tolist()))
-            else:
-                chunks.append(ImageChunk(x.numpy().tobytes(), *fields))
-        data.append(Datum(ModelInput(chunks), {key: next(tensors) for key in keys}))
-    return data
-
-
 def _seeded(request: SampleRequest) -> SampleRequest:
     """Return the request with a random seed if it has none."""
     if request.params.seed is not None:
         return request
     seed = int(torch.randint(2**62, ()))
     return dataclasses.replace(request, params=dataclasses.replace(request.params, seed=seed))
-
-
-def _sample_request(values: dict[str, Any]) -> SampleRequest:
-    return SampleRequest(**{**values, "params": SamplingParams(**values["params"])})
-
-
-def _topk(values: dict[str, Any]) -> TopkLogprobs:
-    ids, logprobs = values["token_ids"], values["logprobs"]
-    return TopkLogprobs(np.array(ids, np.int32), np.array(logprobs, np.float32))
-
-
-def _response(values: dict[str, Any]) -> SampleResponse:
-    """JSON -> what `sample_batch` returns."""
-    sequences = [
-        SampledSequence(
-            each["stop_reason"],
-            each["sequence_id"],
-            np.array(each["tokens_np"], dtype=np.int64),
-            np.array(each["logprobs_np"]),
-            each["topk_logprobs_np"] and _topk(each["topk_logprobs_np"]),
-        )
-        for each in values["sequences"]
-    ]
-    top = values["topk_prompt_logprobs"]
-    if top is not None:
-        top = [each and [(i, lp) for i, lp in each] for each in top]
-    return SampleResponse(sequences, values["prompt_logprobs"], top)

@@ -1,6 +1,7 @@
 """What a `sample` asks of its prompt beside its own logprobs, through the scoring code.
 
 So the logprobs of the tokens it names equal those of a `forward` over the same batch, bit for bit.
+A prompt with images has its own logprobs from there too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from cookbook_core.backend.local.engine import Engine
 from cookbook_core.backend.local.model.adapters import Adapter
 from cookbook_core.backend.local.sampling.draw import draw_alternatives, draw_device
 from cookbook_core.backend.sampling_requests import PromptScores, SampleRequest
+from cookbook_core.datums import shift_sequence
 from cookbook_core.types import Datum, ModelInput, PromptAltTokens, SampleResponse, TensorData
 
 import numpy as np
@@ -33,7 +35,9 @@ def sample_and_score(
         adapter: the adapter to compute with; None for the base model.
         items: checked requests.
     """
-    responses = engine.sample(adapter, [request for request, _ in items])
+    responses = engine.sample(adapter, [_sampled(request) for request, _ in items])
+    for i, logprobs in _score_pictured(engine, adapter, items).items():
+        responses[i] = dataclasses.replace(responses[i], prompt_logprobs=logprobs)
     targets = _score_targets(engine, adapter, items)
     alternatives = _draw(engine, adapter, items)
     return [
@@ -44,6 +48,31 @@ def sample_and_score(
         )
         for i, (response, (_, scores)) in enumerate(zip(responses, items, strict=True))
     ]
+
+
+def _sampled(request: SampleRequest) -> SampleRequest:
+    """The part of a request that the sampler answers."""
+    if request.model_input is None:
+        return request
+    return dataclasses.replace(request, include_prompt_logprobs=False)
+
+
+def _score_pictured(
+    engine: Engine, adapter: Adapter | None, items: Sequence[Item]
+) -> dict[int, list[float | None]]:
+    """log p of the tokens of each prompt with images that asks for it, scored as one batch."""
+    wanted = {}
+    for i, (request, _) in enumerate(items):
+        if request.model_input is not None and request.include_prompt_logprobs:
+            inputs, targets = shift_sequence(request.model_input)
+            wanted[i] = Datum(inputs, {"target_tokens": targets})
+    found = engine.compute_logprobs(adapter, list(wanted.values())) if wanted else []
+    return dict(zip(wanted, found, strict=True))
+
+
+def _inputs(request: SampleRequest) -> ModelInput:
+    """The prompt without its last token."""
+    return shift_sequence(request.model_input or ModelInput.from_ints(request.prompt))[0]
 
 
 def _last_only(response: SampleResponse, last_n: int | None) -> SampleResponse:
@@ -68,14 +97,11 @@ def _score_targets(
         if scores.targets is not None:
             found[i] = TensorData(np.zeros(scores.targets.shape), "float32")
             if (scores.targets >= 0).any():
-                wanted.append((i, request.prompt, scores.targets))
+                wanted.append((i, _inputs(request), scores.targets))
     if wanted:
         data = [
-            Datum(
-                ModelInput.from_ints(prompt[:-1]),
-                {"target_tokens": ids.clip(0), "score_mask": (ids >= 0).any(axis=1)},
-            )
-            for _, prompt, ids in wanted
+            Datum(inputs, {"target_tokens": ids.clip(0), "score_mask": (ids >= 0).any(axis=1)})
+            for _, inputs, ids in wanted
         ]
         for (i, _, ids), logprobs in zip(wanted, engine.score(adapter, data), strict=True):
             found[i] = TensorData(np.where(ids < 0, 0.0, logprobs.numpy()), "float32")
@@ -96,7 +122,7 @@ def _draw(
         return torch.zeros(()), {}
 
     if longer:
-        data = [Datum(ModelInput.from_ints(items[i][0].prompt[:-1])) for i in longer]
+        data = [Datum(_inputs(items[i][0])) for i in longer]
         engine.forward(adapter, data, draw, "vocab_logprobs")
     return found
 

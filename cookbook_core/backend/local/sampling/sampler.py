@@ -95,6 +95,8 @@ def sample_batch(
     prompts: dict[tuple[int, ...], Prompt] = {}
     rows: list[list[Row]] = []
     for request in requests:
+        scored_elsewhere = request.model_input is None or not request.include_prompt_logprobs
+        assert scored_elsewhere, "prompts with images are scored by sample_and_score"
         prompt = Prompt(list(request.prompt), request.model_input)
         prompt = prompts.setdefault(tuple(request.prompt), prompt)
         prompt.top_k = max(prompt.top_k, request.topk_prompt_logprobs)
