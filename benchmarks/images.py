@@ -3,17 +3,11 @@
     pip install -e ".[bench]"
     python -m benchmarks.images
 
-Random Qwen3-VLs in float32 on the CPU, LoRA rank 16 on the language model, eight rows of one picture
-each. Both sides of a row take steps by turns in one process, so that other work slows both alike.
-
-    kept    the tower is larger than the text model; a step whose pictures were seen before, against
-            one whose features were dropped
-    first   against trl.SFTTrainer on prompts and completions, new pictures at each step
-    again   the same in the second epoch, where our side has the features of all pictures
-
-TRL gets the model's processor without its part for video, which needs torchvision. The losses of
-both sides must agree to 1e-3 at the first three steps. Prints the median seconds and the median of
-the ratios, with the smallest and largest.
+Random Qwen3-VLs in float32 on the CPU, LoRA rank 16 on the language model, steps of eight rows: one
+picture, 16 tokens of prompt, 16 of completion. TRL gets the processor without its part for video,
+which needs torchvision. Both sides of a row take steps by turns in one process. TRL's first epoch
+has new pictures at each step; in its second our side has their features. The losses of the first
+three steps must agree to 1e-3.
 """
 
 from __future__ import annotations
@@ -44,89 +38,74 @@ import numpy as np
 import torch
 from PIL import Image
 
-PARTS = ("vision_start", "image", "vision_end", "video")
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
-ROWS, PROMPT, ANSWER = 8, 16, 16
-"""Of a step; tokens of a row before and after the picture."""
-SIZE = 192
-"""Width and height of a picture, in pixels: 36 positions."""
-TOWERS = {"large": (768, 8), "small": (256, 2)}
-"""Width and depth."""
+NAMES = ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id")
+TOWERS = {"kept": (384, 4), "trl": (256, 2)}  # width and depth
+ROWS, PROMPT, ANSWER, SIZE = 8, 16, 16, 192
+Row = tuple[bytes, list[int], list[int]]
 
 
-def build(tower: str) -> str:
-    """Return the folder of a random Qwen3-VL over the text model `small`, built if missing."""
+def build(name: str) -> str:
+    """Write a random Qwen3-VL over the text model `small`; return its folder."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    folder = Path("runs/benchmarks/models") / f"images-{tower}"
-    if (folder / "processor_config.json").exists():
-        return str(folder)
+    folder = Path("runs/benchmarks/models") / f"images-{name}"
     tokenizer = W.tokenizer(W.MODELS["small"]["vocab_size"])
     tokenizer.add_special_tokens({"additional_special_tokens": list(TOKENS)})
-    ids = dict(zip(PARTS, tokenizer.convert_tokens_to_ids(list(TOKENS)), strict=True))
+    ids = tokenizer.convert_tokens_to_ids(list(TOKENS))
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10]}
     text = {**W.MODELS["small"], "vocab_size": len(tokenizer), "intermediate_size": 768}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     text |= {"rope_parameters": rope, "pad_token_id": W.PAD, "eos_token_id": W.END}
-    wide, depth = TOWERS[tower]
+    wide, depth = TOWERS[name]
     vision = {"hidden_size": wide, "depth": depth, "intermediate_size": 4 * wide}
     vision |= {"num_heads": wide // 64, "out_hidden_size": text["hidden_size"]}
     vision |= {"deepstack_visual_indexes": [0, 1]}
-    config = Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=True,
-        **{f"{part}_token_id": i for part, i in ids.items()},
-    )
+    parts = {"text_config": text, "vision_config": vision, "tie_word_embeddings": True}
     torch.manual_seed(0)
+    config = Qwen3VLConfig(**parts, **dict(zip(NAMES, ids, strict=True)))
     Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     reads = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16, "merge_size": 2}
-    kinds = {"preprocessor": reads, "processor": {"processor_class": "Qwen3VLProcessor"}}
-    for kind, values in kinds.items():
-        (folder / f"{kind}_config.json").write_text(json.dumps(values), encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(json.dumps(reads), encoding="utf-8")
     return str(folder)
 
 
-def rows(count: int) -> list[tuple[bytes, list[int], list[int]]]:
-    """Pictures as PNG files, each with a prompt and an answer."""
-    rng, pixels, made = random.Random(0), np.random.RandomState(0), []
+def draw(count: int) -> list[Row]:
+    """Pictures as PNG files, each with a prompt and a completion."""
+    rng, pixels, rows = random.Random(0), np.random.RandomState(0), []
     for _ in range(count):
         file = io.BytesIO()
-        blocks = pixels.randint(0, 256, (12, 12, 3)).astype(np.uint8)
-        Image.fromarray(blocks).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(file, "PNG")
-        vocabulary = W.MODELS["small"]["vocab_size"]
-        drawn = W.draw(rng, PROMPT + ANSWER - 1, vocabulary)
-        made.append((file.getvalue(), drawn[:PROMPT], [*drawn[PROMPT:], W.END]))
-    return made
+        blocks = Image.fromarray(pixels.randint(0, 256, (12, 12, 3)).astype(np.uint8))
+        blocks.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(file, "PNG")
+        ids = W.draw(rng, PROMPT + ANSWER - 1, W.MODELS["small"]["vocab_size"])
+        rows.append((file.getvalue(), ids[:PROMPT], [*ids[PROMPT:], W.END]))
+    return rows
 
 
 class Ours:
-    """An engine and its datums; `step(k)` trains on rows ROWS * k to ROWS * (k + 1)."""
+    """`step(k)` trains on rows ROWS * k to ROWS * (k + 1)."""
 
-    def __init__(self, folder: str, given: list[tuple[bytes, list[int], list[int]]]) -> None:
+    def __init__(self, folder: str, rows: list[Row]) -> None:
         self.engine = Engine(load_base_model(folder, "cpu", "float32"))
-        self.adapter = self.engine.bank.create(LoraConfig(W.LORA_RANK, seed=0, alpha=W.LORA_ALPHA))
-        self.tower = self.engine.scorer.tower()
-        start, _, end, _ = self.engine.base.tokenizer().convert_tokens_to_ids(list(TOKENS))
+        config = LoraConfig(W.LORA_RANK, seed=0, train_unembed=False)
+        self.adapter, self.tower = self.engine.bank.create(config), self.engine.scorer.tower()
+        before, _, after, _ = self.engine.base.tokenizer().convert_tokens_to_ids(list(TOKENS))
         self.data = []
-        for picture, prompt, answer in given:
-            chunks = [tinker.EncodedTextChunk([start]), self.tower.reader.chunk(picture)]
-            value = tinker.ModelInput([*chunks, tinker.EncodedTextChunk([end, *prompt])])
+        for picture, prompt, answer in rows:
+            chunk, Text = self.tower.reader.chunk(picture), tinker.EncodedTextChunk
+            value = tinker.ModelInput([Text([before]), chunk, Text([after, *prompt])])
             self.data.append(datum_from_prompt_completion(value, answer, score_prompt=False))
         self.tower.reader._kept.clear()  # a step reads its pictures, as TRL's does
 
     def step(self, k: int) -> float:
+        def loss_fn(data: Any, logprobs: Any) -> Any:
+            return -sum(lp[-ANSWER:].mean() for lp in logprobs) / len(data), {}
+
         batch = self.data[ROWS * k : ROWS * (k + 1)]
-        result = self.engine.forward_backward(self.adapter, batch, mean_loss)
+        loss = self.engine.forward_backward(self.adapter, batch, loss_fn).loss
         self.adapter.optim_step(ADAM)
-        return result.loss
-
-
-def mean_loss(data: Any, logprobs: Any) -> Any:
-    del data
-    return -sum(lp[-ANSWER:].sum() for lp in logprobs) / (ROWS * ANSWER), {}
+        return loss
 
 
 def seconds_of(step: Callable[[], object]) -> float:
@@ -135,102 +114,87 @@ def seconds_of(step: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def kept(options: argparse.Namespace) -> None:
-    """Print the ratio of steps without and with kept features."""
-    ours = Ours(build("large"), rows(ROWS))
-    parts = {"tower": ours.tower._model.visual, "text": ours.tower._model.language_model}
-    sizes = [f"{name} {sum(p.numel() for p in m.parameters()):,}" for name, m in parts.items()]
-    print(f"kept: parameters of the {', the '.join(sizes)}")
+def report(name: str, slow: list[float], fast: list[float]) -> None:
+    each = [a / b for a, b in zip(slow, fast, strict=True)]
+    spread = f"{statistics.median(each):.2f}x ({min(each):.2f}-{max(each):.2f})"
+    print(f"{name}: {spread}, {statistics.median(slow):.3f} s and {statistics.median(fast):.3f} s")
+
+
+def kept(steps: int) -> None:
+    ours = Ours(build("kept"), draw(ROWS))
+    parts = ours.tower._model.visual, ours.tower._model.language_model
+    sizes = [f"{sum(p.numel() for p in part.parameters()):,}" for part in parts]
     ours.step(0)
-    cold, warm, before = [], [], ours.tower.runs
-    for _ in range(options.steps):
+    cold, warm = [], []
+    for _ in range(steps):
         ours.tower._kept.clear()
         cold.append(seconds_of(lambda: ours.step(0)))
         warm.append(seconds_of(lambda: ours.step(0)))
-    report("without / with kept features", cold, warm)
-    print(f"  {ours.tower.runs - before} runs of the tower in {2 * options.steps} steps of {ROWS}")
+    report(f"features dropped / kept (tower {sizes[0]}, text {sizes[1]} numbers)", cold, warm)
 
 
-def against_trl(options: argparse.Namespace) -> None:
-    """Print the ratios of TRL's step to ours, which is taken after each of TRL's."""
+def against_trl(steps: int) -> None:
     import peft
     import trl
     from datasets import Dataset
-    from transformers import AutoModelForImageTextToText, PrinterCallback, TrainerCallback
+    from transformers import AutoModelForImageTextToText, TrainerCallback
 
-    folder, count = build("small"), options.steps + 1
-    given = rows(ROWS * count)
-    ours = Ours(folder, given)
-    answers = [[W.text_of(answer)] for _, _, answer in given]
+    folder, count = build("trl"), steps + 1
+    rows = draw(ROWS * count)
+    ours = Ours(folder, rows)
     columns = {
-        "image": [Image.open(io.BytesIO(picture)) for picture, _, _ in given],
-        "prompt": [PICTURE + W.text_of(prompt) for _, prompt, _ in given],
-        "completion": [" " + answer for (answer,) in answers],
+        "image": [Image.open(io.BytesIO(picture)) for picture, _, _ in rows],
+        "prompt": ["".join(TOKENS[:3]) + W.text_of(prompt) for _, prompt, _ in rows],
+        "completion": [" " + W.text_of(answer) for _, _, answer in rows],
     }
-    options.warmup = options.steps = count
+    options = argparse.Namespace(steps=2 * count, warmup=0)
     more = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": ROWS}
+    layers = rf".*language_model.*\.({'|'.join(W.TARGETS)})"
     trainer = trl.SFTTrainer(
         model=AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32),
-        args=trl.SFTConfig(**arguments(options, completion_only_loss=True, max_length=None, **more)),
+        args=trl.SFTConfig(**arguments(options, max_length=None, **more)),
         train_dataset=Dataset.from_dict(columns),
         processing_class=load_processor(folder),
-        peft_config=peft.LoraConfig(
-            r=W.LORA_RANK,
-            lora_alpha=W.LORA_ALPHA,
-            target_modules=rf".*language_model.*\.({'|'.join(W.TARGETS)})",
-        ),
+        peft_config=peft.LoraConfig(r=W.LORA_RANK, lora_alpha=W.LORA_ALPHA, target_modules=layers),
     )
-    trainer.remove_callback(PrinterCallback)
-    mine: list[float] = []
     theirs: list[float] = []
-    losses: list[tuple[float, float]] = []
-    one_step, began = trainer.training_step, [0.0]
+    mine: list[float] = []
+    losses: list[float] = []
+    one_step = trainer.training_step
 
     def training_step(*args: Any, **named: Any) -> Any:
-        loss = one_step(*args, **named)
-        losses.append((float(loss), 0.0))
+        losses.append(float(loss := one_step(*args, **named)))
         return loss
 
     class Turns(TrainerCallback):
+        began = 0.0
+
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            began[0] = time.perf_counter()
+            self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            theirs.append(time.perf_counter() - began[0])
-            place = (len(theirs) - 1) % count
-            mine.append(seconds_of(lambda: losses.append((losses.pop()[0], ours.step(place)))))
-            began[0] = time.perf_counter()
+            theirs.append(time.perf_counter() - self.began)
+            place = len(mine) % count
+            mine.append(seconds_of(lambda: losses.append(ours.step(place))))
+            self.began = time.perf_counter()
 
     trainer.training_step = training_step
     trainer.add_callback(Turns())
     trainer.train()
-    gap = max(abs(a - b) for a, b in losses[:3])
-    print(f"against TRL {trl.__version__}: the first three losses differ by at most {gap:.1e}")
-    assert gap < 1e-3, losses[:3]
-    report("first: TRL / ours", theirs[1:count], mine[1:count])
-    report("again: TRL / ours", theirs[count:], mine[count:])
-    print(f"  {ours.tower.runs} runs of the tower here, {2 * ROWS * count} in TRL")
-
-
-def report(name: str, slow: list[float], fast: list[float]) -> None:
-    each = [a / b for a, b in zip(slow, fast, strict=True)]
-    seconds = f"{statistics.median(slow):.3f} s and {statistics.median(fast):.3f} s a step"
-    spread = f"{statistics.median(each):.2f}x ({min(each):.2f}-{max(each):.2f})"
-    print(f"  {name}: {spread}, {seconds}", flush=True)
+    gap = max(abs(a - b) for a, b in zip(losses[:6:2], losses[1:6:2], strict=True))
+    assert gap < 1e-3, losses[:6]
+    report("TRL / ours, new pictures", theirs[1:count], mine[1:count])
+    report("TRL / ours, pictures seen before", theirs[count:], mine[count:])
+    print(f"losses differ by {gap:.1e}; {ours.tower.runs} runs of the tower for {len(rows)} rows")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side in a row")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
+    parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--rows", choices=("kept", "trl"), nargs="*", default=("kept", "trl"))
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if "kept" in options.rows:
-        kept(options)
-    if "trl" in options.rows:
-        against_trl(options)
+    for name in options.rows:
+        {"kept": kept, "trl": against_trl}[name](options.steps)
 
 
 if __name__ == "__main__":
