@@ -15,7 +15,12 @@ from cookbook_core import chat, custom_loss
 from cookbook_core.alignment import input_tensors
 from cookbook_core.custom_loss import LossFn, logprobs_from_output
 from cookbook_core.data.files import Row
-from cookbook_core.datums import TEMPERATURE, datum_from_prompt_completion, with_inputs
+from cookbook_core.datums import (
+    TEMPERATURE,
+    as_sequence,
+    datum_from_prompt_completion,
+    with_inputs,
+)
 from cookbook_core.environments import CheckedEnvironment as CheckedEnvironment
 from cookbook_core.environments import Environment as Environment
 from cookbook_core.errors import ConfigError, DatumError, RequestError
@@ -322,7 +327,7 @@ def with_prompt_tokens(rows: Sequence[Row], tokenizer: Any, longest: int) -> lis
 
 def rollout(
     sampler: SamplingClient,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | ModelInput],
     num_samples: int = 1,
     *,
     max_tokens: int,
@@ -333,7 +338,7 @@ def rollout(
 
     Args:
         sampler: the weights to sample from.
-        prompts: P lists of token ids, such as `chat.render_prompt` returns.
+        prompts: P lists of token ids or ModelInputs, as `chat.render_prompt` returns.
         num_samples: completions per prompt.
         max_tokens: longest completion, tokens.
         temperature: 0 takes the likeliest token each time. Others than 1 change what the logprobs
@@ -351,13 +356,13 @@ def rollout(
         )
         for _ in prompts
     ]
-    inputs = [ModelInput.from_ints(prompt) for prompt in prompts]
+    inputs = [as_sequence(prompt) for prompt in prompts]
     futures = sampler.sample_batch(inputs, num_samples, params)
     return [list(future.result().sequences) for future in futures]
 
 
 def sampled_datum(
-    prompt_tokens: Sequence[int], sequence: SampledSequence, **per_token: Any
+    prompt_tokens: Sequence[int] | ModelInput, sequence: SampledSequence, **per_token: Any
 ) -> Datum:
     """Build a datum of a sampled completion, to be scored at the temperature it was sampled at.
 

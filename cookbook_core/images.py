@@ -6,24 +6,24 @@ many, and which token ids they have.
 
 from __future__ import annotations
 
-import io
+import contextlib
+import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from cookbook_core.errors import DatumError, ModelError
+from cookbook_core.image_files import FORMATS, ImageFile, StoredImage, opened, rgb
+from cookbook_core.storage.hub import asking_hub
 from cookbook_core.types import ImageChunk
 
 KEPT_BYTES = 1 << 28
 """Most bytes of pixels kept of images that were read last."""
-MOST_PIXELS = 89_478_485
-"""Of one image, Pillow's own limit: a file of a few kilobytes can say that it has more."""
 
-_FORMATS = {"png": ("PNG",), "jpeg": ("JPEG", "MPO")}
-"""Pillow's names of what a chunk's format may be; phones write several images to one JPEG."""
 _NOT_PIXELS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
@@ -44,15 +44,33 @@ class Pixels:
         return sum(tensor.nbytes for tensor in self.inputs.values())
 
 
+@dataclass(frozen=True)
+class Written:
+    """How a processor writes an image of some size.
+
+    text: in place of the placeholder.
+    ids: token ids of the image's positions, without those of text around them.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+
+
 class ImageReader:
     """The image side of one model's processor; can be used by several threads.
 
     Args:
         processor: see `load_processor`.
+    Attributes:
+        placeholder: what stands for an image in a rendered chat template.
+        longest: positions of the image that takes the most, of those measured so far.
     """
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
+        self.placeholder: str = processor.image_token
+        self.longest = 0
+        self._written: dict[Any, Written] = {}
         self._kept: OrderedDict[int, Pixels] = OrderedDict()
         self._counts: dict[int, int] = {}
         """Positions of every image read so far, by key."""
@@ -64,9 +82,8 @@ class ImageReader:
         Raises:
             DatumError: not such a file, or one that the model's processor refuses.
         """
-        picture = _opened(data, where, ("PNG", "JPEG"))
-        given = next(name for name, known in _FORMATS.items() if picture.format in known)
-        chunk = ImageChunk(data, given)  # pyright: ignore[reportArgumentType]
+        picture = opened(data, where)
+        chunk = ImageChunk(data, FORMATS.get(picture.format, "png"))
         return ImageChunk(data, chunk.format, len(self.pixels(chunk, where).ids))
 
     def check(self, chunk: ImageChunk, where: str) -> None:
@@ -75,6 +92,7 @@ class ImageReader:
         Raises:
             DatumError: a broken file, or another number than expected_tokens.
         """
+        where = _place(chunk, where)
         count = self._counts.get(chunk.key)
         count = len(self.pixels(chunk, where).ids) if count is None else count
         if chunk.expected_tokens != count:
@@ -104,6 +122,49 @@ class ImageReader:
                 total -= self._kept.popitem(last=False)[1].nbytes
             return found
 
+    def stored(self, file: ImageFile) -> StoredImage:
+        """A chunk of an image whose positions are counted by its size: the file is not read.
+
+        Raises:
+            DatumError: a size that the model's processor refuses.
+        """
+        return StoredImage(file, len(self.written(file).ids))
+
+    def written(self, file: ImageFile) -> Written:
+        """How the processor writes an image of this size.
+
+        The processor's own count is fast; it is asked with a blank image once per count.
+        """
+        size = file.height, file.width
+        with self._lock:
+            if size not in self._written:
+                key = self._count(size)
+                if key not in self._written:
+                    self._written[key] = self._write(file)
+                self._written[size] = self._written[key]
+            found = self._written[size]
+            self.longest = max(self.longest, len(found.ids))
+            return found
+
+    def _count(self, size: tuple[int, int]) -> Any:
+        """What the processor says of an image's height and width; such are written alike."""
+        processor = self._processor
+        if "_get_num_multimodal_tokens" in dir(processor):
+            counts = processor._get_num_multimodal_tokens(image_sizes=[size])
+            return "tokens", *counts.num_image_tokens, *counts.num_image_patches
+        if "get_number_of_image_patches" in dir(processor.image_processor):
+            return "patches", processor.image_processor.get_number_of_image_patches(*size, {})
+        return size
+
+    def _write(self, file: ImageFile) -> Written:
+        from PIL import Image
+
+        blank = Image.new("RGB", (file.width, file.height))
+        batch = self._processed(blank, file.place, return_text_replacement_offsets=True)
+        (replaced,) = batch["text_replacement_offsets"][0]
+        ids = self._without_text_around(batch["input_ids"][0].tolist())
+        return Written(replaced["replacement"], tuple(ids))
+
     def own_inputs(self, text: str, images: Sequence[ImageChunk]) -> dict[str, Any]:
         """The processor's own output for images, each after a copy of `text`, and one at the end:
         the model's arguments."""
@@ -113,14 +174,21 @@ class ImageReader:
         return dict(processor(text=[written], images=[pictures], return_tensors="pt"))
 
     def _read(self, chunk: ImageChunk, where: str) -> Pixels:
-        picture = rgb(chunk, where)
-        processor = self._processor
+        where = _place(chunk, where)
+        batch = self._processed(rgb(chunk, where), where)
+        ids = self._without_text_around(batch["input_ids"][0].tolist())
+        inputs = {name: value for name, value in batch.items() if name not in _NOT_PIXELS}
+        return Pixels(tuple(ids), inputs)
+
+    def _processed(self, picture: Any, where: str, **options: Any) -> Any:
+        """The processor's output for one image alone."""
         try:
-            batch = processor(
-                text=[processor.image_token],
+            return self._processor(
+                text=[self.placeholder],
                 images=[picture],
                 add_special_tokens=False,
                 return_tensors="pt",
+                **options,
             )
         except ValueError as error:
             raise DatumError(
@@ -129,9 +197,6 @@ class ImageReader:
                 got=f"{picture.width} x {picture.height} pixels ({error})",
                 fix="Resize or crop the image.",
             ) from error
-        ids = self._without_text_around(batch["input_ids"][0].tolist())
-        inputs = {name: value for name, value in batch.items() if name not in _NOT_PIXELS}
-        return Pixels(tuple(ids), inputs)
 
     def _without_text_around(self, ids: list[int]) -> list[int]:
         """Leave out what a processor puts around an image in plain text: blank lines."""
@@ -141,63 +206,47 @@ class ImageReader:
         return ids[at[0] : at[-1] + 1]
 
 
-def rgb(chunk: ImageChunk, where: str) -> Any:
-    """Decode an image as a PIL image in RGB, turned as its EXIF orientation says.
+def _place(chunk: ImageChunk, where: str) -> str:
+    """The row and column of an image of a dataset, else `where`."""
+    return chunk.file.place if isinstance(chunk, StoredImage) else where
 
-    Raises:
-        DatumError: a broken file, another format than the chunk names, or too many pixels.
+
+class ModelImages:
+    """The images of one model: its reader, loaded on first use.
+
+    A tokenizer carries it as `images`, for the functions that render prompts.
+
+    Args:
+        path: a model folder or hub name.
+        problem: why the model is given no images; "" if that is not known.
+        token: the id that stands for images in the model's input; None if it is not known.
     """
-    from PIL import ImageOps
 
-    picture = _opened(chunk.data, where, _FORMATS[chunk.format])
-    try:
-        return ImageOps.exif_transpose(picture).convert("RGB")
-    except Exception as error:
-        raise _unreadable(where, error) from error
+    def __init__(self, path: str, problem: str = "", token: int | None = None) -> None:
+        self._path, self._problem, self.token = path, problem, token
+        self._reader: ImageReader | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, as for another process, loads its own reader."""
+        return type(self), (self._path, self._problem, self.token)
 
-def _opened(data: bytes, where: str, formats: tuple[str, ...]) -> Any:
-    """A PIL image whose pixels are decoded."""
-    from PIL import Image
+    def reader(self) -> ImageReader:
+        """The reader of the model's images.
 
-    try:
-        # MPO is found by the reader of JPEG
-        picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-        size = picture.width * picture.height
-        if size <= MOST_PIXELS and picture.format in formats:
-            picture.load()
-    except Exception as error:  # Pillow's decoders raise many kinds for broken files
-        raise _unreadable(where, error) from error
-    if size > MOST_PIXELS:
-        raise _too_many(where, f"{picture.width} x {picture.height}")
-    if picture.format not in formats:
-        got = f"a {picture.format} file"
-        raise DatumError(where, "another format than the chunk names", expected=formats[0], got=got)
-    return picture
+        Raises:
+            ModelError: the model reads no images, or its processor cannot be loaded.
+        """
+        if self._problem:
+            fix = "Take a model that reads images, or leave them out."
+            raise ModelError("base_model", "it is given no images", got=self._problem, fix=fix)
+        if self._reader is None:
+            self._reader = ImageReader(load_processor(self._path))
+        return self._reader
 
-
-def _unreadable(where: str, error: Exception) -> DatumError:
-    from PIL import Image
-
-    if isinstance(error, Image.DecompressionBombError):
-        return _too_many(where, str(error))
-    return DatumError(
-        where,
-        "the image cannot be read",
-        expected="a whole PNG or JPEG file",
-        got=f"{type(error).__name__}: {error}",
-        fix="Look for a download that was cut short; write other formats as PNG.",
-    )
-
-
-def _too_many(where: str, got: str) -> DatumError:
-    return DatumError(
-        where,
-        "the image has too many pixels to be decoded",
-        expected=f"at most {MOST_PIXELS:,} pixels",
-        got=got,
-        fix="Resize it.",
-    )
+    @property
+    def longest(self) -> int:
+        """Positions of the longest image measured so far; 0 if there was none."""
+        return self._reader.longest if self._reader else 0
 
 
 # ---- the processor -------------------------------------------------------------------------------
@@ -232,19 +281,35 @@ def load_processor(path: str) -> Any:
     import transformers
     from transformers.models.auto import processing_auto
 
-    kind = transformers.AutoConfig.from_pretrained(path).model_type
-    name: Any = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"].get(kind)
+    with contextlib.nullcontext() if Path(path).is_dir() else asking_hub(path):
+        kind = transformers.AutoConfig.from_pretrained(path).model_type
+        name: Any = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"].get(kind)
+        try:
+            own = getattr(transformers, name)
+            # transformers reads the parts' names from the signature of __init__
+            cls: Any = type(name, (_ImagesOnly, own), {"__init__": own.__init__})
+            with _without_num2words(own):
+                return cls.from_pretrained(path)
+        except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ModelError(
+                "base_model",
+                "its image processor cannot be loaded, so it is given no images",
+                expected="preprocessor_config.json or processor_config.json beside its weights",
+                got=f"{path} ({lines[0]})",
+                fix="Copy these files there from the original model.",
+            ) from error
+
+
+@contextlib.contextmanager
+def _without_num2words(processor: Any) -> Iterator[None]:
+    """Let SmolVLM's processor be made without a package that only its videos use."""
+    module = sys.modules[processor.__module__]
+    missing = vars(module).get("num2words", "") is None
+    if missing:
+        vars(module)["num2words"] = str
     try:
-        own = getattr(transformers, name)
-        # transformers reads the parts' names from the signature of __init__
-        cls: Any = type(name, (_ImagesOnly, own), {"__init__": own.__init__})
-        return cls.from_pretrained(path)
-    except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            "base_model",
-            "its image processor cannot be loaded, so it is given no images",
-            expected="preprocessor_config.json or processor_config.json beside its weights",
-            got=f"{path} ({lines[0]})",
-            fix="Copy these files there from the original model.",
-        ) from error
+        yield
+    finally:
+        if missing:
+            vars(module)["num2words"] = None

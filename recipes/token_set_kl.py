@@ -13,7 +13,8 @@ perfect match. --divergence reverse gives KL(q || target), js the Jensen-Shannon
 --mass_coef c adds -c log(mass of the set). Forward with c = 1 is KL over the whole vocabulary.
 
 Data: columns text, label_probs (K numbers that sum to 1), or question, answer (one of the labels,
-with or without its leading space); text and question as plain text.
+with or without its leading space); text and question as plain text. With a column image or images
+(files) the model reads them before the text.
 
     python -m recipes.token_set_kl              # bundled tiny model, one minute on two cores
     python -m recipes.token_set_kl --dataset tiny/multiple_choice --labels ' A' ' B' ' C' ' D' \

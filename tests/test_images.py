@@ -16,7 +16,8 @@ from cookbook_core.backend.sampling_requests import sampling_request
 from cookbook_core.datum_checks import check_data
 from cookbook_core.datums import shift_sequence
 from cookbook_core.errors import ConfigError, DatumError
-from cookbook_core.images import MOST_PIXELS, ImageReader, rgb
+from cookbook_core.image_files import MOST_PIXELS, rgb
+from cookbook_core.images import ImageReader
 from cookbook_core.tinker.sdk_objects import own_data
 from cookbook_core.token_set import datum_from_token_set
 from cookbook_core.types import (

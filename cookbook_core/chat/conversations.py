@@ -1,4 +1,7 @@
-"""Validate conversations: lists of messages, each with a role and a text, or with tool calls."""
+"""Validate conversations: lists of messages, each with a role and a content or tool calls.
+
+A content is a text, or a list of parts: {"type": "text", "text": "..."} and {"type": "image"}.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +45,8 @@ def check_messages(messages: Sequence[Message], where: str) -> None:
         if calls:
             check_tool_calls(calls, role, f"{spot} tool_calls")
         if not isinstance(content, str) and (content is not None or not calls):
-            got = f"{content!r} (keys: {', '.join(map(str, message))})"
-            fix = "Write one string; only beside tool_calls it may be null."
-            raise DataError(f"{spot} content", "not text", expected="a str", got=got, fix=fix)
-        check_text(DataError, f"{spot} content", content or "")
+            _check_parts(content, spot, message)
+        check_text(DataError, f"{spot} content", text_of(message))
         weight = message.get("weight", 0)
         if not (is_finite(weight) or isinstance(weight, bool)) or weight < 0:
             what, rule = "not a valid weight", "a number >= 0"
@@ -53,6 +54,22 @@ def check_messages(messages: Sequence[Message], where: str) -> None:
         if weight and role != "assistant":
             what, fix = f"not allowed on a {role} message", "Remove it: only answers have one."
             raise DataError(f"{spot} weight", what, got=repr(weight), fix=fix)
+
+
+def _check_parts(content: Any, spot: str, message: Message) -> None:
+    """Raise DataError unless a content is a list of texts and images."""
+    if not isinstance(content, list) or not content:
+        got = f"{content!r} (keys: {', '.join(map(str, message))})"
+        fix = "Write one string; only beside tool_calls it may be null."
+        raise DataError(f"{spot} content", "not text", expected="a str", got=got, fix=fix)
+    for j, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "image" and (kind != "text" or not isinstance(part.get("text"), str)):
+            rule = '{"type": "text", "text": "..."} or {"type": "image"}'
+            got = f"{part!r:.80}"
+            raise DataError(
+                f"{spot} content[{j}]", "not a text or an image", expected=rule, got=got
+            )
 
 
 def check_turns(turns: object, where: str) -> None:
@@ -127,8 +144,11 @@ def answers_apart(rows: Sequence[Row]) -> list[Row]:
 
 
 def text_of(message: Message) -> str:
-    """Return a message's content, "" for None."""
-    return message.get("content") or ""
+    """Return the text of a message's content, without images; "" for None."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def last_text(turns: str | Sequence[Message]) -> str:

@@ -11,6 +11,9 @@ the template alone decides about BOS and EOS, as it does when the model is serve
 of the template, such as tools and enable_thinking, are keywords of every function here, as they are
 of `tokenizer.apply_chat_template`; `template_arguments` reads them from a row.
 
+With images (see `chat.images`) a prompt is a ModelInput, which adds to token ids and has a length
+as lists do; its tokens are those that the model's own processor makes.
+
 A prompt of messages may end with an assistant message, a prefill: the answer continues it.
 """
 
@@ -27,6 +30,7 @@ from cookbook_core.chat.conversations import (
     join_answer,
     text_of,
 )
+from cookbook_core.chat.images import Images
 from cookbook_core.chat.template import Template, check_generation_tags, end_token, is_special
 from cookbook_core.errors import ConfigError, DataError, ModelError, check_choice, check_text
 
@@ -47,7 +51,9 @@ _FIX_TEMPLATE = (
 )
 
 
-def render_prompt(tokenizer: Any, prompt: str | Sequence[Message], **arguments: Any) -> list[int]:
+def render_prompt(
+    tokenizer: Any, prompt: str | Sequence[Message], *, images: Sequence[Any] = (), **arguments: Any
+) -> Any:
     """Encode what the model is given before it generates.
 
     Args:
@@ -55,16 +61,22 @@ def render_prompt(tokenizer: Any, prompt: str | Sequence[Message], **arguments: 
         prompt: plain text, encoded with the BOS that the tokenizer itself adds (never two, and no
             EOS); or messages, rendered with the generation prompt at their end or, after a
             prefill, up to where its text ends.
+        images: of the row's columns, as `image_files.image_file` takes them.
         arguments: of the chat template, such as tools=[...] and enable_thinking=False.
+    Returns:
+        Token ids, a list; with images a ModelInput.
     Raises:
-        DataError: neither text nor messages, no tokens, a message that cannot be rendered, or
-            arguments, tool calls or tool results that the template does not render.
+        DataError: neither text nor messages, no tokens, a message that cannot be rendered,
+            arguments, tool calls or tool results that the template does not render, or as
+            `chat.images.Images`.
         ModelError: messages, but the tokenizer has no chat template.
     """
     template = _template(tokenizer, prompt, arguments)
-    if template is not None and not isinstance(prompt, str):
-        template.check(prompt)
-    return _prompt_tokens(tokenizer, template, prompt, _prompt_text(template, prompt))
+    given = Images(tokenizer, prompt, images)
+    if template is not None:
+        template.check(given.turns)
+    text = given.expand(_prompt_text(template, given.turns))
+    return given.cut(_prompt_tokens(tokenizer, template, prompt, text))
 
 
 def _prompt_tokens(tokenizer: Any, template: Template | None, prompt: Any, text: str) -> list[int]:
@@ -80,8 +92,9 @@ def render_completion(
     completion: Any,
     *,
     boundary: Boundary = "check",
+    images: Sequence[Any] = (),
     **arguments: Any,
-) -> tuple[list[int], list[int]]:
+) -> tuple[Any, list[int]]:
     """Encode a prompt and its completion; train on the completion's tokens only.
 
     Args:
@@ -93,6 +106,7 @@ def render_completion(
             trains on tokens that the model never generates after this prompt. "split" encodes the
             two texts of that row separately, as happens when the model is given the prompt and
             generates.
+        images: of the prompt, as for `render_prompt`.
         arguments: of the chat template, as for `render_prompt`.
     Returns:
         prompt_tokens, equal to `render_prompt(tokenizer, prompt)`; and completion_tokens, whose
@@ -106,6 +120,8 @@ def render_completion(
     check_choice(ConfigError, "boundary", "unknown", boundary, ("check", "split"))
     _check_completion(prompt, completion)
     template, fix = _template(tokenizer, prompt, arguments), _FIX_TEXT
+    given = Images(tokenizer, prompt, images)
+    prompt = given.turns
     before = _prompt_text(template, prompt)
     if template is None:
         whole = prompt + completion
@@ -116,6 +132,7 @@ def render_completion(
         _require_stable(template, before, whole, messages, "prompt")
         fix = _FIX_PREFILL if prompt[-1]["role"] == "assistant" else _FIX_TEMPLATE
 
+    before, whole = given.expand(before), given.expand(whole)
     prompt_tokens = _prompt_tokens(tokenizer, template, prompt, before)
     tokens = _encode(tokenizer, whole, special=template is None)
     if boundary == "check":
@@ -131,15 +148,18 @@ def render_completion(
             raise DataError("completion", what, expected=rule, got=got, fix=fix)
     completion_tokens = tokens[len(prompt_tokens) :]
     only_eos = template is None
-    return prompt_tokens, _end_turn(tokenizer, completion_tokens, "completion", only_eos=only_eos)
+    answer = _end_turn(tokenizer, completion_tokens, "completion", only_eos=only_eos)
+    return given.cut(prompt_tokens), answer
 
 
 def render_messages(
     tokenizer: Any,
     messages: Sequence[Message],
     train_on: Literal["last", "all"] = "last",
+    *,
+    images: Sequence[Any] = (),
     **arguments: Any,
-) -> tuple[list[int], list[float]]:
+) -> tuple[Any, list[float]]:
     """Encode a conversation, with a loss weight for each token.
 
     Args:
@@ -147,6 +167,7 @@ def render_messages(
         messages: each with "role" and "content"; an assistant message may carry "weight", a
             number >= 0 (default 1): the loss weight of all its tokens, 0 = not trained on.
         train_on: "last" assistant message, or "all" of them.
+        images: of the messages, as for `render_prompt`.
         arguments: of the chat template, as for `render_prompt`.
     Returns:
         tokens and weights, both (T,). Weights are 0 except on the content and end-of-turn token of
@@ -167,9 +188,11 @@ def render_messages(
             check_answer(messages[i], f"messages[{i}]")
 
     template = Template(tokenizer, arguments)
+    given = Images(tokenizer, messages, images)
+    messages = given.turns
     template.check(messages)
     whole = template.render(messages)
-    tokens = _encode(tokenizer, whole, special=False)
+    tokens = _encode(tokenizer, given.expand(whole), special=False)
     weights = [0.0] * len(tokens)
     spans = []  # of each answer: its first token, after its end token, after its turn
     for i in trained:
@@ -180,7 +203,8 @@ def render_messages(
             turn = turn.removesuffix(tokenizer.eos_token or "")
         for text in (template.render(messages[:i], generation_prompt=True), turn):
             _require_stable(template, text, whole, messages, where)
-            part, show = _encode(tokenizer, text, special=False), tokenizer.convert_ids_to_tokens
+            part, show = given.expand(text), tokenizer.convert_ids_to_tokens
+            part = _encode(tokenizer, part, special=False)
             _require_prefix(part, tokens, where, _NOT_A_PREFIX, _FIX_TEMPLATE, show)
             lengths.append(len(part))
         start, turn_end = lengths
@@ -194,8 +218,9 @@ def render_messages(
     if not any(weights):
         fix = "Drop the row, or give an answer a weight above 0."
         raise DataError("messages", "every trained message has weight 0", fix=fix)
-    check_generation_tags(template, messages, tokens, spans, everything=train_on == "all")
-    return tokens, weights
+    if not given:  # the tags are of text whose images are not written out
+        check_generation_tags(template, messages, tokens, spans, everything=train_on == "all")
+    return given.cut(tokens), weights
 
 
 def stop_tokens(tokenizer: Any) -> list[int]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cookbook_core.chat.conversations import Message, check_messages
+from cookbook_core.chat.images import Images
 from cookbook_core.chat.template import apply_template, end_token
 from cookbook_core.errors import DataError, ModelError
 
@@ -25,6 +26,8 @@ def reply_tokens(
     messages: Sequence[Message],
     answer: Sequence[int],
     reply: Sequence[Message],
+    *,
+    images: Sequence[Any] = (),
     **arguments: Any,
 ) -> list[int]:
     """Encode what stands between a sampled answer and the next one.
@@ -42,6 +45,7 @@ def reply_tokens(
         messages: the conversation before the answer, earlier answers and replies included.
         answer: the sampled token ids `(C,)`, with their end token where they have one.
         reply: the messages that follow it, such as `[{"role": "tool", "content": "592"}]`.
+        images: of the messages, as for `render_prompt`.
         **arguments: of the chat template, as for `render_prompt`.
     Returns:
         Token ids, none of which was sampled: their loss weight is 0.
@@ -56,6 +60,7 @@ def reply_tokens(
     if "assistant" in roles:
         rule, fix = "roles tool, user or system", "Let the model write its answers."
         raise DataError("reply", "contains an answer", expected=rule, got=roles, fix=fix)
+    messages = Images(tokenizer, messages, images).turns
     before = apply_template(tokenizer, messages, True, **arguments)
     end = end_token(tokenizer)
     if end is None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cookbook_core.chat.conversations import Message
+from cookbook_core.chat.images import as_parts
 from cookbook_core.chat.tool_calls import (
     FORMS,
     PROBE,
@@ -16,21 +17,27 @@ from cookbook_core.chat.tool_calls import (
     as_template_takes,
     renders_probe,
 )
+from cookbook_core.data.images import row_images
 from cookbook_core.errors import DataError, ModelError
+
+_PARTS_ONLY: dict[str, bool] = {}
+"""By chat template, what `_takes_parts_only` found."""
 
 
 def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the chat template that a row carries, for the render functions.
+    """Return the arguments of the render functions that a row carries.
 
         chat.render_prompt(tokenizer, row["prompt"], **chat.template_arguments(row))
 
     Args:
         row: with the columns tools (a list of JSON schemas) and chat_template_kwargs (an object
-            such as {"enable_thinking": false}), if any; each as such or as JSON text.
+            such as {"enable_thinking": false}), if any; each as such or as JSON text. And with
+            image or images, which give the argument images.
     Raises:
-        DataError: not JSON, or of another type.
+        DataError: not JSON, or of another type; or an image that cannot be measured.
     """
-    arguments: dict[str, Any] = {}
+    images = row_images(row)
+    arguments: dict[str, Any] = {"images": images} if images else {}
     for column, kind in (("chat_template_kwargs", Mapping), ("tools", list)):
         value = row.get(column)
         if value is None or value in ("", [], {}):
@@ -188,6 +195,12 @@ def _rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) ->
     """Return the rendered text and "", or "" and the template's reason for refusing."""
     from jinja2 import TemplateError
 
+    if any(isinstance(m.get("content"), list) for m in messages) or _takes_parts_only(tokenizer):
+        texts = [isinstance(m.get("content"), str) for m in messages]
+        messages = [
+            {**m, "content": as_parts(m["content"])} if text else m
+            for m, text in zip(messages, texts, strict=True)
+        ]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options), ""
     except (
@@ -199,6 +212,18 @@ def _rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) ->
         ValueError,
     ) as e:
         return "", str(e) or type(e).__name__
+
+
+def _takes_parts_only(tokenizer: Any) -> bool:
+    """Whether the template shows a text only as a part, as those of some models with vision do."""
+    template = str(tokenizer.chat_template)
+    if template not in _PARTS_ONLY:
+        _PARTS_ONLY[template] = False  # while it is tried
+        if "'text'" in template or '"text"' in template:
+            forms = ("qz", as_parts("qz"))
+            found = [_rendered(tokenizer, [{"role": "user", "content": x}])[0] for x in forms]
+            _PARTS_ONLY[template] = ["qz" in text for text in found] == [False, True]
+    return _PARTS_ONLY[template]
 
 
 def _renamed(call: Mapping[str, Any]) -> dict[str, Any]:

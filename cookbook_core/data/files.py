@@ -59,13 +59,14 @@ def without_nulls(row: Mapping[str, Any]) -> Row:
     """
     return {
         name: _without_null_keys(value)
-        if name in ("tools", "chat_template_kwargs") or _are_messages(value)
+        if name in ("tools", "chat_template_kwargs") or are_messages(value)
         else value
         for name, value in row.items()
     }
 
 
-def _are_messages(value: Any) -> bool:
+def are_messages(value: Any) -> bool:
+    """Whether a value of a row is a conversation."""
     return isinstance(value, list) and any(isinstance(m, dict) and "role" in m for m in value)
 
 
@@ -84,7 +85,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
+            for batch in file.iter_batches(batch_size=100):
                 for row in batch.to_pylist():
                     yield f"{path.name}[{number}]", without_nulls(row)
                     number += 1

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cookbook_core.data.files import Row
+from cookbook_core.data.images import IMAGE_COLUMNS
 from cookbook_core.data.sources import open_splits
 from cookbook_core.errors import (
     ConfigError,
@@ -111,7 +112,8 @@ def load_rows(
         all_columns: keep the other columns too, which may be empty or missing in some rows.
     Returns:
         One dict per row, in file order, with exactly the columns of that alternative, and those of
-        TEMPLATE_COLUMNS where it has a value there (unless all_columns); in a block
+        TEMPLATE_COLUMNS and IMAGE_COLUMNS where it has a value there (unless all_columns); images
+        are of `image_files.ImageFile`, read when a batch needs them. In a block
         `with chat.naming(row)`, errors name its place. Values of a .csv are strings, except
         conversations, which are parsed from JSON.
     Raises:
@@ -241,7 +243,7 @@ def _select(
             row
             if all_columns
             else {name: row[name] for name in chosen}
-            | {name: row[name] for name in TEMPLATE_COLUMNS if row.get(name)},
+            | {name: row[name] for name in (*TEMPLATE_COLUMNS, *IMAGE_COLUMNS) if row.get(name)},
         )
         for where, row in rows
     ]

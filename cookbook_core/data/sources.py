@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from cookbook_core.data.files import SUFFIXES, Row, read_file, without_nulls
+from cookbook_core.data.images import holds_images, with_image_files
 from cookbook_core.errors import DataError, check_choice
 from cookbook_core.storage.hub import asking_hub
 from cookbook_core.storage.paths import asset_path, usable_path
@@ -193,10 +194,13 @@ def _length(source: Any) -> int:
 
 
 def _rows(dataset: str, source: Any, start: int, stop: int | None) -> Iterator[tuple[str, Row]]:
-    """Read the rows from `start` up to `stop`, and none beyond."""
+    """Read the rows from `start` up to `stop`, and none beyond; their images as ImageFile."""
     if isinstance(source, Path):
-        yield from islice(read_file(source), start, stop)
+        for where, row in islice(read_file(source), start, stop):
+            yield where, with_image_files(where, row, source.parent)
         return
+    if holds_images(getattr(source, "features", None)):
+        source = source.with_format("arrow")  # the files' bytes, not decoded
     if hasattr(source, "__len__") and start >= len(source):
         return  # skip() raises at the end
     rows = iter(source.skip(start) if start else source)
@@ -207,4 +211,6 @@ def _rows(dataset: str, source: Any, start: int, stop: int | None) -> Iterator[t
             return
         except Exception as error:  # a failed connection, or a broken file of a streamed dataset
             raise _unreadable(f"{dataset}[{place}]", error) from error
-        yield f"{dataset}[{place}]", without_nulls(row)
+        where = f"{dataset}[{place}]"
+        row = row if isinstance(row, dict) else row.to_pylist()[0]
+        yield where, with_image_files(where, without_nulls(row))

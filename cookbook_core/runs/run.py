@@ -77,6 +77,7 @@ class Run:
         self._null_metrics: set[str] = set()
         self._client: TrainingClient | None = None
         self._announced = self._has_results = self._renders = False
+        self._images: Any = None
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
         self._stalls = Stalls()
@@ -170,7 +171,7 @@ class Run:
             raise ConfigError(where, what, expected=rule, got=flag or "none", fix=fix)
         tokenizer = client.get_tokenizer()
         tokenizer.chat_template_kwargs = started
-        self._renders = True
+        self._renders, self._images = True, getattr(tokenizer, "images", None)
         return tokenizer
 
     def report_rows(
@@ -182,7 +183,7 @@ class Run:
         longest: int,
         flag: str = "a larger --max_length",
     ) -> None:
-        """Print how many rows are used and how many were dropped as too long.
+        """Print how many rows are used, how many were too long, and how long images are.
 
         Args:
             unit: what a row is: "pairs".
@@ -194,13 +195,15 @@ class Run:
         Raises:
             ConfigError: no row is left to train on, or none is held out.
         """
+        largest = getattr(self._images, "longest", 0)
+        images = f"; images take up to {largest} of them" if largest else ""
         self._progress.say(
             f"{unit}: {train} to train on, {test} held out; "
-            f"dropped as longer than {longest} tokens: {given - train - test}"
+            f"dropped as longer than {longest} tokens: {given - train - test}{images}"
         )
         if not train or not test:
             purpose = "held out" if train else "to train on"
-            what = f"no {unit} {purpose}: all are longer than {longest} tokens"
+            what = f"no {unit} {purpose}: all are longer than {longest} tokens{images}"
             raise ConfigError("Config.dataset", what, fix=f"Give {flag}.")
 
     def _announce(self) -> None:

@@ -87,7 +87,7 @@ class ImageChunk:
     @functools.cached_property
     def key(self) -> int:
         """61 bits of the SHA-256 of the file: equal for equal images."""
-        return int.from_bytes(hashlib.sha256(self.data).digest()[:8], "big") >> 3
+        return key_of(self.data)
 
 
 ModelInputChunk: TypeAlias = EncodedTextChunk | ImageChunk
@@ -193,6 +193,14 @@ class ModelInput:
         """Number of positions."""
         return sum(chunk.length for chunk in self.chunks)
 
+    def __len__(self) -> int:
+        """Number of positions, so that prompts with images are used as lists of token ids are."""
+        return self.length
+
+    def __add__(self, tokens: Sequence[int]) -> ModelInput:
+        """This input, followed by token ids."""
+        return self.append(EncodedTextChunk(tokens=tokens))
+
     @classmethod
     def empty(cls) -> ModelInput:
         """An input without tokens, to append to."""
@@ -205,6 +213,11 @@ class ModelInput:
     def append_int(self, token: int) -> ModelInput:
         """Return a new input with one more token at the end."""
         return self.append(EncodedTextChunk(tokens=[token]))
+
+
+def key_of(data: bytes) -> int:
+    """61 bits of the SHA-256 of a file."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 3
 
 
 def own_input(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cookbook_core.backend.local.model import cuda, fused_cuda, fused_norm, quantization
+from cookbook_core.backend.local.model.vision import missing_support
 from cookbook_core.errors import ConfigError, ModelError, check_choice
-from cookbook_core.images import ImageReader, load_processor
+from cookbook_core.images import ImageReader, ModelImages
 from cookbook_core.storage.bundled import BUNDLED, bundled_model
 from cookbook_core.storage.hub import asking_hub
 from cookbook_core.storage.paths import usable_path
@@ -47,7 +49,6 @@ class BaseModel:
     fused: dict[str, str] = field(default_factory=dict)
     quantized: str = ""
     _tokenizer: Any = field(default=None, repr=False)
-    _image_reader: ImageReader | None = field(default=None, repr=False)
     _identity: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
@@ -108,21 +109,28 @@ class BaseModel:
         return None
 
     def tokenizer(self) -> Any:
-        """The model's Hugging Face tokenizer."""
+        """The model's Hugging Face tokenizer, with the model's `images`."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.path)
+            self._tokenizer.images = self.images
         return self._tokenizer
 
     def image_reader(self) -> ImageReader:
         """The reader of the model's images.
 
         Raises:
-            ModelError: the model's processor cannot be loaded.
+            ModelError: the model reads no images, or its processor cannot be loaded.
         """
-        if self._image_reader is None:
-            with _hub_access(self.path):
-                self._image_reader = ImageReader(load_processor(self.path))
-        return self._image_reader
+        return self.images.reader()
+
+    @functools.cached_property
+    def images(self) -> ModelImages:
+        """The model's images."""
+        return ModelImages(
+            self.path,
+            missing_support(self.model),
+            getattr(self.model.config, "image_token_id", None),
+        )
 
 
 def resolve_model(name: str) -> str:
@@ -313,6 +321,7 @@ def load_tokenizer(path: str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(path)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             raise ValueError("config.json alone gives a tokenizer of special tokens only:")
+        tokenizer.images = ModelImages(path)
         return tokenizer
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
