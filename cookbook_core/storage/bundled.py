@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -107,7 +108,7 @@ def _write_tokenizer(folder: Path, ids: dict[str, int]) -> None:
 
 
 def _tower(config: dict[str, Any]) -> dict[str, Any]:
-    """The weights of the vision tower, by name; linear layers keep the scale of their inputs."""
+    """The weights of the vision tower, by name: linear layers about keep their inputs' scale."""
     import numpy as np
 
     stream = np.random.RandomState(0)
@@ -122,25 +123,30 @@ def _tower(config: dict[str, Any]) -> dict[str, Any]:
         draw(f"{name}.weight", (rows, columns), gain / columns**0.5)
         draw(f"{name}.bias", (rows,), 0.1)
 
-    def norm(name: str) -> None:
-        weights[f"{_PREFIX}{name}.weight"] = np.ones(width, np.float32)
-        weights[f"{_PREFIX}{name}.bias"] = np.zeros(width, np.float32)
+    def norm(name: str, size: int) -> None:
+        weights[f"{_PREFIX}{name}.weight"] = np.ones(size, np.float32)
+        weights[f"{_PREFIX}{name}.bias"] = np.zeros(size, np.float32)
+
+    def merger(name: str, normed: int) -> None:
+        norm(f"{name}.norm", normed)
+        linear(f"{name}.linear_fc1", merged, merged, 2.0)
+        linear(f"{name}.linear_fc2", config["out_hidden_size"], merged)
 
     width, inner = config["hidden_size"], config["intermediate_size"]
+    merged = width * config["spatial_merge_size"] ** 2
     patch = config["in_channels"], config["temporal_patch_size"], *[config["patch_size"]] * 2
-    draw("patch_embed.proj.weight", (width, *patch), 2 / float(np.prod(patch)) ** 0.5)
+    draw("patch_embed.proj.weight", (width, *patch), 2 / math.prod(patch) ** 0.5)
     draw("patch_embed.proj.bias", (width,), 0.1)
     draw("pos_embed.weight", (config["num_position_embeddings"], width), 0.2)
     for layer in range(config["depth"]):
         block = f"blocks.{layer}."
-        norm(f"{block}norm1")
-        norm(f"{block}norm2")
+        norm(f"{block}norm1", width)
+        norm(f"{block}norm2", width)
         linear(f"{block}attn.qkv", 3 * width, width)
         linear(f"{block}attn.proj", width, width, 0.5)
         linear(f"{block}mlp.linear_fc1", inner, width)
         linear(f"{block}mlp.linear_fc2", width, inner, 0.5)
-    merged = width * config["spatial_merge_size"] ** 2
-    norm("merger.norm")
-    linear("merger.linear_fc1", merged, merged, 2.0)
-    linear("merger.linear_fc2", config["out_hidden_size"], merged)
+    merger("merger", width)
+    for i in range(len(config["deepstack_visual_indexes"])):
+        merger(f"deepstack_merger_list.{i}", merged)
     return weights
