@@ -71,9 +71,9 @@ def face(rng: random.Random) -> tuple[np.ndarray, list[float]]:
         -2 * smile + 4 * opened - 2 - 2 * anger,
     ]
     shares = [math.exp(1.5 * score) for score in scores]
-    x0, y0 = 15.5 + rng.uniform(-2, 2), 15.5 + rng.uniform(-2, 2)
-    wide, tall = rng.uniform(11, 13), rng.uniform(12, 13.5)
-    ink, skin = rng.uniform(0, 60), rng.uniform(150, 255)
+    x0, y0 = 15.5 + rng.uniform(-0.4, 0.4), 15.5 + rng.uniform(-0.4, 0.4)
+    wide, tall = rng.uniform(11.8, 12.2), rng.uniform(12.8, 13.2)
+    ink, skin = rng.uniform(0, 40), rng.uniform(220, 255)
     y, x = np.mgrid[:SIZE, :SIZE].astype(float)
     x, y = (x - x0) / wide, (y - y0) / tall  # the head is the unit circle
     image = np.where(x**2 + y**2 < 1, skin, 100.0)

@@ -157,11 +157,11 @@ def test_learns(tmp_path, divergence):
 
 
 def test_learns_digits_from_pictures(tmp_path):
-    config = Config(model="tiny-vl", dataset="tiny/digits", num_steps=60, eval_every=20)
-    after = train(replace(config, log_path=str(tmp_path / "run")))
+    sizes = {"num_steps": 30, "eval_every": 30, "learning_rate": 6e-3, "test_rows": 60}
+    after = train(Config("tiny-vl", "tiny/digits", log_path=str(tmp_path / "run"), **sizes))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0])["test_accuracy"] < 0.2  # chance is 0.1
-    assert after["test_accuracy"] > 0.3
+    assert after["test_accuracy"] > 0.25
     assert (tmp_path / "run" / "samples.md").exists()
 
 
