@@ -70,6 +70,29 @@ def single_tokens(tokenizer: Any, labels: Sequence[str]) -> list[int]:
     return ids
 
 
+def label_words(
+    rows: Sequence[Mapping[str, Any]], chosen: Sequence[str], usual: Sequence[str]
+) -> tuple[str, ...]:
+    """The label words: those that were chosen, else of the rows' column `labels`, else the usual.
+
+    Raises:
+        DataError: rows with different labels, none of which were chosen.
+    """
+    own = tuple(rows[0].get("labels") or ()) if rows else ()
+    if chosen or not own:
+        return tuple(chosen or usual)
+    for i, row in enumerate(rows):
+        if tuple(row.get("labels") or ()) != own:
+            raise DataError(
+                getattr(row, "where", f"rows[{i}]"),
+                "other labels than the first row's",
+                expected=list(own),
+                got=row.get("labels"),
+                fix="Give every row the same labels, in the same order, or pass --labels.",
+            )
+    return own
+
+
 def datum_from_token_set(
     tokens: Sequence[int] | ModelInput, token_ids: Sequence[int], **loss_fn_inputs: Any
 ) -> Datum:

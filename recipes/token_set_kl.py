@@ -13,12 +13,14 @@ perfect match. --divergence reverse gives KL(q || target), js the Jensen-Shannon
 --mass_coef c adds -c log(mass of the set). Forward with c = 1 is KL over the whole vocabulary.
 
 Data: columns text, label_probs (K numbers that sum to 1), or question, answer (one of the labels,
-with or without its leading space); text and question as plain text. With a column image or images
-(files) the model reads them before the text.
+with or without its leading space); text and question as plain text; labels (the label words, the
+same in each row) if they are not passed. With a column image or images (files) the model reads them
+before the text.
 
     python -m recipes.token_set_kl              # bundled tiny model, one minute on two cores
     python -m recipes.token_set_kl --dataset tiny/multiple_choice --labels ' A' ' B' ' C' ' D' \
         --num_steps 100 --learning_rate 2e-3
+    python -m recipes.token_set_kl --dataset tiny/digits --model tiny-vl --num_steps 60
     python -m recipes.token_set_kl --model Qwen/Qwen3-0.6B --dataset my_ratings.jsonl \
         --labels bad fair good
 
@@ -28,7 +30,7 @@ cross-entropy of the right label, and accuracy the share of rows where it is the
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -39,6 +41,7 @@ from cookbook_core.data import batch_indices, train_test
 import torch
 
 Divergence = Literal["forward", "reverse", "js"]
+RATINGS = (" terrible", " poor", " fair", " good", " excellent")
 
 # ---- config --------------------------------------------------------------------------------------
 
@@ -52,8 +55,9 @@ class Config:
     dataset: str = "tiny/token_set_kl"
     """Hub name, local file or folder with columns text, label_probs, or question, answer.
     NAME@TRAIN/TEST names other splits, "NAME@train[:5000]" a slice."""
-    labels: tuple[str, ...] = (" terrible", " poor", " fair", " good", " excellent")
-    """The label words, in the order of label_probs; each must be one token, space included."""
+    labels: tuple[str, ...] = ()
+    """The label words, in the order of label_probs; each must be one token, space included. Empty
+    takes the dataset's column labels; where it has none, the ratings terrible to excellent."""
     divergence: Divergence = "forward"
     """KL(target || model), or reverse: KL(model || target), or js: Jensen-Shannon."""
     smoothing: Annotated[float, runs.Rule(lambda share: 0 <= share < 1, "in [0, 1)")] = 0.0
@@ -150,13 +154,14 @@ def build_data(
     rows: list[dict], tokenizer, config: Config, split: str
 ) -> tuple[list[tinker.Datum], list[dict]]:
     """Rows -> datums, and the rows that were kept: those of at most max_length tokens."""
-    ids = token_set.single_tokens(tokenizer, config.labels)
+    labels = token_set.label_words(rows, config.labels, RATINGS)
+    ids = token_set.single_tokens(tokenizer, labels)
     chats = getattr(tokenizer, "chat_template", None)
     data, kept_rows = [], []
     for i, row in enumerate(rows):
         probs = token_set.label_distribution(
             row,
-            config.labels,
+            labels,
             getattr(row, "where", f"{config.dataset} ({split}) row {i}"),
             smoothing=config.smoothing,
             zeros=config.divergence != "reverse",
@@ -176,8 +181,10 @@ def build_data(
 
 def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float]:
     """Train from the start, or resume; return the held-out metrics at the end."""
-    columns = (("text", "label_probs"), ("question", "answer"))
+    columns = ("text", "label_probs"), ("question", "answer")
+    columns = (*((*names, "labels") for names in columns), *columns)
     train_rows, test_rows = train_test(config.dataset, columns, config.test_rows, config.seed)
+    config = replace(config, labels=token_set.label_words(train_rows, config.labels, RATINGS))
     chance = 1 / len(config.labels)
     panels = [
         runs.Panel(config.divergence, "nats", ["divergence", "test_divergence"]),

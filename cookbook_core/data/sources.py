@@ -180,13 +180,13 @@ def _unreadable(dataset: str, error: Exception) -> DataError:
 
 def _bundled(name: str) -> dict[str, Path]:
     folder = asset_path("data")
-    stems = {path.stem for path in folder.glob("*.jsonl") if not path.stem.endswith("_test")}
-    names = {stem.removesuffix("_train") for stem in stems}
+    files = {path.stem: path for path in folder.iterdir() if path.suffix in SUFFIXES}
+    names = {stem.removesuffix("_train") for stem in files if not stem.endswith("_test")}
     check_choice(DataError, f"tiny/{name}", "no such bundled dataset", name, names)
-    if name in stems:
-        return {"train": folder / f"{name}.jsonl"}
-    files = {split: folder / f"{name}_{split}.jsonl" for split in ("train", "test")}
-    return {split: path for split, path in files.items() if path.exists()}
+    if name in files:
+        return {"train": files[name]}
+    stems = {split: f"{name}_{split}" for split in ("train", "test")}
+    return {split: files[stem] for split, stem in stems.items() if stem in files}
 
 
 def _length(source: Any) -> int:

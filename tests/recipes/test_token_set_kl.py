@@ -10,6 +10,7 @@ from functools import partial
 from cookbook_core import datum_from_token_set, tinker
 from cookbook_core.custom_loss import differentiate
 from cookbook_core.errors import ConfigError, DataError, DatumError
+from cookbook_core.token_set import label_words
 from recipes.token_set_kl import Config, build_data, token_set_kl_loss, train
 
 import pytest
@@ -153,6 +154,24 @@ def test_learns(tmp_path, divergence):
     assert after["test_set_mass"] > 0.9
     assert (tmp_path / "run" / "plot.png").stat().st_size > 10_000
     assert (tmp_path / "run" / "samples.md").exists()
+
+
+def test_learns_digits_from_pictures(tmp_path):
+    sizes = {"num_steps": 30, "eval_every": 30, "learning_rate": 6e-3, "test_rows": 60}
+    after = train(Config("tiny-vl", "tiny/digits", log_path=str(tmp_path / "run"), **sizes))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0])["test_accuracy"] < 0.2  # chance is 0.1
+    assert after["test_accuracy"] > 0.25
+    assert (tmp_path / "run" / "samples.md").exists()
+
+
+def test_labels_of_the_rows_must_be_the_same():
+    rows = [{"labels": [" yes", " no"]}, {"labels": [" no", " yes"]}]
+    assert label_words(rows[:1], (), (" a",)) == (" yes", " no")
+    assert label_words(rows, (" b", " c"), (" a",)) == (" b", " c")
+    assert label_words([{"text": "x"}], (), (" a",)) == (" a",)
+    with pytest.raises(DataError, match=r"rows\[1\]: other labels than the first row's"):
+        label_words(rows, (), (" a",))
 
 
 def test_a_missing_target_is_named():

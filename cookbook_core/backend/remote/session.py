@@ -16,7 +16,7 @@ from cookbook_core.backend.interface import TrainingBackend
 from cookbook_core.backend.remote.connection import Connection, settle, unknown_model
 from cookbook_core.backend.worker import Worker
 from cookbook_core.errors import RequestError
-from cookbook_core.storage.paths import asset_path
+from cookbook_core.storage.bundled import BUNDLED, bundled_model
 from cookbook_core.types import ModelData
 
 
@@ -162,8 +162,8 @@ def describe_model(base_model: str | None, offered: Sequence[Any]) -> ModelData:
     if base_model is None:
         return ModelData()
     names = [m.model_name for m in offered if m.model_name]
-    tiny = base_model == "tiny"
-    folder = Path(asset_path("tiny_model") if tiny else base_model).expanduser().absolute()
+    bundled = bundled_model(base_model) if base_model in BUNDLED else base_model
+    folder = Path(bundled).expanduser().absolute()
     name, source = base_model, str(folder)
     if not folder.is_dir():
         source = "/".join(base_model.split(":")[0].split("/")[:2])  # "org/name[/variant][:length]"

@@ -21,14 +21,12 @@ from cookbook_core.backend.local.model import (
 from cookbook_core.backend.local.model.vision import missing_support
 from cookbook_core.errors import ConfigError, ModelError, VersionError, check_choice
 from cookbook_core.images import ImageReader, ModelImages
+from cookbook_core.storage.bundled import BUNDLED, bundled_model
 from cookbook_core.storage.hub import asking_hub
-from cookbook_core.storage.paths import asset_path, usable_path
+from cookbook_core.storage.paths import usable_path
 from cookbook_core.types import ModelData
 
 import torch
-
-TINY_MODEL = "tiny"
-"""Name of the bundled model."""
 
 log = logging.getLogger(__name__)
 
@@ -153,12 +151,12 @@ def resolve_model(name: str) -> str:
     """Resolve `name` to the absolute path of a local folder, or to a hub name.
 
     Args:
-        name: a folder, a hub name, or "tiny" for the bundled model.
+        name: a folder, a hub name, or a bundled model's name, "tiny" or "tiny-vl".
     Raises:
         ModelError: the path does not exist, or the folder has no config.json.
     """
-    if name == TINY_MODEL:
-        return str(asset_path("tiny_model"))
+    if name in BUNDLED:
+        return str(bundled_model(name))
     path = usable_path("base_model", name, ModelError)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if path.is_dir():
