@@ -25,25 +25,22 @@ COOKBOOK := tinker-cookbook==0.6.1 blobfile==3.3.0 chz==0.4.0 cloudpickle==3.1.2
 # bytecode is written as modules are imported, not of all 25,000 files
 INSTALL := $(BIN)/pip install -q --no-compile
 
-.PHONY: quickstart test beside audit clean
+.PHONY: quickstart test audit clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m recipes.sft
 
-# `beside` needs processes of its own, which use the cores while a test waits. Files run in their order:
-# xdist's own leaves those of few, long tests to the end.
+# What needs processes of its own runs beside the other tests, which leave cores idle where they wait;
+# its output follows at the end. Files run in their order: xdist's leaves long ones to the end.
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(MAKE) --no-print-directory beside >$(VENV)/beside.log 2>&1 & beside=$$!; \
+	{ $(BIN)/basedpyright && $(BIN)/python -m pytest tests/simulated && \
+	  QUANTIZED=required PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest tests/quantized; } \
+	  >$(VENV)/beside.log 2>&1 & beside=$$!; \
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 	  --ignore tests/simulated --ignore tests/quantized; main=$$?; \
 	wait $$beside; beside=$$?; cat $(VENV)/beside.log; [ $$main$$beside = 00 ]
-
-beside:
-	$(BIN)/basedpyright
-	$(BIN)/python -m pytest tests/simulated
-	QUANTIZED=required PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest tests/quantized
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
