@@ -25,9 +25,10 @@ import pytest
 
 def test_a_recipe_under_torchrun(tmp_path: Path) -> None:
     """The command of the README, and the same run in this process alone: the same metrics."""
-    config = dpo_recipe.Config(num_steps=3, test_rows=2, batch_size=3, eval_every=40)
-    flags = [f"--{name}={getattr(config, name)}" for name in ("num_steps", "test_rows")]
-    flags += ["--batch_size=3", "--eval_every=40", "--log_path", str(tmp_path / "two")]
+    few = {"num_steps": 3, "test_rows": 2, "batch_size": 3, "eval_every": 40}
+    config = dpo_recipe.Config(**few, dataset="tiny/dpo@train[:20]/test")
+    flags = [f"--{name}={getattr(config, name)}" for name in (*few, "dataset")]
+    flags += ["--log_path", str(tmp_path / "two")]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, "--nproc_per_node=2", "-m", "recipes.dpo", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
