@@ -22,50 +22,56 @@ COOKBOOK := tinker-cookbook==0.6.1 blobfile==3.3.0 chz==0.4.0 cloudpickle==3.1.2
 	termcolor==3.3.0 urllib3==2.8.0 antlr4-python3-runtime==4.13.2 latex2sympy2-extended==1.11.0 \
 	math-verify==0.9.0 pylatexenc==2.11
 
+# bytecode is written as modules are imported, not of all 25,000 files
+INSTALL := $(BIN)/pip install -q --no-compile
+
 .PHONY: quickstart test audit clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m recipes.sft
 
+# What needs processes of its own runs beside the other tests, which leave cores idle where they wait;
+# its output follows at the end. Files run in their order: xdist's leaves long ones to the end.
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/simulated \
-	  --ignore tests/quantized
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/simulated
-	QUANTIZED=required PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest tests/quantized
+	{ $(BIN)/basedpyright && $(BIN)/python -m pytest tests/simulated && \
+	  QUANTIZED=required PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest tests/quantized; } \
+	  >$(VENV)/beside.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  --ignore tests/simulated --ignore tests/quantized; main=$$?; \
+	wait $$beside; beside=$$?; cat $(VENV)/beside.log; [ $$main$$beside = 00 ]
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python scripts/install_torch.py constraints.txt
-	$(BIN)/pip install -q -c constraints.txt -e .
+	$(INSTALL) -c constraints.txt -e .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed constraints-oldest.txt constraints-lm-eval.txt
-	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
-	$(BIN)/pip install -q --no-deps --upgrade --target $(QUANTIZED) -c constraints.txt \
+	$(INSTALL) -c constraints.txt -e ".[test]"
+	$(INSTALL) --no-deps --upgrade --target $(QUANTIZED) -c constraints.txt \
 	  bitsandbytes torchao
 	rm -rf $(OLDEST)
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 13))'; then \
 	  grep -v '^torch==' constraints-oldest.txt >$(VENV)/oldest.txt && \
-	  $(BIN)/pip install -q --no-deps --target $(OLDEST) -r $(VENV)/oldest.txt && \
+	  $(INSTALL) --no-deps --target $(OLDEST) -r $(VENV)/oldest.txt && \
 	  $(BIN)/python scripts/install_torch.py --cpu --target $(OLDEST) \
 	    constraints-oldest.txt constraints.txt; \
 	fi
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
 	  for v in $(SERVED_SDK) $(SDKS); do \
-	    $(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/sdk/$$v tinker==$$v || exit 1; \
+	    $(INSTALL) --no-deps --upgrade --target $(VENV)/sdk/$$v tinker==$$v || exit 1; \
 	  done; \
-	  $(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/sdk/$(lastword $(SDKS)) $(COOKBOOK) && \
-	  $(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/lm_eval -r constraints-lm-eval.txt; \
+	  $(INSTALL) --no-deps --upgrade --target $(VENV)/sdk/$(lastword $(SDKS)) $(COOKBOOK) && \
+	  $(INSTALL) --no-deps --upgrade --target $(VENV)/lm_eval -r constraints-lm-eval.txt; \
 	fi
 	touch $@
 
 audit: $(VENV)/bin/python
-	$(BIN)/pip install -q pip-audit
+	$(INSTALL) pip-audit
 	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 clean:

@@ -15,9 +15,11 @@ from cookbook_core.datums import (
     shift_tokens,
     with_inputs,
 )
+from cookbook_core.runs import early
 from cookbook_core.token_set import datum_from_token_set, single_tokens
 
 openmp.limit_spinning()
+early.answer()
 
 __all__ = [
     "align_weights",

@@ -141,7 +141,7 @@ def exact_loss(
 
     Args:
         data: D datums with "weights" `(N_i,)`, 1 on the answer's C_i tokens.
-        vocab_logprobs: D tables `(N_i, V)`, nats; gradient flows here. Few rows are in memory.
+        vocab_logprobs: D tables `(N_i, V)`, nats, a few rows at a time; gradient flows here.
         divergence: see the top of this file.
         teacher_rows: D tables `(C_i, V)` of the teacher's logprobs, nats; None: they are in the
             datums, "teacher_logprobs" `(N_i, V)`.
@@ -168,7 +168,7 @@ def top_k_loss(data: Data, logprobs: list[torch.Tensor]) -> Result:
 
         L = mean_t sum_k q[t,k] * (log q[t,k] - log p[t,k])      q renormalised over the K
 
-    Only forward: probability that p has elsewhere counts against it without being looked at.
+    Only forward: what p gives to other tokens is missing on these K, so it counts all the same.
 
     Args:
         data: D datums with target_tokens and "teacher_logprobs" `(N_i, K)`, and "weights" `(N_i,)`.
@@ -238,7 +238,7 @@ def with_tokens(rows: list[dict], tokenizer: Any, context: str, longest: int) ->
             plain = chat.render_prompt(tokenizer, prompt, **extra)
             asked = chat.render_prompt(tokenizer, in_context(prompt, context), **extra)
         if max(len(plain), len(asked)) <= longest:
-            kept_rows.append({**row, "student": plain, "teacher": asked})
+            kept_rows.append({**row, "student": plain, "teacher": asked})  # what each is given
     return kept_rows
 
 
@@ -288,7 +288,7 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
         teacher_sampler = teacher.save_weights_and_get_sampling_client().result()
 
         def answer(rows: list[dict], by: str, count: int, seed: str = "", temperature: float = 1):
-            """Groups of answers of the student or teacher to the prompts that it is asked."""
+            """`count` answers to each row, written by "student" or "teacher" to its own prompt."""
             sampler = teacher_sampler
             if by == "student":
                 sampler = client.save_weights_and_get_sampling_client().result()

@@ -8,8 +8,8 @@ p is the policy in training, p_ref a frozen reference, beta (1/nats) how closely
 probabilities are summed over the answer's tokens (nats). z0 estimates KL(p || p_ref): the mean of r
 where each prompt of the batch gets the answer of the next one. It carries no gradient.
 
-Paper: Ethayarajh et al. 2024, arXiv 2402.01306; z0 is estimated as there. Left out: a
-z0 of all processes together. Where good and bad answers are unequally many, the paper sets
+Paper: Ethayarajh et al. 2024, arXiv 2402.01306; z0 is estimated as there, from the one batch. Left
+out: its mean over several processes. Where good and bad answers are unequally many, the paper sets
 desirable_weight * (number of good) / (undesirable_weight * number of bad) to between 1 and 4/3.
 
 The reference is the model as it stands when the run starts (the base model, or the adapter given as

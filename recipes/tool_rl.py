@@ -2,7 +2,7 @@ r"""GRPO over episodes of several turns: learn to use a tool, from a reward at t
 
     L = sum over sampled tokens of w * (-ratio * A + kl_coef * KL)
     ratio = p(token) / p_sampled(token),   w = 1 / number of sampled tokens of the step
-    A = reward of the episode - mean reward of its group
+    A = reward of the episode - mean reward of its group; a group of equal rewards is left out
     KL = ratio (constant) * (log p - log p_ref)^2 / 2, whose gradient is that of KL(p || p_ref)
 
 An episode is a conversation with an environment: the policy p answers, the environment replies, and
@@ -19,7 +19,7 @@ single turns (give datum_from_turns an advantage for each answer).
 Data: columns prompt, text or messages, and answer, which the environment reads. The bundled task is
 sums of three digits, too hard for the bundled model; but it may write "compute 318 + 274", and a
 calculator replies "592". Reward: 1 for the right number as last answer. GRPO reinforces only what
-happens now and then: the first command teaches such calls, and wrong answers in six of ten rows.
+happens now and then: the first command teaches to call in four of ten rows, else to answer wrongly.
 
     python -m recipes.sft --dataset tiny/calculator --train_on all --learning_rate 5e-3 \
         --log_path runs/calls
@@ -94,7 +94,7 @@ class Config:
 
 
 class Calculator:
-    """A `clients.Environment`: replies to `compute 318 + 274`; any other answer is the last.
+    """A `clients.Environment`: replies to `compute 318 + 274`; any other answer ends the episode.
 
     Reward 1 for the row's answer and nothing else; a call costs nothing.
     """

@@ -91,7 +91,9 @@ def main(arguments: list[str] | None = None) -> None:
     wanted = arguments_for(pins, cpu_build=cpu_build, installed=installed)
     if wanted:
         into = ("--no-deps", "--upgrade", "--target", options.target) if options.target else ()
-        done = subprocess.run([*PIP, "install", "--quiet", *into, *wanted], check=False)
+        done = subprocess.run(
+            [*PIP, "install", "--quiet", "--no-compile", *into, *wanted], check=False
+        )
         raise SystemExit(done.returncode)
 
 

@@ -33,7 +33,12 @@ SAVE_EVERY = 3
 PAUSE = 0.08  # seconds after each step of a save
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "sft": {"batch_size": 2, "eval_every": 40, "test_rows": 4},
+    "sft": {
+        "dataset": "tiny/sft@train[:40]/test",
+        "batch_size": 2,
+        "eval_every": 40,
+        "test_rows": 4,
+    },
     "grpo": {"batch_size": 4, "group_size": 4, "eval_every": 40, "test_rows": 4, "max_tokens": 8},
     "dpo": {"batch_size": 2, "eval_every": 40, "test_rows": 4},
     "kto": {"batch_size": 4, "eval_every": 40, "test_rows": 8},

@@ -133,8 +133,8 @@ class Work:
 
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             config = Config(
-                num_steps=10, batch_size=4, group_size=4, max_tokens=8, test_rows=4,
-                eval_every=10, log_path=f"{name}/run",
+                num_steps=10, batch_size=4, group_size=4, max_tokens=8, test_rows=4, eval_every=10,
+                dataset="tiny/grpo@train[:40]/test", log_path=f"{name}/run",
             )  # fmt: skip
             with (
                 contextlib.redirect_stdout(io.StringIO()),

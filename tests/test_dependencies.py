@@ -19,6 +19,11 @@ SUITES = (
     *("test_gradient_parity", "test_packing", "test_sampler", "test_scoring"),
     *("test_vocab_logprobs", "serve/test_protocol", "serve/test_chat"),
 )
+# each architecture in float64, one loss of each shape; the losses and limits are arithmetic of ours
+FEWER = (
+    "not (three_ways and (float32 or squared or variance or cross_entropy)) "
+    "and not (shared_prefixes and (float32 or 0-float64))"
+)
 
 
 def test_the_backend_with_the_oldest_versions() -> None:
@@ -29,7 +34,7 @@ def test_the_backend_with_the_oldest_versions() -> None:
     path = os.pathsep.join([str(ROOT), str(folder)])
     suites = [f"tests/{name}.py" for name in SUITES]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *suites],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *suites, "-k", FEWER],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
         timeout=580, check=False,
     )  # fmt: skip

@@ -154,6 +154,7 @@ def test_a_recipe_then_each_form(
     """Two steps on the bundled model, then the command; the three load and agree."""
     monkeypatch.chdir(tmp_path)
     sizes = {"batch_size": 2, "test_rows": 2, "max_tokens": 4, "lora_rank": 4}
+    sizes["dataset"] = "tiny/sft@train[:20]/test"
     sft.train(sft.Config(num_steps=2, log_path="run", **sizes), RunFlags(save_every=1))
     capsys.readouterr()
     for form in ("peft", "merged", "gguf-ready"):

@@ -23,7 +23,12 @@ def no_sampling(monkeypatch):
 @pytest.mark.parametrize("recipe", [sft, dpo])
 def test_trains_on_and_says_so(recipe, no_sampling, tmp_path, capsys):
     config = recipe.Config(
-        num_steps=2, batch_size=2, test_rows=4, eval_every=1, log_path=str(tmp_path / "run")
+        dataset=f"tiny/{recipe.__name__.rpartition('.')[2]}@train[:20]/test",
+        num_steps=2,
+        batch_size=2,
+        test_rows=4,
+        eval_every=1,
+        log_path=str(tmp_path / "run"),
     )
     after = recipe.train(config)
     assert "test_loss" in after

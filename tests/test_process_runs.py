@@ -25,15 +25,15 @@ from tests.test_processes import SECONDS, dpo, grouped
 
 import pytest
 
-CONFIG = dpo_recipe.Config(num_steps=3, test_rows=2, batch_size=3, eval_every=40)
+FEW = {"num_steps": 3, "test_rows": 2, "batch_size": 3, "eval_every": 40}
+CONFIG = dpo_recipe.Config(**FEW, dataset="tiny/dpo@train[:20]/test")
 
 
 def torchrun(module: str, folder: Path, *launcher: str) -> tuple[str, str]:
     """Run a program of the recipe dpo in two processes; its output and errors."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [*launcher, "-m", module, "--save_every=1", f"--log_path={folder}"]
-    command += [f"--{name}={getattr(CONFIG, name)}" for name in ("num_steps", "test_rows")]
-    command += ["--batch_size=3", "--eval_every=40"]
+    command += [f"--{name}={getattr(CONFIG, name)}" for name in (*FEW, "dataset")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr

@@ -25,15 +25,20 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 
-SMALL: dict[str, dict[str, Any]] = {
-    "sft": {"batch_size": 2},
-    "dpo": {"batch_size": 2},
-    "kto": {"batch_size": 4},
-    "distill": {"batch_size": 2, "group_size": 2, "context": "reverse: {prompt}"},
-    "bradley_terry": {"batch_size": 2},
-    "grpo": {"batch_size": 4, "updates_per_rollout": 2},
-    "token_set_kl": {"batch_size": 4},
-    "tool_rl": {"batch_size": 4, "dataset": "tiny/grpo", "max_tokens": 8},
+SMALL: dict[str, dict[str, Any]] = {  # few rows: reading all of them takes longer than the steps
+    "sft": {"batch_size": 2, "dataset": "tiny/sft@train[:40]/test"},
+    "dpo": {"batch_size": 2, "dataset": "tiny/dpo@train[:40]/test"},
+    "kto": {"batch_size": 4, "dataset": "tiny/dpo@train[:40]/test"},
+    "distill": {
+        "batch_size": 2,
+        "group_size": 2,
+        "context": "reverse: {prompt}",
+        "dataset": "tiny/lists@train[:40]/train[40:60]",
+    },
+    "bradley_terry": {"batch_size": 2, "dataset": "tiny/dpo@train[:40]/test"},
+    "grpo": {"batch_size": 4, "updates_per_rollout": 2, "dataset": "tiny/grpo@train[:40]/test"},
+    "token_set_kl": {"batch_size": 4, "dataset": "tiny/token_set_kl@train[:40]/test"},
+    "tool_rl": {"batch_size": 4, "dataset": "tiny/grpo@train[:40]/test", "max_tokens": 8},
 }
 
 
@@ -66,6 +71,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     """Adapter, optimizer, metrics and texts to the byte, for a run cut off in step 5 of 6 (the
     checkpoint is of step 4), and again before the first checkpoint; the reference is the first."""
     recipe = importlib.import_module(f"recipes.{name}")
+    monkeypatch.setattr(runs.run, "draw_panels", lambda *_: "plot.png")  # takes a second
     settings = {"num_steps": 6, "eval_every": 3, "test_rows": 6} | SMALL[name]
 
     def config(folder: str) -> Any:
@@ -283,6 +289,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-u", "-m", "recipes.sft", "--num_steps", "400", "--test_rows", "3"]
+    command += ["--dataset", "tiny/sft@train[:40]/test"]
     command += ["--batch_size", "2", "--save_every", "1000", "--log_path", str(tmp_path / "run")]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -204,21 +204,32 @@ def test_a_loss_that_raises_is_shown_with_its_own_lines(
     ("flags", "code", "says"),
     [
         (["--help"], 0, ""),
+        (["--batch_sise", "2"], 2, 'Did you mean "batch_size"?'),
         (["--dataset", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
         (["--dataset", "tiny/sft@trian"], 1, 'Did you mean "train"?'),
         (["--batch_size", "0"], 2, "Config.batch_size: out of range. Expected > 0, got 0."),
     ],
 )
-def test_a_recipe_on_the_command_line(flags: list[str], code: int, says: str) -> None:
-    """Also where the stream's encoding holds less than what is printed, as on Windows."""
+def test_a_recipe_on_the_command_line(
+    flags: list[str], code: int, says: str, tmp_path: Path
+) -> None:
+    """Also where the stream's encoding holds less than what is printed, as on Windows. Help and
+    unknown flags are answered without torch: here it cannot be imported."""
     root = Path(__file__).parents[1]
+    path = [str(root)]
+    if flags[0] in ("--help", "--batch_sise"):
+        (tmp_path / "torch.py").write_text("raise ImportError", encoding="utf-8")
+        path.insert(0, str(tmp_path))
     done = subprocess.run(
         [sys.executable, "-m", "recipes.sft", *flags],
         cwd=root,
         capture_output=True,
         encoding="ascii",
-        env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "80"},
-    )
+        env={
+            **os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "80",
+            "PYTHONPATH": os.pathsep.join(path),
+        },
+    )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert says in done.stderr
     assert "Traceback" not in done.stderr
@@ -230,6 +241,33 @@ def test_a_recipe_on_the_command_line(flags: list[str], code: int, says: str) ->
         assert "instead of --lora_rank. Empty starts" in " ".join(done.stdout.split()).replace(
             " ? ? ", " "
         )
+
+
+@pytest.mark.parametrize(
+    ("program", "printed"),
+    [
+        ("import cookbook_core\nprint('mine')", "mine"),
+        (
+            "import dataclasses\nfrom cookbook_core import runs\nimport heavy\n\n"
+            "@dataclasses.dataclass\nclass Config:\n    size: int = heavy.size\n\n"
+            "train = print\nif __name__ == '__main__':\n    runs.main(Config, train)",
+            "--size INT",
+        ),
+    ],
+    ids=["no recipe", "a Config that needs more"],
+)
+def test_other_programs_answer_their_own_help(program: str, printed: str, tmp_path: Path) -> None:
+    (tmp_path / "heavy.py").write_text("size = 3", encoding="utf-8")
+    (tmp_path / "mine.py").write_text(program, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "mine.py", "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert printed in done.stdout, done.stderr
+    assert done.returncode == 0
 
 
 def test_the_command_line_needs_no_heavy_import() -> None:

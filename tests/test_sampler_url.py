@@ -309,6 +309,7 @@ def test_a_request_that_the_server_refuses(client, fake):
 
 
 CONFIG = {"num_steps": 12, "kl_coef": 0.0, "batch_size": 8, "test_rows": 40, "eval_every": 99}
+CONFIG["dataset"] = "tiny/grpo@train[:96]/test"
 
 
 @pytest.fixture(scope="module")

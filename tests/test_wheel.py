@@ -98,7 +98,8 @@ def test_the_command_and_a_copied_recipe(run: Command) -> None:
     examined = run("-m", "cookbook_core.commands.cli", "doctor", "my_dpo.py:dpo_loss")
     assert examined.stdout.endswith("no defects, no notes\n"), examined.stdout + examined.stderr
 
-    flags = "--num_steps 2 --batch_size 4 --test_rows 4 --log_path made/run"
+    flags = "--num_steps 2 --batch_size 4 --test_rows 4 --log_path made/run "
+    flags += "--dataset tiny/dpo@train[:20]/test"
     trained = run("my_dpo.py", *flags.split())
     assert trained.returncode == 0, trained.stdout + trained.stderr
     made = trained.folder / "made" / "run"

@@ -184,6 +184,8 @@ def _check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             rule = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
             raise DataError(f"tools[{j}]", "not a tool", expected=rule, got=f"{tool!r:.80}")
+    if not arguments:
+        return
     ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
     for name in arguments:
         known = re.search(rf"\b{re.escape(str(name))}\b", str(tokenizer.chat_template))

@@ -97,7 +97,8 @@ def test_long_pairs_are_dropped_whole(judge):
 
 def test_learns_and_the_saved_scorer_is_the_scorer(tmp_path):
     """Pitfall 31: score(batch) == score(single); a reloaded scorer gives the same bits."""
-    after = train(Config(num_steps=24, test_rows=60, log_path=str(tmp_path / "run")))
+    sizes = {"num_steps": 24, "test_rows": 60, "dataset": "tiny/dpo@train[:384]/test"}
+    after = train(Config(**sizes, log_path=str(tmp_path / "run")))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     before = json.loads(lines[0])
     assert before["test_loss"] == pytest.approx(math.log(2), abs=0.05)

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 KINDS = ("forward", "reverse", "jensen_shannon")
 TINY = Path(__file__).parents[2] / "cookbook_core" / "assets" / "tiny_model"
 REVERSE = "reverse: {prompt}"
+FEW = "tiny/lists@train[:40]/train[40:60]"
 
 
 def oracle(log_p: torch.Tensor, log_q: torch.Tensor, kind: str) -> torch.Tensor:
@@ -216,6 +217,7 @@ def other_vocabulary(tmp_path_factory):
 
 def test_another_vocabulary_is_one_error_and_moves_no_run(tmp_path, other_vocabulary):
     sizes = {"num_steps": 1, "batch_size": 2, "test_rows": 2, "log_path": str(tmp_path / "run")}
+    sizes["dataset"] = FEW
     train(Config(**sizes))
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("[!.]*.*")}
     with pytest.raises(
@@ -235,7 +237,7 @@ def test_exact_is_refused_for_a_service_before_anything_is_written(tmp_path):
 
 def test_a_teacher_may_be_a_run_a_lora_folder_or_a_model(tmp_path):
     """Each gives the logprobs of its own weights; a model those of the untrained base."""
-    sizes = {"num_steps": 2, "batch_size": 4, "test_rows": 2, "context": REVERSE}
+    sizes = {"num_steps": 2, "batch_size": 4, "test_rows": 2, "context": REVERSE, "dataset": FEW}
     run = tmp_path / "run"
     train(Config(**sizes, log_path=str(run)))
     service = tinker.ServiceClient(checkpoint_dir=tmp_path / "checkpoints")
@@ -277,6 +279,7 @@ def test_a_teachers_logprobs_are_those_of_the_answer_after_its_own_prompt(tmp_pa
 @pytest.mark.parametrize(("divergence", "estimate"), [("forward", "exact"), ("reverse", "sampled")])
 def test_a_student_that_is_its_own_teacher_stays_at_0_to_the_bit(divergence, estimate, tmp_path):
     sizes = {"num_steps": 2, "batch_size": 2, "test_rows": 4, "log_path": str(tmp_path)}
+    sizes["dataset"] = FEW
     train(Config(**sizes, divergence=divergence, estimate=estimate))
     rows = read_metrics(tmp_path)
     assert {row["test_kl"] for row in rows if "test_kl" in row} == {0.0}
@@ -289,6 +292,7 @@ def test_learns_what_the_context_says_and_sampled_reverse_does_not(tmp_path):
     """Reverse KL of sampled tokens has no support here, and agrees with the teacher on no prompt,
     like the untrained model."""
     sizes = {"eval_every": 24, "test_rows": 30, "context": REVERSE}
+    sizes["dataset"] = "tiny/lists@train[:384]/train[400:440]"
     after = train(Config(**sizes, num_steps=24, log_path=str(tmp_path / "run")))
     before = read_metrics(tmp_path / "run")[0]
     assert before["test_agreement"] == 0.0

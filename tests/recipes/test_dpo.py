@@ -170,8 +170,9 @@ def test_learns_and_starts_at_the_identities(tmp_path):
     gives the same losses, and the preference is learnt past its null on held-out pairs."""
     histories = []
     for name, steps in (("long", 24), ("short", 5)):
-        config = Config(num_steps=steps, eval_every=100, test_rows=60, log_path=tmp_path / name)
-        after = train(config)
+        sizes = {"num_steps": steps, "eval_every": 100, "test_rows": 60}
+        sizes["dataset"] = "tiny/dpo@train[:384]/test"
+        after = train(Config(**sizes, log_path=tmp_path / name))
         if name == "long":
             assert after["test_accuracy"] > 0.75
             assert after["test_reward_margin"] > 0
@@ -194,6 +195,7 @@ def test_losses_without_reference_neither_save_nor_score_one(name, tmp_path, mon
     monkeypatch.setattr(clients, "add_ref_logprobs", None)
     monkeypatch.setattr(clients, "frozen_copy", None)
     sizes = {"num_steps": 2, "batch_size": 4, "test_rows": 4, "eval_every": 2}
+    sizes["dataset"] = "tiny/dpo@train[:20]/test"
     after = train(Config(loss=name, **sizes, log_path=tmp_path / "run"))
     assert not list((tmp_path / "run").rglob("reference"))
     assert after["test_loss"] > 0

@@ -368,7 +368,7 @@ def test_learns_holds_and_repeats(tmp_path):
     }.items():
         config = Config(
             **{"num_steps": 12, "kl_coef": 0.0, "batch_size": 8, "test_rows": 40, "eval_every": 99}
-            | {"log_path": str(tmp_path / name)}
+            | {"dataset": "tiny/grpo@train[:96]/test", "log_path": str(tmp_path / name)}
             | more
         )
         after = train(config)
@@ -401,7 +401,9 @@ def test_a_reward_that_raises_leaves_the_runs_files(tmp_path, monkeypatch):
         return [float(i) for i in range(len(completions))]
 
     monkeypatch.setattr("recipes.grpo.exact_match", failing)
-    config = Config(num_steps=9, batch_size=4, test_rows=10, log_path=str(tmp_path / "run"))
+    sizes = {"num_steps": 9, "batch_size": 4, "test_rows": 10}
+    sizes["dataset"] = "tiny/grpo@train[:40]/test"
+    config = Config(**sizes, log_path=str(tmp_path / "run"))
     place = r'reward "exact" for grpo_train.jsonl:\d+, the prompt .What is .*judge is down'
     with pytest.raises(RewardError, match=place):
         train(config)
@@ -421,6 +423,7 @@ def test_a_constant_reward_is_reported(tmp_path, monkeypatch, capsys):
         "recipes.grpo.exact_match", lambda row, completions: [1.0] * len(completions)
     )
     sizes = {"num_steps": 5, "batch_size": 2, "group_size": 2, "test_rows": 2, "eval_every": 9}
+    sizes["dataset"] = "tiny/grpo@train[:20]/test"
     train(Config(**sizes, log_path=str(tmp_path / "run")))
     summary = (tmp_path / "run" / "summary.md").read_text(encoding="utf-8")
     assert "every completion of a prompt had the same reward at each of the 5 steps" in summary

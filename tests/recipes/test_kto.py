@@ -107,7 +107,7 @@ def test_an_unknown_label_names_its_row(label, tmp_path):
 def test_labels_of_one_kind_name_the_rows_and_move_no_run(label, tmp_path):
     """Nothing to contrast: refused before the run's folder is touched."""
     sizes = {"num_steps": 1, "batch_size": 2, "test_rows": 8, "log_path": str(tmp_path / "run")}
-    train(Config(**sizes))
+    train(Config(**sizes, dataset="tiny/dpo@train[:20]/test"))
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     rows_of(tmp_path, [label] * 12)
     where = r"^thumbs.jsonl:\d+ to thumbs.jsonl:\d+, column label: the same in all rows"
@@ -147,7 +147,8 @@ def test_rows_become_datums_and_long_ones_are_counted():
 def test_learns_and_starts_at_the_identities(tmp_path):
     """Before the first step loss and AUC are 0.5 exactly; then good answers rise above bad ones,
     which shuffled labels do not teach: AUC knows no size, so the size of the gap decides."""
-    sizes = {"num_steps": 24, "eval_every": 24, "test_rows": 60}
+    sizes = {"num_steps": 24, "eval_every": 24, "test_rows": 60, "batch_size": 16}
+    sizes["dataset"] = "tiny/dpo@train[:384]/test"
     after = train(Config(**sizes, log_path=tmp_path / "run"))
     assert after["test_auc"] > 0.8
     assert after["test_good_reward"] > 0 > after["test_bad_reward"]

@@ -53,10 +53,13 @@ def test_messages_and_plain_rows_become_datums_and_long_ones_are_counted():
     assert question_and_answer(rows[0]) == (turns[:1], "red cat")
 
 
+SLICED = "tiny/sft@train[:480]/test"
+
+
 def test_learns(tmp_path):
     """Pitfall 39: the saved adapter is not the one the run began with."""
-    config = Config(num_steps=30, eval_every=30, test_rows=60, log_path=tmp_path / "run")
-    after = train(config)
+    sizes = {"num_steps": 30, "eval_every": 30, "test_rows": 60, "batch_size": 16}
+    after = train(Config(**sizes, dataset=SLICED, log_path=tmp_path / "run"))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     before = json.loads(lines[0])
     assert after["test_loss"] < 0.4 * before["test_loss"]
@@ -68,13 +71,21 @@ def test_learns(tmp_path):
     assert (folder / weights).read_bytes() != (tmp_path / saved / weights).read_bytes()
 
 
-SMALL = {"batch_size": 4, "keep_batch": 4, "test_rows": 6, "eval_every": 3, "max_tokens": 8}
+SMALL = {  # reading all rows would take longer than the steps
+    "dataset": "tiny/sft@train[:40]/test",
+    "batch_size": 4,
+    "keep_batch": 4,
+    "test_rows": 6,
+    "eval_every": 3,
+    "max_tokens": 8,
+}
+FEW_TO_KEEP = "tiny/keep@train[:60]/train[60:80]"
 
 
 def test_keep_replays_the_answers_of_the_start_and_leaves_the_loss_as_it_was(tmp_path):
     """keep_weight 0 trains as plain sft does: the loss never gets the kept answers."""
     rows = {}
-    for name, keep in (("plain", {}), ("measured", {"keep": "tiny/keep", "keep_weight": 0.0})):
+    for name, keep in (("plain", {}), ("measured", {"keep": FEW_TO_KEEP, "keep_weight": 0.0})):
         config = Config(num_steps=3, **SMALL, **keep, log_path=str(tmp_path / name))
         train(config)
         lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -87,14 +98,16 @@ def test_keep_replays_the_answers_of_the_start_and_leaves_the_loss_as_it_was(tmp
     assert (first["replay_share"], first["replay_grad"]) == (0.0, 0.0)
     assert rows["measured"][0]["test_kept"] == 1.0
     answers = json.loads((tmp_path / "measured" / "progress.json").read_text(encoding="utf-8"))
-    assert len(answers["values"]["kept"]) == 494  # 500 prompts, 6 held out
+    assert len(answers["values"]["kept"]) == 60
 
 
 def test_keep_is_not_forgotten_while_the_new_is_learnt(tmp_path):
     sizes = {"num_steps": 30, "eval_every": 30, "test_rows": 30, "max_tokens": 20}
+    sizes |= {"batch_size": 16, "dataset": SLICED}
+    keep = "tiny/keep@train[:160]/train[160:200]"
     kept = {
         weight: train(
-            Config(**sizes, keep="tiny/keep", keep_weight=weight, log_path=tmp_path / str(weight))
+            Config(**sizes, keep=keep, keep_weight=weight, log_path=tmp_path / str(weight))
         )
         for weight in (0.0, 1.0)
     }
@@ -104,7 +117,7 @@ def test_keep_is_not_forgotten_while_the_new_is_learnt(tmp_path):
 
 def test_an_interrupted_run_that_keeps_resumes_as_uninterrupted(tmp_path, monkeypatch):
     """The answers are sampled one time, before the first step, and read back."""
-    config = {"num_steps": 4, **SMALL, "keep": "tiny/keep"}
+    config = {"num_steps": 4, **SMALL, "keep": FEW_TO_KEEP}
     whole = train(Config(**config, log_path=str(tmp_path / "whole")))
     step, calls = tinker.TrainingClient.optim_step, []
 
@@ -137,6 +150,7 @@ def test_prompts_to_keep_are_named_when_they_are_wrong(tmp_path):
 def test_rows_that_are_all_too_long_name_the_flag_and_move_no_run(tmp_path):
     """--fresh had moved the good run aside before the failure."""
     sizes = {"num_steps": 1, "batch_size": 2, "test_rows": 2, "log_path": str(tmp_path / "run")}
+    sizes["dataset"] = SMALL["dataset"]
     train(Config(**sizes))
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=r"no sequences to train on: .*2 tokens.*--max_length"):
@@ -151,6 +165,7 @@ def test_rows_that_are_all_too_long_name_the_flag_and_move_no_run(tmp_path):
 )
 def test_an_absurd_learning_rate_is_reported(learning_rate, says, tmp_path, capsys):
     sizes = {"num_steps": 6, "batch_size": 2, "test_rows": 2, "eval_every": 2}
+    sizes["dataset"] = SMALL["dataset"]
     train(Config(**sizes, learning_rate=learning_rate, log_path=str(tmp_path / "run")))
     assert says in (tmp_path / "run" / "summary.md").read_text(encoding="utf-8")
     during, _ = capsys.readouterr().out.split("Held-out, before and after")

@@ -277,7 +277,12 @@ class SecondChance:
         return self.question, reward * right, right or reward < 1
 
 
-SMALL = {"dataset": "tiny/grpo", "max_tokens": 8, "max_turns": 2, "reply_role": "user"}
+SMALL = {
+    "dataset": "tiny/grpo@train[:80]/test",
+    "max_tokens": 8,
+    "max_turns": 2,
+    "reply_role": "user",
+}
 
 
 def history(path):

@@ -28,6 +28,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", RUNS)
 def test_three_steps(name: str, tmp_path: Path) -> None:
     recipe, flags = RUNS[name]
+    flags = {**flags, "dataset": f"tiny/{name}@train[:40]/test"}
     logs = []
     for device in ("cpu", "sim"):
         folder = tmp_path / device
