@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 from cookbook_core.backend.local.sampling import layer_loop
 from cookbook_core.backend.local.sampling.decoder import Decoder, Prompt
@@ -79,6 +80,16 @@ def test_a_model_that_computes_more_keeps_its_own_forward(where):
             assert sequence.logprobs_np == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_model_whose_modules_take_other_arguments_keeps_its_own_forward(monkeypatch):
+    """As in another version of transformers."""
+    model = make("qwen3")
+    expected = own_samples(model, monkeypatch)
+    refused = mock.Mock(side_effect=TypeError("unexpected argument"))
+    monkeypatch.setattr(LayerLoop, "step", refused)
+    assert tokens_of(sample_batch(model, None, REQUESTS)) == tokens_of(expected)
+    assert layer_loop.same[model] is False
+
+
 @pytest.mark.parametrize("change", ["float64", "gemma", "window", "quantized"])
 def test_other_models_are_not_tried(change):
     model = make({"gemma": "gemma", "window": "mistral"}.get(change, "qwen3"))
@@ -135,4 +146,4 @@ def test_a_layer_takes_few_operations():
     model.config.layer_types = model.config.layer_types[:2]
     per_layer = [a - operations(loop, 2) for a, loop in zip(deep, (True, False), strict=True)]
     assert per_layer[0] <= 42
-    assert 2 * per_layer[0] <= per_layer[1]
+    assert 1.8 * per_layer[0] <= per_layer[1]

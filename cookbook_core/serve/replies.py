@@ -30,7 +30,7 @@ MOST_RESULTS = 4096
 REMEMBERED = 4096
 """Requests of one model, sampler or session, the latest, of which a repetition is recognised."""
 SMALL_REPLY = 1024
-"""Sampled tokens whose reply the event loop's thread encodes itself, in less than a millisecond."""
+"""Sampled tokens whose reply the event loop's thread encodes itself."""
 
 Encode = Callable[[Any, bool], Any]
 """Makes the reply of what a future holds: JSON, or bytes if the flag is set and there is such a

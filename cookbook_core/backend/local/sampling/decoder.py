@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from cookbook_core.backend.local.model.memory import is_out_of_memory
 from cookbook_core.backend.local.model.sharding import backbone
 from cookbook_core.backend.local.model.vision import VisionTower
 from cookbook_core.backend.local.sampling.draw import score
@@ -103,13 +104,19 @@ class Decoder:
         ids = torch.randint(self.config.vocab_size, (11,), generator=generator).tolist()
         first = self.prefill([Prompt(ids[:7]), Prompt(ids[7:])], [2, 2])
         logits = []
-        for self._loop in (None, loop):
-            self.step(first)
-            logits.append(self.step(first.flip(0)))
-            self.width -= 2
-            for layer in self.cache.layers:
-                layer.length -= 2
-        self.release()
+        try:
+            for self._loop in (None, loop):
+                self.step(first)
+                logits.append(self.step(first.flip(0)))
+                self.width -= 2
+                for layer in self.cache.layers:
+                    layer.length -= 2
+        except (RuntimeError, TypeError, ValueError) as error:  # of another version's model
+            if is_out_of_memory(error) or not logits:
+                raise
+            logits.append(torch.full_like(logits[0], torch.nan))
+        finally:
+            self.release()
         own, found = logits
         if not own.isfinite().all():  # of these weights; it says nothing about the model
             self._loop = None
