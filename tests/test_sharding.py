@@ -47,7 +47,7 @@ def test_without_other_processes(tmp_path: Path) -> None:
     [
         (PLAIN, "nf4", CPU, "quantized"),
         (SimpleNamespace(quantization_config={"load_in_4bit": True}), "auto", CPU, "quantized"),
-        (SimpleNamespace(vision_config={}), "auto", CPU, "vision tower"),
+        (SimpleNamespace(vision_config={}, model_type="qwen3_vl"), "auto", CPU, "got qwen3_vl"),
         (PLAIN, "auto", torch.device("mps"), "device.* got mps"),
     ],
 )

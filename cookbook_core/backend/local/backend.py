@@ -80,7 +80,8 @@ class LocalBackend:
         check_mode(gradient_checkpointing)
         if shard and joined() is None:
             what, fix = "needs several processes", "Start with torchrun --nproc_per_node=2 -m ..."
-            raise ConfigError("shard", what, expected="a run under torchrun", fix=fix)
+            rule, got = "a run under torchrun", "one process"
+            raise ConfigError("shard", what, expected=rule, got=got, fix=fix)
         if not torch.cuda.is_available():
             keep_freed_memory()  # set malloc options before the worker thread starts
         self.worker = Worker(f"cookbook-{base_model}", gathers=gathers)

@@ -134,8 +134,9 @@ def sharded_weight_bytes(model: Any, shards: int) -> int:
         rows = p.shape[0] if p.dim() else 1
         held += _whole_bytes(p) // rows * -(-rows // shards)
         held += 0 if id(p) in in_layers else _whole_bytes(p)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    held += _whole_bytes(head.weight) if head and head.weight is embedding.weight else 0
+    embedding = model.get_input_embeddings().weight
+    if getattr(model.get_output_embeddings(), "weight", None) is embedding:
+        held += _whole_bytes(embedding)
     return held + sum(sorted(sum(map(_whole_bytes, own)) for own in layers)[-2:])
 
 

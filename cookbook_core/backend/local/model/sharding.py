@@ -40,14 +40,16 @@ def loading_options(config: Any, dtype: str, device: torch.device, shards: int) 
     if dtype == "nf4" or getattr(config, "quantization_config", None) is not None:
         fix = "Leave --shard out: each process then holds the whole quantized model."
         what = "not supported for quantized models: transformers' loader cannot split them"
-        raise ConfigError("shard", what, fix=fix)
+        got = f"dtype={dtype!r}" if dtype == "nf4" else "a quantized folder"
+        raise ConfigError("shard", what, expected="plain weights", got=got, fix=fix)
     if getattr(config, "vision_config", None) is not None:
         fix = "Leave --shard out: each process then holds the whole model."
-        raise ConfigError("shard", "not supported for models with a vision tower", fix=fix)
+        what, got = "not supported for models with a vision tower", config.model_type
+        raise ConfigError("shard", what, expected="a model that reads text alone", got=got, fix=fix)
     found = torch.accelerator.current_accelerator()
     if device.type != (found.type if found else "cpu") or device.type == "mps":
         what, rule = "not supported on this device", "cuda, or cpu where there is no GPU"
-        raise ConfigError("shard", what, expected=rule, got=device)
+        raise ConfigError("shard", what, expected=rule, got=device, fix="Leave --device out.")
     from transformers.distributed.configuration_utils import DistributedConfig
 
     return {"distributed_config": DistributedConfig(fsdp_size=shards)}
