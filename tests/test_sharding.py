@@ -10,6 +10,7 @@ from typing import Any
 from cookbook_core.backend import local
 from cookbook_core.backend.local.model.sharding import loading_options
 from cookbook_core.backend.local.multiprocess import group
+from cookbook_core.backend.local.multiprocess.heartbeat import Heartbeat
 from cookbook_core.errors import ConfigError, DatumError, ProcessError, VersionError
 from cookbook_core.runs import Run, RunFlags
 from cookbook_core.tinker import Datum, ServiceClient, TrainingClient
@@ -115,6 +116,7 @@ def test_a_failure_here_while_all_compute() -> None:
     ):
         ours = object.__new__(group.Group)
         ours.rank, ours.size, ours.lost = 0, 2, None
+        ours.heartbeat = Heartbeat(torch.distributed.HashStore(), 0, 2)
         with pytest.raises(ProcessError, match=said) as caught, ours.in_step():
             raise error
         assert ours.lost is caught.value
