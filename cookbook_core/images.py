@@ -149,10 +149,10 @@ class ImageReader:
     def _count(self, size: tuple[int, int]) -> Any:
         """What the processor says of an image's height and width; such are written alike."""
         processor = self._processor
-        if "_get_num_multimodal_tokens" in dir(processor):
+        if hasattr(processor, "_get_num_multimodal_tokens"):
             counts = processor._get_num_multimodal_tokens(image_sizes=[size])
             return "tokens", *counts.num_image_tokens, *counts.num_image_patches
-        if "get_number_of_image_patches" in dir(processor.image_processor):
+        if hasattr(processor.image_processor, "get_number_of_image_patches"):
             return "patches", processor.image_processor.get_number_of_image_patches(*size, {})
         return size
 

@@ -122,7 +122,8 @@ def test_rendered_prompts_have_the_processors_ids(family, tokenizer_of):
         (["a\n", IMAGE, "\n\n", IMAGE, "b"], [A, B]),
         ([IMAGE, IMAGE, "\n"], [B, A]),
     ):
-        prompt, given = [user(*content)], {"images": files} if files else {}
+        prompt = [user(*content)]
+        given: dict[str, Any] = {"images": files} if files else {}
         want = own_ids(tokenizer, prompt, files, add_generation_prompt=True)
         found = chat.render_prompt(tokenizer, prompt, **given)
         assert isinstance(found, ModelInput) == bool(files)
@@ -164,9 +165,9 @@ def test_images_without_places_go_before_the_first_users_text(tokenizer_of):
 def test_a_smolvlm_needs_no_package_for_its_videos_alone(tokenizer_of):
     from transformers.models.smolvlm import processing_smolvlm
 
-    before = processing_smolvlm.num2words
+    before = vars(processing_smolvlm)["num2words"]
     load_processor(tokenizer_of("smolvlm").name_or_path)
-    assert processing_smolvlm.num2words is before
+    assert vars(processing_smolvlm)["num2words"] is before
 
 
 # ---- reading -------------------------------------------------------------------------------------
