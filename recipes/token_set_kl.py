@@ -20,7 +20,8 @@ before the text.
     python -m recipes.token_set_kl              # bundled tiny model, one minute on two cores
     python -m recipes.token_set_kl --dataset tiny/multiple_choice --labels ' A' ' B' ' C' ' D' \
         --num_steps 100 --learning_rate 2e-3
-    python -m recipes.token_set_kl --dataset tiny/digits --model tiny-vl --num_steps 60
+    python -m recipes.token_set_kl --dataset tiny/digits --model tiny-vl \
+        --num_steps 60 --learning_rate 6e-3
     python -m recipes.token_set_kl --model Qwen/Qwen3-0.6B --dataset my_ratings.jsonl \
         --labels bad fair good
 
