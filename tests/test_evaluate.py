@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 from cookbook_core.runs.evaluation import lm_eval_command
 from cookbook_core.storage.paths import asset_path
+from recipes import sft
 from tests.serve.running import NAME, Running
 
 import numpy as np
@@ -44,11 +45,11 @@ def run(*command: str) -> str:
 
 
 @installed
-def test_the_command_that_a_run_prints(tmp_path):
+def test_the_command_that_a_run_prints(tmp_path, capsys):
     """The printed task is an example: here it is the recipe's own held-out rows."""
-    flags = ["--num_steps", "45", "--eval_every", "45", "--test_rows", "2"]
-    output = run("-m", "recipes.sft", *flags, "--log_path", str(tmp_path / "run"))
-    last = output.splitlines()[-1].removeprefix("evaluate: ")
+    sizes = {"num_steps": 45, "eval_every": 45, "test_rows": 2}
+    sft.train(sft.Config(**sizes, log_path=str(tmp_path / "run")))
+    last = capsys.readouterr().out.splitlines()[-1].removeprefix("evaluate: ")
     program, *printed = shlex.split(last)
     assert (program, printed[-1]) == ("lm_eval", "--apply_chat_template")
     printed[printed.index("arc_easy")] = "tiny_mirror"
