@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cookbook_core.backend.local.model import cuda, fused_cuda, fused_norm, quantization
+from cookbook_core.backend.local.model import (
+    cuda,
+    fused_cuda,
+    fused_norm,
+    fused_swiglu,
+    quantization,
+)
 from cookbook_core.errors import ConfigError, ModelError, check_choice
 from cookbook_core.images import ImageReader, load_processor
 from cookbook_core.storage.hub import asking_hub
@@ -256,6 +262,8 @@ def load_base_model(name: str, device: str = "auto", dtype: str = "auto") -> Bas
     quantized = quantization.prepare(model, name, chosen_dtype)
     fused_norm.fuse(model)
     fused = fused_cuda.fuse(model) if chosen_device.type == "cuda" else {}
+    if chosen_device.type == "cpu":
+        fused_swiglu.fuse(model)
     text_config = model.config.get_text_config()
     if getattr(text_config, "attn_logit_softcapping", None):  # Gemma 2
         # before transformers 5.21 the default is sdpa attention, which leaves out the cap
