@@ -57,6 +57,20 @@ def test_value_and_gradients_are_peft_s(shape: tuple[int, ...], trained_input: b
     assert len(results[0]) == 1 + 4 + trained_input
 
 
+def test_the_gradient_of_x_is_one_tensor_and_no_adapter_is_the_bare_base() -> None:
+    model = with_lora(torch.float64)
+    fused = copy.deepcopy(model)
+    fuse(fused, "slot0")
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    out = fused.base_model.model.up(x)
+    with Count() as count:
+        torch.autograd.grad(out, x, torch.randn_like(out))
+    assert not {"aten::add", "aten::add_"} & set(count.seen)
+    fused.base_model.disable_adapter_layers()
+    model.base_model.disable_adapter_layers()
+    assert torch.equal(fused(x), model(x))
+
+
 def test_a_bfloat16_base_keeps_its_float32_adapter_in_float32() -> None:
     model = with_lora(torch.bfloat16)
     fused = copy.deepcopy(model)

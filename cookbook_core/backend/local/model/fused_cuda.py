@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from cookbook_core.backend.local.model.fused_norm import rms_norms
+from cookbook_core.backend.local.model.fused_swiglu import is_swiglu
 from cookbook_core.backend.local.model.memory import is_out_of_memory
 
 import torch
@@ -47,7 +48,7 @@ def fuse(model: Any) -> dict[str, str]:
         ]
         wanted.append((module, (size, eps), size, [*choices, partial(_torch_norm, eps=eps)]))
     for module in model.modules():
-        if swiglu and _is_swiglu(module):
+        if swiglu and is_swiglu(module):
             layer = module.gate_proj
             wanted.append((module, tuple(layer.weight.shape), layer.in_features, [swiglu]))
     chosen: dict[Any, Forward | None] = {}
@@ -95,13 +96,6 @@ def _liger() -> tuple[Any, Any]:
 
 def _torch_norm(module: Any, x: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.nn.functional.rms_norm(x, module.weight.shape, module.weight, eps)
-
-
-def _is_swiglu(module: Any) -> bool:
-    layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    activation = type(getattr(module, "act_fn", None)).__name__
-    linear = all(isinstance(layer, torch.nn.Linear) for layer in layers)
-    return linear and activation in ("SiLU", "SiLUActivation")
 
 
 def _same(module: Any, forward: Forward, size: int, model: Any) -> bool:

@@ -6,6 +6,9 @@ through peft's own hook for LoRA variants: layers, adapters and files stay peft'
 4 bits are computed so too; layers of another kind, and inputs of another dtype than the base's, are
 computed as peft computes them.
 
+On the CPU, where base and adapter have one dtype, the base's product is part of the same function:
+the gradient of x is then one tensor, not a sum of two, and a layer is one step of Python.
+
 Over a bfloat16 base peft multiplies in float32, without tensor cores, and keeps a float32 copy of
 every x for the backward. Here products take x as it is, and A and B rounded to the base's dtype, as
 under autocast: sums are float32, and so are adapters and gradients.
@@ -14,6 +17,7 @@ under autocast: sums are float32, and so are adapters and gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +54,42 @@ class _AddLowRank(torch.autograd.Function):
         a_grad = _product(low_grad.t(), x.flatten(0, -2), ctx.dtype)
         b_grad = _product(g.t(), low, ctx.dtype).mul_(ctx.scale)
         return x_grad, grads[0], a_grad, b_grad, None, None, None
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x W^T + bias + scale * (x A^T) B^T; W `(out, in)` and bias, `(out,)` or None, are frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float
+    ) -> torch.Tensor:
+        y, low = torch.nn.functional.linear(x, weight, bias), x.flatten(0, -2) @ a.t()
+        y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=scale)
+        ctx.save_for_backward(x, low, weight, a, b)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, low, weight, a, b = ctx.saved_tensors
+        g, x_grad = grads[0].flatten(0, -2), None
+        low_grad = torch.mm(g, b).mul_(ctx.scale)
+        if ctx.needs_input_grad[0]:
+            x_grad = torch.mm(g, weight).addmm_(low_grad, a).view(x.shape)
+        a_grad = low_grad.t() @ x.flatten(0, -2)
+        return x_grad, None, None, a_grad, torch.mm(g.t(), low).mul_(ctx.scale), None
+
+
+def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A peft layer on a plain one: a single active adapter in `_LoraLinear`, else as in peft."""
+    names, base = module.active_adapters, module.base_layer
+    one = len(names) == 1 and not (args or kwargs or module.disable_adapters or module.merged)
+    if one and getattr(module.lora_variant.get(names[0]), "factors", ()):
+        a, b = module.lora_A[names[0]].weight, module.lora_B[names[0]].weight
+        dtypes = x.dtype == base.weight.dtype == a.dtype
+        if dtypes and x.device.type == "cpu" and not base.weight.requires_grad:
+            return _LoraLinear.apply(x, base.weight, base.bias, a, b, module.scaling[names[0]])
+    return type(module).forward(module, x, *args, **kwargs)
 
 
 def _product(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -107,3 +147,6 @@ def fuse(
             module.lora_variant[slot_name] = Fused(factors)
             # for every slot of the layer: no float32 copy of x before the call above
             module.cast_input_dtype_enabled = not rounded
+        if factors and plain:
+            layer: Any = module
+            layer.forward = partial(_forward, layer)  # of this one object, not of its class

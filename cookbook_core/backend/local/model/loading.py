@@ -15,6 +15,7 @@ from cookbook_core.backend.local.model import (
     cuda,
     fused_cuda,
     fused_norm,
+    fused_swiglu,
     quantization,
     sharding,
 )
@@ -292,6 +293,8 @@ def load_base_model(
         model.to(chosen_device)
         quantized = quantization.prepare(model, name, chosen_dtype)
         fused_norm.fuse(model)
+        if chosen_device.type == "cpu":
+            fused_swiglu.fuse(model)
         fused = fused_cuda.fuse(model) if chosen_device.type == "cuda" else {}
     else:  # kernels are compared with a norm's own forward, which would gather weights
         sharding.prepare(model, shards, name)

@@ -50,7 +50,7 @@ def packed_attention(
     """
     del module, attention_mask
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = query[0], key[0], value[0]
+    q, k, v = (x.squeeze(0) for x in (query, key, value))  # x[0] would fill zeros in the backward
     if sliding_window is not None and layout.longest <= sliding_window:
         sliding_window = None  # no two tokens are that far apart
     kind = kernels.Kind(
