@@ -270,8 +270,7 @@ def load_base_model(
             if shards > 1:
                 straight = sharding.loading_options(config, dtype, chosen_device, shards)
             else:
-                more = quantization.loading_options(saved, dtype, chosen_device, chosen_dtype)
-                straight |= more
+                straight |= quantization.loading_options(saved, dtype, chosen_device, chosen_dtype)
             kind = auto_class(config)
             model: Any = kind.from_pretrained(path, dtype=chosen_dtype, **straight)
     except (ConfigError, VersionError):
@@ -287,17 +286,14 @@ def load_base_model(
         ) from error
     # eval for good: no dropout, in training either, so that policy and reference are the same
     # function and a ratio of 1 is exactly 1.
-    quantized, fused = "", {}
     model.eval().requires_grad_(False)
-    if shards == 1:
+    quantized, fused = "", {}
+    if shards > 1:  # (fused layers are compared with the model's own, which would gather weights)
+        sharding.prepare(model, shards, name)
+    else:
         model.to(chosen_device)
         quantized = quantization.prepare(model, name, chosen_dtype)
-        fused_norm.fuse(model)
-        if chosen_device.type == "cpu":
-            fused_swiglu.fuse(model)
-        fused = fused_cuda.fuse(model) if chosen_device.type == "cuda" else {}
-    else:  # kernels are compared with a norm's own forward, which would gather weights
-        sharding.prepare(model, shards, name)
+        fused = _fuse(model, chosen_device)
     text_config = model.config.get_text_config()
     if getattr(text_config, "attn_logit_softcapping", None):  # Gemma 2
         # before transformers 5.21 the default is sdpa attention, which leaves out the cap
@@ -313,6 +309,14 @@ def load_base_model(
         quantized=quantized,
         shards=shards,
     )
+
+
+def _fuse(model: Any, device: torch.device) -> dict[str, str]:
+    """Compute layers in fewer passes; by class of module, whose kernel is used on CUDA."""
+    fused_norm.fuse(model)
+    if device.type == "cpu":
+        fused_swiglu.fuse(model)
+    return fused_cuda.fuse(model) if device.type == "cuda" else {}
 
 
 def auto_class(config: Any) -> Any:
