@@ -37,7 +37,7 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	{ $(BIN)/basedpyright && $(BIN)/python -m pytest tests/simulated && \
 	  QUANTIZED=required PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest tests/quantized; } \
-	  >$(VENV)/beside.log 2>&1 & beside=$$!; \
+	  >$(VENV)/beside.log 2>&1 & beside=$$!; trap 'trap - INT TERM; kill 0' INT TERM; \
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 	  --ignore tests/simulated --ignore tests/quantized; main=$$?; \
 	wait $$beside; beside=$$?; cat $(VENV)/beside.log; [ $$main$$beside = 00 ]

@@ -26,6 +26,8 @@ MOST_PIXELS = 89_478_485
 FORMATS: dict[str, Literal["png", "jpeg"]] = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg"}
 """What a chunk's format is, by Pillow's name; phones write several images to one JPEG."""
 
+_ORIENTED = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
+"""Where Pillow finds the orientation of a PNG."""
 _READ = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _ORIENTATION = 0x0112
 _UPRIGHT = (None, 0, 1)
@@ -119,6 +121,8 @@ class _Spool:
 
 
 _spool = _Spool()
+_decoding = threading.Lock()
+"""One image at a time: a small file may be large in memory, and a server is sent many at once."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,10 @@ class ImageFile:
             DatumError: the file is gone, or is another than was measured.
         """
         data = self._source.read(self.place)
-        return as_png(opened(data, self.place), self.place) if self.rewritten else data
+        if not self.rewritten:
+            return data
+        with _decoding:
+            return as_png(opened(data, self.place), self.place)
 
     @cached_property
     def key(self) -> int:
@@ -192,11 +199,7 @@ def image_file(value: Any, place: str, folder: Path | None = None) -> ImageFile:
     """
     if isinstance(value, ImageFile):
         return value
-    try:
-        return _opened_once(_source_of(value, place, folder), place)
-    except OSError as error:
-        fix = "Paths are relative to the dataset's file."
-        raise DataError(place, "no such image file", got=error, fix=fix) from error
+    return _opened_once(_source_of(value, place, folder), place)
 
 
 def image_in_memory(data: bytes, place: str) -> ImageFile:
@@ -214,6 +217,13 @@ def _opened_once(source: Any, place: str) -> ImageFile:
             return _measured(source, file, place)
     except DatumError as error:
         raise DataError(**error.slots()) from error
+    except OSError as error:
+        raise _no_file(place, error) from error
+
+
+def _no_file(place: str, error: OSError) -> DataError:
+    fix = "Paths are relative to the dataset's file."
+    return DataError(place, "no such image file", got=f"{error}"[:200], fix=fix)
 
 
 def _source_of(value: Any, place: str, folder: Path | None) -> _OnDisk | _InRow:
@@ -225,9 +235,15 @@ def _source_of(value: Any, place: str, folder: Path | None) -> _OnDisk | _InRow:
         if "://" in str(value) or str(value).startswith("data:"):
             fix = "Download it, and give the file's path."
             raise DataError(place, "not a file", expected=_FORMS, got=f"{value!r:.80}", fix=fix)
-        return _OnDisk.of((folder or Path()) / Path(value).expanduser())
+        try:
+            return _OnDisk.of((folder or Path()) / Path(value).expanduser())
+        except OSError as error:
+            raise _no_file(place, error) from error
     if hasattr(value, "convert") and hasattr(value, "getexif"):
-        return _spool.add(as_png(value, place))
+        try:
+            return _spool.add(as_png(value, place))
+        except DatumError as error:
+            raise DataError(**error.slots()) from error
     got = f"{type(value).__name__} {value!r:.80}"
     fix = "Rename the column if it holds no images."
     raise DataError(place, "not an image", expected=_FORMS, got=got, fix=fix)
@@ -238,13 +254,17 @@ def _measured(source: Any, file: BinaryIO, place: str) -> ImageFile:
     with _header(file, place) as picture:
         form = FORMATS.get(picture.format)
         # of a PNG Pillow's getexif() decodes the pixels where the header has none
-        exif = "exif" in picture.info or form != "png"
-        turned = picture.getexif().get(_ORIENTATION) if exif else None
+        exif = form != "png" or not _ORIENTED.isdisjoint(picture.info)
+        try:
+            turned = picture.getexif().get(_ORIENTATION) if exif else None
+        except Exception as error:
+            raise _unreadable(place, error) from error
         width, height = picture.size
     file.seek(-8, os.SEEK_END)
     if not form or not file.read().endswith(_ENDS[form]):
         file.seek(0)
-        opened(file.read(), place)
+        with _decoding:
+            opened(file.read(), place)
     if turned in (5, 6, 7, 8):
         width, height = height, width
     rewritten = form is None or turned not in _UPRIGHT

@@ -19,10 +19,12 @@ from typing import Any
 from cookbook_core.errors import DatumError, ModelError
 from cookbook_core.image_files import FORMATS, ImageFile, StoredImage, opened, rgb
 from cookbook_core.storage.hub import asking_hub
-from cookbook_core.types import ImageChunk
+from cookbook_core.types import EncodedTextChunk, ImageChunk, ModelInput
 
 KEPT_BYTES = 1 << 28
 """Most bytes of pixels kept of images that were read last."""
+KEPT_SIZES = 4096
+"""Most sizes, and most images, whose positions are kept."""
 
 _NOT_PIXELS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
@@ -70,10 +72,10 @@ class ImageReader:
         self._processor = processor
         self.placeholder: str = processor.image_token
         self.longest = 0
-        self._written: dict[Any, Written] = {}
+        self._written: OrderedDict[Any, Written] = OrderedDict()
         self._kept: OrderedDict[int, Pixels] = OrderedDict()
-        self._counts: dict[int, int] = {}
-        """Positions of every image read so far, by key."""
+        self._counts: OrderedDict[int, int] = OrderedDict()
+        """Positions of the images read last, by key."""
         self._lock = threading.Lock()
 
     def chunk(self, data: bytes, where: str = "image") -> ImageChunk:
@@ -115,7 +117,7 @@ class ImageReader:
                 self._kept.move_to_end(chunk.key)
                 return self._kept[chunk.key]
             found = self._read(chunk, where)
-            self._counts[chunk.key] = len(found.ids)
+            _keep(self._counts, chunk.key, len(found.ids))
             self._kept[chunk.key] = found
             total = sum(pixels.nbytes for pixels in self._kept.values())
             while total > KEPT_BYTES and len(self._kept) > 1:
@@ -137,23 +139,24 @@ class ImageReader:
         """
         size = file.height, file.width
         with self._lock:
-            if size not in self._written:
-                key = self._count(size)
-                if key not in self._written:
-                    self._written[key] = self._write(file)
-                self._written[size] = self._written[key]
-            found = self._written[size]
+            found = self._written.get(size)
+            if found is None:
+                key = self._count(file)
+                found = self._written.get(key) or self._write(file)
+                _keep(self._written, key, found)
+                _keep(self._written, size, found)
             self.longest = max(self.longest, len(found.ids))
             return found
 
-    def _count(self, size: tuple[int, int]) -> Any:
-        """What the processor says of an image's height and width; such are written alike."""
-        processor = self._processor
-        if hasattr(processor, "_get_num_multimodal_tokens"):
-            counts = processor._get_num_multimodal_tokens(image_sizes=[size])
-            return "tokens", *counts.num_image_tokens, *counts.num_image_patches
-        if hasattr(processor.image_processor, "get_number_of_image_patches"):
-            return "patches", processor.image_processor.get_number_of_image_patches(*size, {})
+    def _count(self, file: ImageFile) -> Any:
+        """What the processor says of an image's height and width; such have as many positions."""
+        processor, size = self._processor, (file.height, file.width)
+        with _refused(file.place, file.width, file.height):
+            if hasattr(processor, "_get_num_multimodal_tokens"):
+                counts = processor._get_num_multimodal_tokens(image_sizes=[size])
+                return "tokens", *counts.num_image_tokens, *counts.num_image_patches
+            if hasattr(processor.image_processor, "get_number_of_image_patches"):
+                return "patches", processor.image_processor.get_number_of_image_patches(*size, {})
         return size
 
     def _write(self, file: ImageFile) -> Written:
@@ -182,7 +185,7 @@ class ImageReader:
 
     def _processed(self, picture: Any, where: str, **options: Any) -> Any:
         """The processor's output for one image alone."""
-        try:
+        with _refused(where, picture.width, picture.height):
             return self._processor(
                 text=[self.placeholder],
                 images=[picture],
@@ -190,13 +193,6 @@ class ImageReader:
                 return_tensors="pt",
                 **options,
             )
-        except ValueError as error:
-            raise DatumError(
-                where,
-                "refused by the model's image processor",
-                got=f"{picture.width} x {picture.height} pixels ({error})",
-                fix="Resize or crop the image.",
-            ) from error
 
     def _without_text_around(self, ids: list[int]) -> list[int]:
         """Leave out what a processor puts around an image in plain text: blank lines."""
@@ -204,6 +200,53 @@ class ImageReader:
         added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         at = [i for i, token in enumerate(ids) if token in added]
         return ids[at[0] : at[-1] + 1]
+
+
+def cut_at(
+    ids: Sequence[int], images: Sequence[tuple[ImageChunk, Sequence[int]]]
+) -> ModelInput | int:
+    """Token ids in which images are written out, as text and image chunks.
+
+    Args:
+        ids: `(T,)`.
+        images: in order, each with the ids of its own positions.
+    Returns:
+        The input; or the index of the first image whose ids are not among the others.
+    """
+    chunks: list[Any] = []
+    start, ids = 0, list(ids)
+    for n, (image, own) in enumerate(images):
+        own, length = list(own), len(own)
+        ends = range(start, len(ids) - length + 1)
+        at = next((i for i in ends if ids[i : i + length] == own), None)
+        if at is None:
+            return n
+        chunks += [EncodedTextChunk(ids[start:at]), image]
+        start = at + length
+    chunks.append(EncodedTextChunk(ids[start:]))
+    return ModelInput([chunk for chunk in chunks if chunk.length])
+
+
+def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    """Put a value at the end, and drop those beyond KEPT_SIZES from the start."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > KEPT_SIZES:
+        kept.popitem(last=False)
+
+
+@contextlib.contextmanager
+def _refused(where: str, width: int, height: int) -> Iterator[None]:
+    """Inside, an error of the model's processor is one of the image."""
+    try:
+        yield
+    except ValueError as error:
+        raise DatumError(
+            where,
+            "refused by the model's image processor",
+            got=f"{width} x {height} pixels ({error})",
+            fix="Resize or crop the image.",
+        ) from error
 
 
 def _place(chunk: ImageChunk, where: str) -> str:
@@ -225,6 +268,7 @@ class ModelImages:
     def __init__(self, path: str, problem: str = "", token: int | None = None) -> None:
         self._path, self._problem, self.token = path, problem, token
         self._reader: ImageReader | None = None
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, as for another process, loads its own reader."""
@@ -239,9 +283,10 @@ class ModelImages:
         if self._problem:
             fix = "Take a model that reads images, or leave them out."
             raise ModelError("base_model", "it is given no images", got=self._problem, fix=fix)
-        if self._reader is None:
-            self._reader = ImageReader(load_processor(self._path))
-        return self._reader
+        with self._lock:
+            if self._reader is None:
+                self._reader = ImageReader(load_processor(self._path))
+            return self._reader
 
     @property
     def longest(self) -> int:
@@ -288,7 +333,7 @@ def load_processor(path: str) -> Any:
             own = getattr(transformers, name)
             # transformers reads the parts' names from the signature of __init__
             cls: Any = type(name, (_ImagesOnly, own), {"__init__": own.__init__})
-            with _without_num2words(own):
+            with _loading, _without_num2words(own):
                 return cls.from_pretrained(path)
         except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -299,6 +344,9 @@ def load_processor(path: str) -> Any:
                 got=f"{path} ({lines[0]})",
                 fix="Copy these files there from the original model.",
             ) from error
+
+
+_loading = threading.Lock()
 
 
 @contextlib.contextmanager

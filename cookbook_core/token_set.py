@@ -78,9 +78,9 @@ def label_words(
     Raises:
         DataError: rows with different labels, none of which were chosen.
     """
+    if chosen:
+        return tuple(chosen)
     own = tuple(rows[0].get("labels") or ()) if rows else ()
-    if chosen or not own:
-        return tuple(chosen or usual)
     for i, row in enumerate(rows):
         if tuple(row.get("labels") or ()) != own:
             raise DataError(
@@ -90,7 +90,7 @@ def label_words(
                 got=row.get("labels"),
                 fix="Give every row the same labels, in the same order, or pass --labels.",
             )
-    return own
+    return own or tuple(usual)
 
 
 def datum_from_token_set(

@@ -226,7 +226,7 @@ def example_data(loss: str) -> Data:
 def in_context(prompt: Any, context: str) -> Any:
     """What the teacher is asked: `context` around the prompt, or around its last message."""
     text = context.replace("{prompt}", chat.last_text(prompt))
-    return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
+    return text if isinstance(prompt, str) else [*prompt[:-1], chat.with_text(prompt[-1], text)]
 
 
 def with_tokens(rows: list[dict], tokenizer: Any, context: str, longest: int) -> list[dict]:

@@ -185,7 +185,9 @@ def train(config: Config, flags: runs.RunFlags | None = None) -> dict[str, float
     columns = ("text", "label_probs"), ("question", "answer")
     columns = (*((*names, "labels") for names in columns), *columns)
     train_rows, test_rows = train_test(config.dataset, columns, config.test_rows, config.seed)
-    config = replace(config, labels=token_set.label_words(train_rows, config.labels, RATINGS))
+    config = replace(
+        config, labels=token_set.label_words([*train_rows, *test_rows], config.labels, RATINGS)
+    )
     chance = 1 / len(config.labels)
     panels = [
         runs.Panel(config.divergence, "nats", ["divergence", "test_divergence"]),

@@ -15,7 +15,7 @@ from cookbook_core.errors import ConfigError, ProcessError
 import pytest
 from torch.distributed import HashStore
 
-LIMIT = 0.8
+LIMIT = 2.0
 
 
 class Store:

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import pytest
 import transformers
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<s>' if loop.first else '' }}{{ m['role'] }}: "
@@ -339,6 +340,52 @@ def test_bad_rows_name_row_and_column(where, row, tmp_path):
     (tmp_path / "a.png").write_bytes(A)
     with pytest.raises(DataError, match=rf"^rows.jsonl:1, {where}"):
         load_rows(saved(tmp_path, {"prompt": "p", **row}), ["prompt"])
+
+
+def test_what_pillow_and_processors_refuse_names_the_row(tmp_path, tokenizer_of):
+    """A broken EXIF block; a shape that the model's processor does not take."""
+    picture = Image.open(io.BytesIO(A))
+    (tmp_path / "a.png").write_bytes(file_of(picture, exif=b"Exif\0\0not tiff"))
+    with pytest.raises(DataError, match=r"^rows.jsonl:1, column image: the image cannot be read"):
+        load_rows(saved(tmp_path, {"prompt": "p", "image": "a.png"}), ["prompt"])
+    (tmp_path / "a.png").write_bytes(file_of(picture.resize((4000, 16))))
+    (row,) = load_rows(saved(tmp_path, {"prompt": "p", "image": "a.png"}), ["prompt"])
+    refused = r"^rows.jsonl:1, column image: refused by .* 4000 x 16 pixels"
+    with pytest.raises(DatumError, match=refused):
+        tokenizer_of("qwen3_vl").images.reader().stored(chat.template_arguments(row)["images"][0])
+
+
+def test_a_part_with_bytes_and_a_path_is_its_bytes(tmp_path):
+    (tmp_path / "a.png").write_bytes(B)
+    part = {**IMAGE, "bytes": A, "path": "a.png"}
+    row = with_image_files("row", {"prompt": [user(part)]}, tmp_path)
+    assert row["prompt"][0]["content"][0]["image"].data() == A
+
+
+def test_a_png_may_be_turned_by_another_block_than_exif():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    info = PngInfo()
+    profile = f"\nexif\n{len(exif.tobytes()):8d}\n{exif.tobytes().hex()}\n"
+    info.add_text("Raw profile type exif", profile)
+    file = image_file(file_of(Image.new("RGB", (40, 20)), pnginfo=info), "image")
+    assert (file.width, file.height, file.rewritten) == (20, 40, True)
+
+
+def test_an_answer_may_have_parts_of_text_and_no_image(tokenizer_of):
+    tokenizer, prompt = tokenizer_of("qwen3_vl"), [user("p")]
+    parts = [{"type": "text", "text": "yes"}]
+    answer = {"role": "assistant", "content": parts}
+    want = chat.render_completion(tokenizer, prompt, [ANSWER])
+    assert chat.render_completion(tokenizer, prompt, [answer]) == want
+    seen = {"role": "assistant", "content": [*parts, {**IMAGE, "image": A}]}
+    with pytest.raises(DataError, match=r"completion\[0\] content: an image in an answer"):
+        chat.render_completion(tokenizer, prompt, [seen])
+    with pytest.raises(DataError, match=r"messages\[1\] content: an image in an answer"):
+        chat.render_messages(tokenizer, [*prompt, seen])
+    reply = {"role": "user", "content": seen["content"]}
+    with pytest.raises(DataError, match=r"reply\[0\] content: an image in an answer"):
+        chat.reply_tokens(tokenizer, prompt, [5], [reply])
 
 
 @pytest.mark.parametrize(

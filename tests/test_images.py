@@ -323,3 +323,11 @@ def test_pixels_are_kept_up_to_a_bound(monkeypatch):
     for chunk in chunks:  # counts stay known
         reader.check(chunk, "image")
     assert processor.calls == 5
+
+
+def test_positions_that_an_image_only_claims_take_no_memory():
+    """A few bytes may say 2^40 positions; nothing of that size is made to refuse them."""
+    chunks = [EncodedTextChunk([1]), ImageChunk(b"x", "png", 1 << 40), EncodedTextChunk([2])]
+    datum = Datum(ModelInput(chunks), {"target_tokens": [1]})
+    with pytest.raises(DatumError, match=r"chunks\[1\]: an image that alone is longer"):
+        check_data([datum], vocab_size=100, max_context_length=64)

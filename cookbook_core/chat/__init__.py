@@ -8,6 +8,7 @@ from cookbook_core.chat.conversations import (
     check_messages,
     join_answer,
     last_text,
+    with_text,
 )
 from cookbook_core.chat.pairs import LABELLED, PAIRS, labelled, split_pair
 from cookbook_core.chat.rendering import (
@@ -41,4 +42,5 @@ __all__ = [
     "split_pair",
     "stop_tokens",
     "template_arguments",
+    "with_text",
 ]

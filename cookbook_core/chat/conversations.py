@@ -85,8 +85,33 @@ def check_turns(turns: object, where: str) -> None:
         raise DataError(where, "wrong type", expected=rule, got=got, fix=fix)
 
 
+def with_text(message: Message, text: str) -> Message:
+    """Return a message with another text, and the images it has before it."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return {**message, "content": text}
+    images = [part for part in content if part["type"] == "image"]
+    return {**message, "content": [*images, {"type": "text", "text": text}]}
+
+
+def as_text(message: Message, where: str) -> Message:
+    """Return a message that the model writes, or is answered with, with its text as one string.
+
+    Raises:
+        DataError: it has an image.
+    """
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    if any(part["type"] == "image" for part in content):
+        fix = "Put images into messages of the prompt."
+        raise DataError(f"{where} content", "an image in an answer or a reply", fix=fix)
+    return {**message, "content": text_of(message)}
+
+
 def check_answer(message: Message, where: str) -> None:
-    """Raise DataError if an answer to train on has neither text nor a tool call."""
+    """Raise DataError if an answer to train on has neither text nor a tool call, or an image."""
+    as_text(message, where)
     if not text_of(message).strip() and not message.get("tool_calls"):
         fix = 'Drop the row, or skip this message with "weight": 0 in a messages column.'
         raise DataError(f"{where} content", "empty", fix=fix)

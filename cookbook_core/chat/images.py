@@ -14,8 +14,7 @@ from cookbook_core.chat.conversations import Message, text_of
 from cookbook_core.data.images import carried
 from cookbook_core.errors import DataError, ModelError
 from cookbook_core.image_files import ImageFile, StoredImage, image_file
-from cookbook_core.images import ImageReader
-from cookbook_core.types import EncodedTextChunk, ModelInput
+from cookbook_core.images import ImageReader, cut_at
 
 IMAGE_PART = {"type": "image"}
 """Stands for an image in a message's content."""
@@ -93,21 +92,11 @@ class Images:
                     fix="Add the column image or images, or take it out of the text.",
                 )
             return tokens
-        chunks: list[Any] = []
-        start = 0
-        for n, chunk in enumerate(self._chunks):
-            own = list(self._reader.written(chunk.file).ids)
-            ends = range(start, len(tokens) - len(own) + 1)
-            at = next((i for i in ends if tokens[i : i + len(own)] == own), None)
-            if at is None:
-                raise self._miscounted(n)
-            if at > start:
-                chunks.append(EncodedTextChunk(tokens[start:at]))
-            chunks.append(chunk)
-            start = at + len(own)
-        if start < len(tokens):
-            chunks.append(EncodedTextChunk(tokens[start:]))
-        return ModelInput(chunks)
+        reader = self._reader
+        found = cut_at(tokens, [(c, reader.written(c.file).ids) for c in self._chunks])
+        if isinstance(found, int):
+            raise self._miscounted(found)
+        return found
 
     def __bool__(self) -> bool:
         return bool(self._chunks)

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from cookbook_core.chat.conversations import (
     Message,
+    as_text,
     before_last_answer,
     check_answer,
     check_turns,
@@ -126,7 +127,7 @@ def render_completion(
     if template is None:
         whole = prompt + completion
     else:
-        messages = join_answer(prompt, completion[0])
+        messages = join_answer(prompt, as_text(completion[0], "completion[0]"))
         template.check(messages)
         whole = template.render(messages)
         _require_stable(template, before, whole, messages, "prompt")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cookbook_core.chat.conversations import Message, check_messages
+from cookbook_core.chat.conversations import Message, as_text, check_messages
 from cookbook_core.chat.images import Images
 from cookbook_core.chat.template import apply_template, end_token
 from cookbook_core.errors import DataError, ModelError
@@ -60,6 +60,7 @@ def reply_tokens(
     if "assistant" in roles:
         rule, fix = "roles tool, user or system", "Let the model write its answers."
         raise DataError("reply", "contains an answer", expected=rule, got=roles, fix=fix)
+    reply = [as_text(message, f"reply[{i}]") for i, message in enumerate(reply)]
     messages = Images(tokenizer, messages, images).turns
     before = apply_template(tokenizer, messages, True, **arguments)
     end = end_token(tokenizer)

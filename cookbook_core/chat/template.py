@@ -184,8 +184,6 @@ def _check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             rule = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
             raise DataError(f"tools[{j}]", "not a tool", expected=rule, got=f"{tool!r:.80}")
-    if not arguments:
-        return
     ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
     for name in arguments:
         known = re.search(rf"\b{re.escape(str(name))}\b", str(tokenizer.chat_template))
@@ -197,14 +195,19 @@ def _check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
 
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> tuple[str, str]:
     """Return the rendered text and "", or "" and the template's reason for refusing."""
-    from jinja2 import TemplateError
-
     if any(isinstance(m.get("content"), list) for m in messages) or _takes_parts_only(tokenizer):
         texts = [isinstance(m.get("content"), str) for m in messages]
         messages = [
             {**m, "content": as_parts(m["content"])} if text else m
             for m, text in zip(messages, texts, strict=True)
         ]
+    return _applied(tokenizer, messages, **options)
+
+
+def _applied(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> tuple[str, str]:
+    """`_rendered` of messages that are in the form which the template takes."""
+    from jinja2 import TemplateError
+
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options), ""
     except (
@@ -222,11 +225,11 @@ def _takes_parts_only(tokenizer: Any) -> bool:
     """Whether the template shows a text only as a part, as those of some models with vision do."""
     template = str(tokenizer.chat_template)
     if template not in _PARTS_ONLY:
-        _PARTS_ONLY[template] = False  # while it is tried
+        found = [True]
         if "'text'" in template or '"text"' in template:
-            forms = ("qz", as_parts("qz"))
-            found = [_rendered(tokenizer, [{"role": "user", "content": x}])[0] for x in forms]
-            _PARTS_ONLY[template] = ["qz" in text for text in found] == [False, True]
+            forms = [[{"role": "user", "content": x}] for x in ("qz", as_parts("qz"))]
+            found = ["qz" in _applied(tokenizer, messages)[0] for messages in forms]
+        _PARTS_ONLY[template] = found == [False, True]
     return _PARTS_ONLY[template]
 
 

@@ -76,14 +76,11 @@ def export(
         raise ConfigError(str(target), "exists", fix=fix)
 
     from cookbook_core.backend.local import checkpoints, merging
-    from cookbook_core.backend.local.model import loading
-
-    from transformers import AutoConfig
 
     adapter = checkpoints.read(folder)
     source, name, tokenizer = _base_model(base_model or checkpoints.base_model_of(folder))
     card = model_card.Card(to, name, folder.name, adapter.config.r, home and home / "config.json")
-    card.auto_class = loading.auto_class(AutoConfig.from_pretrained(source)).__name__
+    card.auto_class = _auto_class(source)
     _check_form(card)
     if to == "peft":
         with _new_folder(target, (folder / "adapter_model.safetensors").stat().st_size) as new:
@@ -111,6 +108,22 @@ def export(
             _inline_template(new, tokenizer)
         card.write(new, tokenizer)
     return target
+
+
+def _auto_class(source: Path | str) -> str:
+    """The name of the class of transformers that loads the base model."""
+    from cookbook_core.backend.local.model.loading import auto_class
+
+    from transformers import AutoConfig
+
+    try:
+        return auto_class(AutoConfig.from_pretrained(source)).__name__
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        fix = "Export with a version of transformers that knows it."
+        raise ModelError(
+            str(source), "not a model that can be loaded", got=first, fix=fix
+        ) from error
 
 
 def _check_form(card: model_card.Card) -> None:

@@ -13,7 +13,7 @@ from cookbook_core.image_files import ImageFile, image_file
 IMAGE_COLUMNS = ("image", "images")
 """Columns that are read beside the others where a row has them: one image, or a list."""
 
-_KEYS = ("image", "path", "bytes")
+_KEYS = ("image", "bytes", "path")
 """Of a part that carries its image, where that may be."""
 
 

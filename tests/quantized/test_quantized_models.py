@@ -15,6 +15,7 @@ from typing import Any
 
 from cookbook_core.backend.local.model import loading, memory, quantization
 from cookbook_core.backend.local.model.loading import BaseModel, load_base_model
+from cookbook_core.backend.local.sampling.layer_loop import LayerLoop
 from cookbook_core.clients import score
 from cookbook_core.commands.export import export
 from cookbook_core.errors import CheckpointError, ConfigError, ModelError
@@ -204,6 +205,8 @@ def test_a_folder_that_is_quantized_already(
     if form == "nf4":
         flagged = load_base_model(model_folder("llama"), "cpu", "nf4")
         assert base.identity()["fingerprint"] == flagged.identity()["fingerprint"]
+    assert LayerLoop.of(base.model) is None  # which takes plain weights
+    assert all(g.isfinite().all() and g.any() for g in gradient_of(ours).values())
     path = ours.save_weights_for_sampler("final").result(SECONDS).path
     out = export(path, "merged", tmp_path / "merged", dtype="float32")
     assert "quantization_config" not in read(out / "config.json")

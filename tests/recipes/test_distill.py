@@ -190,6 +190,9 @@ def test_flags_that_do_not_go_together_are_refused(fields, message):
 
 
 def test_context_goes_around_the_last_message_and_may_have_braces():
+    picture, text = {"type": "image", "image": "a.png"}, {"type": "text", "text": "a"}
+    asked = in_context([{"role": "user", "content": [picture, text]}], "b {prompt}")
+    assert asked[0]["content"] == [picture, {"type": "text", "text": "b a"}]
     assert in_context("a b", 'Answer as {"x": 1}: {prompt}') == 'Answer as {"x": 1}: a b'
     turns = [{"role": "system", "content": "Hi"}, {"role": "user", "content": "a b"}]
     asked = in_context(turns, REVERSE)

@@ -170,8 +170,9 @@ def test_labels_of_the_rows_must_be_the_same():
     assert label_words(rows[:1], (), (" a",)) == (" yes", " no")
     assert label_words(rows, (" b", " c"), (" a",)) == (" b", " c")
     assert label_words([{"text": "x"}], (), (" a",)) == (" a",)
-    with pytest.raises(DataError, match=r"rows\[1\]: other labels than the first row's"):
-        label_words(rows, (), (" a",))
+    for given in (rows, [{"text": "x"}, rows[0]]):
+        with pytest.raises(DataError, match=r"rows\[1\]: other labels than the first row's"):
+            label_words(given, (), (" a",))
 
 
 def test_a_missing_target_is_named():

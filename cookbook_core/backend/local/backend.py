@@ -259,7 +259,8 @@ class LocalTraining:
         loss_type_input: LossTypeInput,
         keep_graph: bool,
     ) -> ForwardBackwardOutput:
-        if keep_graph and loss_type_input == "logprobs":
+        alone = type(self._engine) is Engine  # others are told of a backward in the same request
+        if keep_graph and alone and loss_type_input == "logprobs":
             return self._backend.kept.forward(self._engine, self._adapter, data, loss_fn)
         return self._engine.forward(self._adapter, data, loss_fn, loss_type_input)
 

@@ -78,6 +78,7 @@ class Engine:
         self.bank = AdapterBank(base)
         self.limits = MemoryLimits(base, self.scorer, gradient_checkpointing)
         self.budget = CacheBudget.of(base)
+        self.budget.tokens = -agree([-self.budget.tokens])[0]
 
     def forward_backward(
         self,
@@ -298,9 +299,7 @@ class Engine:
             params = adapter.slot.params if adapter else {}
             check_images(self.scorer, prompts, params, "prompts")
             tower = self.scorer.tower()
-        tokenizer = None
-        if any(r.params.stop is None or _has_text(r.params.stop) for r in requests):
-            tokenizer = self.base.tokenizer()
+        tokenizer = self.tokenizer_for(requests)
         longest = max(r.params.max_tokens or MERGE_FROM for r in requests)
         merged = self.merged(adapter) if longest >= MERGE_FROM else contextlib.nullcontext()
         with self.bank.active(adapter), torch.no_grad(), merged:
@@ -312,6 +311,11 @@ class Engine:
                 head=self.scorer.head,
                 tower=tower,
             )
+
+    def tokenizer_for(self, requests: Sequence[SampleRequest]) -> Any:
+        """The tokenizer, None where no request needs one to know where to stop."""
+        needed = any(r.params.stop is None or _has_text(r.params.stop) for r in requests)
+        return self.base.tokenizer() if needed else None
 
     def merged(self, adapter: Adapter | None) -> AbstractContextManager[None]:
         """Within the block, merge the adapter if the copy fits in MERGE_SHARE of memory.

@@ -20,7 +20,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from cookbook_core.backend.local.model.quantization import is_quantized
+
 import torch
+from torch.autograd.function import once_differentiable
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -46,7 +49,8 @@ class _AddLowRank(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, low, a, b = ctx.saved_tensors
         g = grads[0].flatten(0, -2)
         low_grad = torch.mm(g, b).mul_(ctx.scale)
@@ -70,7 +74,8 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, low, weight, a, b = ctx.saved_tensors
         g, x_grad = grads[0].flatten(0, -2), None
         low_grad = torch.mm(g, b).mul_(ctx.scale)
@@ -147,6 +152,6 @@ def fuse(
             module.lora_variant[slot_name] = Fused(factors)
             # for every slot of the layer: no float32 copy of x before the call above
             module.cast_input_dtype_enabled = not rounded
-        if factors and plain:
-            layer: Any = module
+        layer: Any = module  # torchao's weights are those of a plain layer
+        if factors and plain and not is_quantized(layer.get_base_layer().weight):
             layer.forward = partial(_forward, layer)  # of this one object, not of its class

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -21,7 +22,8 @@ class _SwiGlu(torch.autograd.Function):
         return torch.nn.functional.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = ctx.saved_tensors
         up_grad = torch.nn.functional.silu(gate).mul_(grads[0])
         gate_grad = grads[0] * up

@@ -9,7 +9,10 @@ computed past FSDP's hooks.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cookbook_core.backend.local import SUPPORTED, check_versions
@@ -18,6 +21,8 @@ from cookbook_core.errors import ConfigError, ModelError
 
 import torch
 
+_END = 1 << 20
+"""Bytes of a file that are compared at each of its ends."""
 NEEDS = {"torch": "2.13", "transformers": "5.23", "peft": "0.21.2"}
 """The oldest versions with which this was run; older ones split models otherwise, or not at all."""
 
@@ -29,13 +34,11 @@ def loading_options(config: Any, dtype: str, device: torch.device, shards: int) 
         config: of the model.
         dtype: as the user gave it.
         device: to load it onto.
-        shards: processes of the run; 1 gives no arguments.
+        shards: processes of the run, 2 or more.
     Raises:
         VersionError: a package is too old. ConfigError: a dtype, device or model that is not
             sharded.
     """
-    if shards == 1:
-        return {}
     check_versions({name: (low, SUPPORTED[name][1]) for name, low in NEEDS.items()}, "for --shard")
     if dtype == "nf4" or getattr(config, "quantization_config", None) is not None:
         fix = "Leave --shard out: each process then holds the whole quantized model."
@@ -84,6 +87,23 @@ def prepare(model: Any, shards: int, name: str) -> None:
     model.sharded_backbone = lambda **inputs: inner(**inputs)
     register_fsdp_forward_method(model, "sharded_backbone")
     model.sharded_bytes = sharded_weight_bytes(model, shards)
+
+
+def folder_digest(path: str) -> str:
+    """Of the ends of a model folder's weight files, "" for a name on the Hub.
+
+    The fingerprint of a sharded model is that of what all processes have put together, so it cannot
+    tell that their folders differ.
+    """
+    total = hashlib.sha256()
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with file.open("rb") as weights:
+            size = weights.seek(0, os.SEEK_END)
+            for start in (0, max(0, size - _END)):
+                weights.seek(start)
+                total.update(weights.read(_END))
+        total.update(f"{file.name} {size}".encode())
+    return total.hexdigest() if Path(path).is_dir() else ""
 
 
 def backbone(model: Any) -> Callable[..., Any]:

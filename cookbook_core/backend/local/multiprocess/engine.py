@@ -30,6 +30,7 @@ from cookbook_core.backend.local.model.adapters import plain_config
 from cookbook_core.backend.local.model.flat_adapter import Adapter
 from cookbook_core.backend.local.model.loading import BaseModel, load_base_model, resolve_model
 from cookbook_core.backend.local.model.memory import keep_freed_memory
+from cookbook_core.backend.local.model.sharding import folder_digest
 from cookbook_core.backend.local.multiprocess.group import Group, Packet, Request, Stopped
 from cookbook_core.backend.local.multiprocess.packets import (
     datum_packet,
@@ -104,17 +105,18 @@ class SharedEngine(Engine):
         }
         with group.request([Packet(header)] * group.size) as request:
             base = load_base_model(name, device, dtype, header["options"]["shards"])
-            request.answers()  # it is loaded everywhere: what follows is computed together
+            # it is loaded everywhere: what follows is computed together
+            files = folder_digest(header["options"]["name"])
+            for rank, answer in zip(group.others, request.answers(), strict=True):
+                if answer.header["files"] != files:
+                    raise _other_weights(group.name(rank), files, answer.header["files"])
             request.next_round([[]] * group.size)
             with _in_step(group, base):
                 mine = base.identity()["fingerprint"]
             engine = cls(base, gradient_checkpointing, group, number)
             for rank, answer in zip(group.others, request.answers(), strict=True):
                 if (theirs := answer.header["fingerprint"]) != mine:
-                    where = f"base_model in {group.name(rank)}"
-                    fix = "Give every process the same model folder."
-                    what = "has other weights"
-                    raise ModelError(where, what, expected=mine, got=theirs, fix=fix)
+                    raise _other_weights(group.name(rank), mine, theirs)
             request.finish()
         return engine
 
@@ -193,13 +195,7 @@ class SharedEngine(Engine):
         """
         requests = [_seeded(request) for request in requests]
         if self.base.shards > 1:
-            work = [sample_packet(requests)] * self._group.size
-            with self._request("sample", adapter, work) as request:
-                with _in_step(self._group, self.base):
-                    mine = super().sample(adapter, requests)
-                request.answers()
-                request.finish()
-            return mine
+            return self._sample_together(adapter, requests)
         costs = [r.num_samples * (r.params.max_tokens or 1) for r in requests]
         shares = spread(costs, self._group.size)
         if not any(shares[1:]):
@@ -210,6 +206,29 @@ class SharedEngine(Engine):
             answers = [answer.header["responses"] for answer in request.answers()]
             request.finish()
         return _in_order(shares, [mine, *([response_in(r) for r in each] for each in answers)])
+
+    def _sample_together(
+        self, adapter: Adapter | None, requests: Sequence[SampleRequest]
+    ) -> list[SampleResponse]:
+        """Sample on every rank over a sharded model.
+
+        Raises:
+            ProcessError: ranks on unlike machines drew different tokens.
+        """
+        self.tokenizer_for(requests)  # whatever is wrong with it fails this request alone
+        work = [sample_packet(requests)] * self._group.size
+        with self._request("sample", adapter, work) as request:
+            with _in_step(self._group, self.base):
+                mine = super().sample(adapter, requests)
+            drawn = [[s.tokens for s in response.sequences] for response in mine]
+            for rank, answer in zip(self._group.others, request.answers(), strict=True):
+                theirs = [response_in(values) for values in answer.header["responses"]]
+                if [[s.tokens for s in response.sequences] for response in theirs] != drawn:
+                    what = "drew other tokens than process 0 in the same request"
+                    fix = "Run --shard on machines of one kind."
+                    raise ProcessError(self._group.name(rank), what, fix=fix)
+            request.finish()
+        return mine
 
     def _alone(self, shares: Sequence[Sequence[int]]) -> bool:
         """Whether the other ranks have no part in a request."""
@@ -326,7 +345,7 @@ class Follower:
         if wanted.startswith("cuda") or (wanted == "auto" and torch.cuda.is_available()):
             options["device"] = f"cuda:{torch.cuda.current_device()}"  # which Group has set
         base = load_base_model(**options)
-        self._group.exchange({})
+        self._group.exchange({"files": folder_digest(options["name"])})
         with _in_step(self._group, base):
             mine = base.identity()["fingerprint"]
             agreement = _agreement(self._group, base)
@@ -384,6 +403,12 @@ class Follower:
 
 
 _numbers = itertools.count()
+
+
+def _other_weights(process: str, expected: Any, got: Any) -> ModelError:
+    fix = "Give every process the same model folder."
+    where = f"base_model in {process}"
+    return ModelError(where, "has other weights", expected=expected, got=got, fix=fix)
 
 
 def _in_step(group: Group, base: BaseModel) -> AbstractContextManager[None]:

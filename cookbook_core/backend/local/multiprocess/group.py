@@ -131,8 +131,10 @@ class Group:
             _finish(dist.irecv(body, source))
             return body
 
+        # on rank 0 all: one that ends, as another hangs, is not the cause
+        watched = [source] if self.rank else self._others()
         with self._detecting_loss(self.name(source)):
-            body = self.heartbeat.run([source], transfer)
+            body = self.heartbeat.run(watched, transfer)
         at = int(sizes[0])
         header = json.loads(bytes(body[:at].numpy()))
         tensors = []

@@ -7,6 +7,7 @@ process looks at its number. Results do not depend on any of this.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
@@ -23,6 +24,8 @@ LIMIT = 600.0
 release Python's interpreter lock stops the signs for as long as it takes."""
 SIGNS = 40
 """Signs of life within the limit."""
+LATER = 4
+"""Signs of life that the other ranks wait for beyond the limit."""
 
 T = TypeVar("T")
 
@@ -46,8 +49,11 @@ class Heartbeat:
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.limit = _limit()
         self.interval = self.limit / SIGNS
+        self._shared = store
         self._store, self._rank = store.clone(), rank  # a connection of its own
         self._signs = [0] * size
+        # rank 0 first, whose error names the step: another that ends would be taken for the cause
+        self._patience = SIGNS + (LATER if rank else 0)
         self.places: list[str] = []
         """By rank: process id and machine."""
         self._ended = threading.Event()
@@ -78,7 +84,7 @@ class Heartbeat:
             for rank in ranks:
                 missed[rank] = missed[rank] + 1 if self._signs[rank] == last[rank] else 0
                 last[rank] = self._signs[rank]
-            if silent := [rank for rank in ranks if missed[rank] >= SIGNS]:
+            if silent := [rank for rank in ranks if missed[rank] >= self._patience]:
                 return silent
         return []
 
@@ -121,12 +127,13 @@ class Heartbeat:
 
     def _beat(self) -> None:
         """Count until stopped. Where the store is gone, with its machine, all others are silent."""
-        try:
-            while not self._ended.wait(self.interval):
+        while not self._ended.wait(self.interval):
+            try:
                 for rank in range(len(self._signs)):
                     self._signs[rank] = self._store.add(f"sign/{rank}", int(rank == self._rank))
-        except RuntimeError:
-            return
+            except RuntimeError:  # its connection broke
+                with contextlib.suppress(RuntimeError):
+                    self._store = self._shared.clone()
 
 
 def _limit() -> float:

@@ -40,7 +40,10 @@ def open_store(timeout: timedelta) -> tuple[Any, int, int]:
     own, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank:
         store.set(f"here/{rank}", own)
-        start = store.get(f"start/{own}").decode()
+        try:
+            start = store.get(f"start/{own}").decode()
+        except RuntimeError as error:
+            raise _not_started(size, str(error).partition("\n")[0]) from error
         store.add(f"ready/{start}", 1)
         return PrefixStore(start, store), rank, size
     while (ready := store.add(f"ready/{own}", 0)) < size - 1:
@@ -48,10 +51,14 @@ def open_store(timeout: timedelta) -> tuple[Any, int, int]:
             if store.check([key]):  # maybe written before the restart; then again soon
                 store.set(f"start/{store.get(key).decode()}", own)
         if time.monotonic() > deadline:
-            what, fix = "not all processes started", "Give the same command on every machine."
-            raise ProcessError("torchrun", what, expected=size, got=1 + ready, fix=fix)
+            raise _not_started(size, 1 + ready)
         time.sleep(0.02)
     return PrefixStore(own, store), rank, size
+
+
+def _not_started(size: int, got: Any) -> ProcessError:
+    what, fix = "not all processes started", "Give the same command on every machine."
+    return ProcessError("torchrun", what, expected=size, got=got, fix=fix)
 
 
 def choose_interface() -> None:

@@ -12,6 +12,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+from cookbook_core.backend.local.model.quantization import is_quantized
 from cookbook_core.backend.local.sampling.kv_cache import RowCache
 
 import torch
@@ -173,7 +174,7 @@ def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
     """The weight, transposed, and the bias of a linear layer."""
     if hasattr(module, "base_layer") and module.disable_adapters:
         module = module.base_layer
-    if type(module) is not torch.nn.Linear:
+    if type(module) is not torch.nn.Linear or is_quantized(module.weight):
         raise _NotPlain
     return module.weight.t(), module.bias
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cookbook_core.backend.local.model.memory import is_out_of_memory, release_cached
+from cookbook_core.backend.local.model.sharding import is_sharded
 from cookbook_core.backend.local.model.vision import VisionTower
 from cookbook_core.backend.local.sampling.cache_budget import CacheBudget
 from cookbook_core.backend.local.sampling.decoder import Decoder, Prompt
@@ -203,8 +204,8 @@ def _fits(decoder: Decoder, wave: list[Row]) -> bool:
     try:
         _decode(decoder, wave)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
+        if not is_out_of_memory(error) or is_sharded(decoder.core):
+            raise  # the other processes are in the middle of the same forward
         return False
     finally:
         decoder.release()

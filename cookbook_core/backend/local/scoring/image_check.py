@@ -11,7 +11,7 @@ from cookbook_core.backend.local.model.vision import VisionTower, in_space, lang
 from cookbook_core.backend.local.scoring.micro_batches import MicroBatch
 from cookbook_core.backend.local.scoring.packing_check import BOUNDS, STRICT, rms_ratio
 from cookbook_core.errors import DatumError, ModelError
-from cookbook_core.images import ImageReader
+from cookbook_core.images import ImageReader, cut_at
 from cookbook_core.types import Datum, EncodedTextChunk, ImageChunk, ModelInput
 
 import torch
@@ -57,7 +57,10 @@ def reading_problem(scorer: Any, tower: VisionTower) -> str:
     try:
         with torch.no_grad():
             own = tower.reader.own_inputs("1", chunks)
-            value = _as_chunks(own["input_ids"][0].tolist(), chunks, tower)
+            written = [(chunk, tower.reader.pixels(chunk).ids) for chunk in chunks]
+            value = cut_at(own["input_ids"][0].tolist(), written)
+            if isinstance(value, int):
+                return "an image has other tokens in a text than by itself"
             inputs = {name: x.to(scorer.device) for name, x in own.items()}
             with scorer.attention(packed=False):
                 want = scorer.backbone(**inputs, use_cache=False).last_hidden_state[0]
@@ -69,24 +72,6 @@ def reading_problem(scorer: Any, tower: VisionTower) -> str:
     bound = BOUNDS.get(want.dtype, STRICT)[0]
     ratio = rms_ratio(found.last_hidden_state[0].cpu(), want.cpu())
     return "" if ratio <= bound else f"hidden states differ by {ratio:.1e} of their size"
-
-
-def _as_chunks(ids: list[int], images: list[ImageChunk], tower: VisionTower) -> ModelInput:
-    """Token ids in which images are written out, as text and image chunks.
-
-    Raises:
-        ValueError: the ids of an image are not among them.
-    """
-    chunks: list[Any] = []
-    for image in images:
-        own = list(tower.reader.pixels(image).ids)
-        starts = range(len(ids) - len(own) + 1)
-        at = next((i for i in starts if ids[i : i + len(own)] == own), None)
-        if at is None:
-            raise ValueError("an image has other tokens in a text than by itself")
-        chunks += [EncodedTextChunk(ids[:at]), image]
-        ids = ids[at + len(own) :]
-    return ModelInput([*chunks, EncodedTextChunk(ids)])
 
 
 def image_batch(batch: MicroBatch, tower: VisionTower) -> dict[str, Any]:
