@@ -37,8 +37,8 @@ def join_processes() -> None:
     try:
         Follower(group).serve()
     except ProcessError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(1) from None
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)  # a thread may wait in gloo, and aborts a process that takes its modules apart
     raise SystemExit(0)
 
 
