@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import socket
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from cookbook_core.commands.serve import load_bases
+from cookbook_core.commands.serve import listen, load_bases
 from cookbook_core.serve import wire
 from cookbook_core.serve.app import make_app
 from cookbook_core.serve.service import Service
@@ -32,8 +31,7 @@ class Running:
         self.app = make_app(self.bases, root, **options)
 
     def __enter__(self) -> Running:
-        listening = socket.socket()
-        listening.bind(("127.0.0.1", 0))
+        listening = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         config = uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=2)
         self._server = uvicorn.Server(config)
