@@ -86,8 +86,8 @@ def make_sides(
 
     def client(kind: str, folder: str, seed: int, train_unembed: bool) -> TrainingClient:
         if kind not in services:
-            folder = tmp_path_factory.mktemp("checkpoints")
-            options = {"dtype": "float64", "checkpoint_dir": folder, "shard": kind == "sharded"}
+            saved = tmp_path_factory.mktemp("checkpoints")
+            options = {"dtype": "float64", "checkpoint_dir": saved, "shard": kind == "sharded"}
             services[kind] = ServiceClient(device="cpu", **options)
         with pytest.MonkeyPatch.context() as patch:
             if kind == "alone":
@@ -329,10 +329,10 @@ def test_samples(sides: Connect, seed: int | None) -> None:
 
 
 def test_images_are_read_where_they_are_needed(
-    two: Two, sides: Connect, small_tokenizer: Any, tmp_path: Path
+    two: Two, whole: Connect, small_tokenizer: Any, tmp_path: Path
 ) -> None:
     """Steps and samples are those of one process; each encodes the images of its share, once."""
-    both = sides(folder=write("qwen3_vl", tmp_path, small_tokenizer))
+    both = whole(folder=write("qwen3_vl", tmp_path, small_tokenizer))
     shared = engine_of(both.shared)
     images = [shared.base.image_reader().chunk(picture(n)) for n in range(4)]
     stem, end = EncodedTextChunk(list(range(10, 28))), EncodedTextChunk([30])

@@ -15,12 +15,15 @@ from typing import Any
 
 from cookbook_core.backend.local.model import loading, memory, quantization
 from cookbook_core.backend.local.model.loading import BaseModel, load_base_model
+from cookbook_core.backend.local.multiprocess import group
+from cookbook_core.backend.local.multiprocess.engine import SharedEngine
 from cookbook_core.backend.local.sampling.layer_loop import LayerLoop
 from cookbook_core.clients import score
 from cookbook_core.commands.export import export
 from cookbook_core.errors import CheckpointError, ConfigError, ModelError
 from cookbook_core.tinker import ModelInput, SamplingParams, ServiceClient, TrainingClient
 from tests.conftest import make_random_data
+from tests.follower import Two
 from tests.oracles.logprobs import adapter_of, assert_close, engine_of, randomize, slow_logprobs
 from tests.test_client_contract import logprobs_of
 from tests.test_export import read
@@ -35,7 +38,7 @@ if MISSING and os.environ.get("QUANTIZED") != "required":
     pytest.skip(f"not on the path: {', '.join(MISSING)}", allow_module_level=True)
 
 SECONDS = 60
-DATA = make_random_data(6, lengths=(5, 30))
+DATA = make_random_data(6, vocab=94, lengths=(5, 30))  # `tests.follower` acts on other tokens
 
 Client = Callable[..., TrainingClient]
 
@@ -216,6 +219,27 @@ def test_a_folder_that_is_quantized_already(
     tolerance = 1e-5 if dtype == "float32" else 0.3
     for a, b in zip(logprobs_of(ours, DATA), theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_two_processes_over_a_quantized_base(
+    model_folder: Callable[..., str],
+    client_of: Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two processes, each with the whole base in NF4, compute what one does."""
+    two = Two(tmp_path)
+    try:
+        shared = client_of(model_folder("llama"), "nf4")
+        assert type(engine_of(shared)) is SharedEngine
+        with monkeypatch.context() as patch:
+            patch.setattr(group, "_group", None)
+            alone = client_of(model_folder("llama"), "nf4")
+        for a, b in zip(logprobs_of(shared, DATA), logprobs_of(alone, DATA), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        assert_close(gradient_of(shared), gradient_of(alone), 1e-6)
+    finally:
+        assert two.end() == 0
 
 
 def test_a_merged_export_is_the_function_that_was_trained(
