@@ -199,7 +199,8 @@ class Samplers:
                 shutil.rmtree(folder, ignore_errors=True)
             if sampler.pending:
                 self._flush(sampler)
-            self._make_room()
+            if sampler.spilled:
+                self._make_room()
 
         loop = asyncio.get_running_loop()
         written.add_done_callback(lambda _: loop.call_soon_threadsafe(settle))
