@@ -189,7 +189,7 @@ def test_a_value_may_be_a_path_bytes_a_dict_or_a_pil_image(tmp_path):
     forms = ["a.png", A, {"bytes": A, "path": "x.png"}, {"bytes": None, "path": "a.png"}]
     for value in forms:
         row = with_image_files("rows[0]", {"prompt": "p", "image": value}, tmp_path)
-        assert [file.data() for file in row["images"]] == [A]
+        assert row["image"].data() == A
     row = with_image_files("rows[0]", {"images": [Image.open(io.BytesIO(A))]}, tmp_path)
     same = Image.open(io.BytesIO(row["images"][0].data()))
     assert same.tobytes() == Image.open(io.BytesIO(A)).tobytes()
@@ -199,7 +199,7 @@ def test_columns_are_read_beside_the_others_from_jsonl_and_parquet(tmp_path):
     (tmp_path / "a.png").write_bytes(A)
     rows = [{"prompt": "p", "image": "a.png"}, {"prompt": "q", "other": 1}]
     first, second = load_rows(saved(tmp_path, *rows), ["prompt"])
-    assert [set(first), set(second)] == [{"prompt", "images"}, {"prompt"}]
+    assert [set(first), set(second)] == [{"prompt", "image"}, {"prompt"}]
     table = pa.Table.from_pylist(
         [{"prompt": "p", "images": [{"bytes": x, "path": "x.png"} for x in (A, B)]}]
     )
@@ -299,7 +299,7 @@ def test_a_file_that_is_gone_or_changed_names_its_row(what, change, tmp_path, to
     (tmp_path / "a.png").write_bytes(A)
     (row,) = load_rows(saved(tmp_path, {"prompt": "p", "image": "a.png"}), ["prompt"])
     reader = tokenizer_of("qwen3_vl").images.reader()
-    chunk = reader.stored(row["images"][0])
+    chunk = reader.stored(row["image"])
     change(tmp_path / "a.png")
     with pytest.raises(DatumError, match=rf"rows.jsonl:1, column image: .*{what}"):
         reader.check(chunk, "data[0].model_input.chunks[0]")
@@ -415,7 +415,9 @@ def test_a_model_that_reads_text_alone_names_the_row(tmp_path, model_folder):
     (tmp_path / "a.png").write_bytes(A)
     tokenizer = load_base_model(model_folder("qwen3"), "cpu").tokenizer()
     rows = load_rows(saved(tmp_path, {"prompt": "p", "image": "a.png"}), ["prompt"])
-    with pytest.raises(DataError, match=r"rows.jsonl:1, image: .*got 1 images .*reads text only"):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:1, column image: .*got 1 images .*reads text only"
+    ):
         clients.with_prompt_tokens(rows, tokenizer, 100)
 
 

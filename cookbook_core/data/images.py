@@ -59,7 +59,8 @@ def with_image_files(where: str, row: Row, folder: Path | None = None) -> Row:
             _filled(message, rest, f"{spot}[{i}]", folder) for i, message in enumerate(messages)
         ]
         used = used or empty > 0
-    return {**kept, **made, **({"images": files} if files and not used else {})}
+    rest = {"image": files[0]} if row.get("image") else {"images": files}
+    return {**kept, **made, **(rest if files and not used else {})}
 
 
 def column_images(
