@@ -415,9 +415,8 @@ def test_a_model_that_reads_text_alone_names_the_row(tmp_path, model_folder):
     (tmp_path / "a.png").write_bytes(A)
     tokenizer = load_base_model(model_folder("qwen3"), "cpu").tokenizer()
     rows = load_rows(saved(tmp_path, {"prompt": "p", "image": "a.png"}), ["prompt"])
-    with pytest.raises(
-        DataError, match=r"rows.jsonl:1, column image: .*got 1 images .*reads text only"
-    ):
+    said = r"rows.jsonl:1, column image: .*got 1 images .*reads text only"
+    with pytest.raises(DataError, match=said):
         clients.with_prompt_tokens(rows, tokenizer, 100)
 
 
