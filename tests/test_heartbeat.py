@@ -24,6 +24,7 @@ class Store:
     def __init__(self) -> None:
         self.kept, self.lost, self.answers = HashStore(), False, threading.Event()
         self.answers.set()
+        self.beats: list[Heartbeat] = []
 
     def clone(self) -> Store:
         return self
@@ -43,12 +44,15 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv(heartbeat.VARIABLE, str(LIMIT))
     made = Store()
     yield made
+    for each in made.beats:
+        each.stop()
     made.lost = True
     made.answers.set()
 
 
 def of(store: Store, size: int = 2) -> list[Heartbeat]:
     beats = [Heartbeat(store, rank, size) for rank in range(size)]
+    store.beats += beats
     for each in beats:
         each.start()
     return beats

@@ -26,6 +26,7 @@ def live_threads() -> int:
 def three_threads():
     """Three, so that there are helpers on a machine of one core too."""
     before = torch.get_num_threads()
+    settle()
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(before)
@@ -61,6 +62,16 @@ def test_a_worker_and_its_caller_never_keep_two_teams() -> None:
     assert seen == [alone + 2]  # the worker's two, none of the caller's
     wait_for(alone)  # idle: its helpers too are let go
     worker.close()
+
+
+def settle() -> None:
+    """Wait until threads that other tests have left to end are gone."""
+    done = threading.Event()
+    count, since = live_threads(), 0
+    while since < 20:
+        done.wait(0.05)
+        since = since + 1 if live_threads() == count else 0
+        count = live_threads()
 
 
 def wait_for(count: int) -> None:

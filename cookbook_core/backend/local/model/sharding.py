@@ -97,7 +97,7 @@ def folder_digest(path: str) -> str:
     """
     total = hashlib.sha256()
     for file in sorted(Path(path).glob("*.safetensors")):
-        with file.open("rb") as weights:
+        with open(file, "rb") as weights:
             size = weights.seek(0, os.SEEK_END)
             for start in (0, max(0, size - _END)):
                 weights.seek(start)
