@@ -92,7 +92,7 @@ def test_a_process_that_hangs_ends_the_run_which_goes_on_in_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rank 1 is stopped; then it goes on, and rank 0 has stopped giving signs of life."""
+    """Rank 1 is stopped; then it resumes, and rank 0 has stopped giving signs of life."""
     monkeypatch.setenv(heartbeat.VARIABLE, "12")
     model, run, made = model_folder(), tmp_path / "run", Two(tmp_path)
     first = group.joined()

@@ -232,12 +232,7 @@ class Engine:
         Returns:
             D tensors `(N,)` or `(N, K)`, nats, float32 or better, on the CPU.
         """
-        with self.bank.active(adapter), torch.no_grad():
-            return self.limits.fit(
-                data,
-                lambda limits: self.scorer.score(data, limits.micro_batch_tokens),
-                datum_indices,
-            )
+        return self._without_graph(self.scorer.score, adapter, data, datum_indices)
 
     def hidden(
         self,
@@ -255,11 +250,19 @@ class Engine:
         Returns:
             D tensors `(N, H)` on the device.
         """
+        return self._without_graph(self.scorer.hidden, adapter, data, datum_indices)
+
+    def _without_graph(
+        self,
+        compute: Callable[[Sequence[Datum], int], list[torch.Tensor]],
+        adapter: Adapter | None,
+        data: Sequence[Datum],
+        datum_indices: Sequence[int] | None,
+    ) -> list[torch.Tensor]:
+        """What `compute` gives for each datum, in micro-batches that fit into memory."""
         with self.bank.active(adapter), torch.no_grad():
             return self.limits.fit(
-                data,
-                lambda limits: self.scorer.hidden(data, limits.micro_batch_tokens),
-                datum_indices,
+                data, lambda limits: compute(data, limits.micro_batch_tokens), datum_indices
             )
 
     def compute_logprobs(

@@ -131,16 +131,7 @@ class SharedEngine(Engine):
         Returns:
             D tensors `(N,)` or `(N, K)`, nats, float32 or better, on the CPU.
         """
-        shares = self._shares(data)
-        if self._alone(shares):
-            return super().score(adapter, data, datum_indices)
-        work = [datum_packet(data, share) for share in shares]
-        with self._request("score", adapter, work) as request:
-            with _in_step(self._group, self.base):
-                mine = super().score(adapter, [data[i] for i in shares[0]], shares[0])
-            scored = [mine, *(answer.tensors for answer in request.answers())]
-            request.finish()
-        return _in_order(shares, scored)
+        return self._divided("score", super().score, adapter, data, datum_indices)
 
     def hidden(
         self,
@@ -149,16 +140,36 @@ class SharedEngine(Engine):
         datum_indices: Sequence[int] | None = None,
     ) -> list[torch.Tensor]:
         """As `Engine.hidden`; each rank computes its share."""
+        hidden = self._divided("hidden", super().hidden, adapter, data, datum_indices)
+        return [each.to(self.base.device) for each in hidden]
+
+    def _divided(
+        self,
+        op: str,
+        compute: Callable[..., list[torch.Tensor]],
+        adapter: Adapter | None,
+        data: Sequence[Datum],
+        datum_indices: Sequence[int] | None,
+    ) -> list[torch.Tensor]:
+        """What `compute` gives for each datum, each rank of its share; those of others on the CPU.
+
+        Args:
+            op: what the other ranks call it.
+            compute: a method of `Engine` that takes the arguments that follow.
+            adapter: the adapter to compute with; None for the base model.
+            data: D checked datums.
+            datum_indices: as in `Engine.score_with_graph`.
+        """
         shares = self._shares(data)
         if self._alone(shares):
-            return super().hidden(adapter, data, datum_indices)
+            return compute(adapter, data, datum_indices)
         work = [datum_packet(data, share) for share in shares]
-        with self._request("hidden", adapter, work) as request:
+        with self._request(op, adapter, work) as request:
             with _in_step(self._group, self.base):
-                mine = super().hidden(adapter, [data[i] for i in shares[0]], shares[0])
-            theirs = [[t.to(self.base.device) for t in a.tensors] for a in request.answers()]
+                mine = compute(adapter, [data[i] for i in shares[0]], shares[0])
+            results = [mine, *(answer.tensors for answer in request.answers())]
             request.finish()
-        return _in_order(shares, [mine, *theirs])
+        return _in_order(shares, results)
 
     @contextmanager
     def score_with_graph(
@@ -224,7 +235,7 @@ class SharedEngine(Engine):
             for rank, answer in zip(self._group.others, request.answers(), strict=True):
                 theirs = [response_in(values) for values in answer.header["responses"]]
                 if [[s.tokens for s in response.sequences] for response in theirs] != drawn:
-                    what = "drew other tokens than process 0 in the same request"
+                    what = "drew other tokens than rank 0 in the same request"
                     fix = "Run --shard on machines of one kind."
                     raise ProcessError(self._group.name(rank), what, fix=fix)
             request.finish()
