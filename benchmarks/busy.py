@@ -4,17 +4,17 @@
 
 Steps of `versus_trl`'s SFT on the random `small` model, a thread for each core, without and with
 one busy process for each core beside them. With a fair share of the cores a step takes twice its
-time. libgomp reads how long its threads spin when torch is loaded, so each program starts as its
-users do:
+time. Each program starts as its users do:
 
-    torch first   a program that imports torch before cookbook_core
-    recipe        as `python -m recipes.sft`
-    copy          a file made by `cookbook new sft`
-    notebook      the imports of the first tutorial
+    unwatched   as a recipe, with libgomp's own spin count chosen by the user: as without
+                `cookbook_core/backend/threads.py`
+    recipe      as `python -m recipes.sft`
+    copy        a file made by `cookbook new sft`
+    notebook    the imports of the first tutorial
 
 All programs take the same step by turns, so that other work on the machine slows all alike. Prints
 the median over the rounds, with the smallest and largest, of each program's time beside busy
-processes over its time alone, and of its time alone over that of "torch first".
+processes over its time alone, and of its time alone over that of "unwatched".
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 WARMUP = 2
+UNWATCHED = "unwatched"
 CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
+LIBGOMP = {"GOMP_SPINCOUNT": "300000"}  # its own
 
 
 def openings(folder: str) -> dict[str, str]:
@@ -52,7 +54,7 @@ def openings(folder: str) -> dict[str, str]:
     cell = next(c["source"] for c in notebook["cells"] if c["cell_type"] == "code")
     imports = [line for line in "".join(cell).splitlines() if line.startswith(("import", "from"))]
     return {
-        "torch first": "import torch",
+        UNWATCHED: "import recipes.sft",
         "recipe": "import recipes.sft",
         "copy": f"import runpy; runpy.run_path({str(copy)!r})",
         "notebook": "\n".join(imports),
@@ -74,13 +76,13 @@ def serve(steps: int, threads: int) -> None:
 class Program:
     """One process that takes steps when told to."""
 
-    def __init__(self, opening: str, steps: int, threads: int) -> None:
+    def __init__(self, opening: str, steps: int, threads: int, chosen: dict[str, str]) -> None:
         code = f"{opening}\nfrom benchmarks.busy import serve\nserve({steps}, {threads})"
         environment = {k: v for k, v in os.environ.items() if k not in CHOICES}
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
-            env={**environment, "PYTHONPATH": path},
+            env={**environment, **chosen, "PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -139,7 +141,10 @@ def main() -> None:
     total = WARMUP + 2 * options.rounds * options.steps
     with tempfile.TemporaryDirectory() as folder:
         texts = openings(folder)
-        programs = {name: Program(text, total, cores) for name, text in texts.items()}
+        programs = {
+            name: Program(text, total, cores, LIBGOMP if name == UNWATCHED else {})
+            for name, text in texts.items()
+        }
         try:
             for program in programs.values():
                 for number in range(WARMUP):
@@ -173,9 +178,9 @@ def measure(programs: dict[str, Program], cores: int, rounds: int, steps: int) -
     print(f"{cores} threads, {cores} busy processes, {rounds} rounds")
     for name in programs:
         ratios = [b / a for b, a in zip(beside[name], alone[name], strict=True)]
-        share = [a / t for a, t in zip(alone[name], alone["torch first"], strict=True)]
+        share = [a / t for a, t in zip(alone[name], alone[UNWATCHED], strict=True)]
         print(
-            f"  {name:12s} busy / alone {spread(ratios)}, alone {spread(share)} of torch first, "
+            f"  {name:12s} busy / alone {spread(ratios)}, alone {spread(share)} of {UNWATCHED}, "
             f"{statistics.median(alone[name]):.3f} s alone"
         )
 

@@ -1,6 +1,6 @@
 """Post-training with your own loss function, on your own machine. See README.md."""
 
-from cookbook_core import chat, openmp, runs, tinker
+from cookbook_core import chat, runs, tinker
 from cookbook_core.alignment import (
     align_weights,
     check_alignment,
@@ -18,7 +18,6 @@ from cookbook_core.datums import (
 from cookbook_core.runs import early
 from cookbook_core.token_set import datum_from_token_set, single_tokens
 
-openmp.limit_spinning()
 early.answer()
 
 __all__ = [

@@ -34,7 +34,7 @@ def name_of(path: Path) -> str:
 
 
 LAYERS = (
-    "errors openmp",
+    "errors",
     "storage",
     "types",
     "datums datum_checks alignment custom_loss token_set builtin_losses regularise",

@@ -1,7 +1,8 @@
-"""One team of OpenMP helper threads at a time."""
+"""One team of OpenMP helper threads at a time, and a second one on a busy machine."""
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -23,8 +24,9 @@ def live_threads() -> int:
 
 
 @pytest.fixture(autouse=True)
-def three_threads():
+def three_threads(monkeypatch: pytest.MonkeyPatch):
     """Three, so that there are helpers on a machine of one core too."""
+    monkeypatch.setattr(threads, "_times", dict)  # workers' own watches: the load is the tests'
     before = torch.get_num_threads()
     settle()
     torch.set_num_threads(3)
@@ -62,6 +64,41 @@ def test_a_worker_and_its_caller_never_keep_two_teams() -> None:
     assert seen == [alone + 2]  # the worker's two, none of the caller's
     wait_for(alone)  # idle: its helpers too are let go
     worker.close()
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a team of one has no threads to count")
+def test_a_second_team_exists_while_threads_wait_for_processors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = {"ran": 0, "waited": 0}
+    share = 0.0
+
+    def times() -> dict[str, tuple[int, int]]:
+        clock["waited"] += int(share * 1000)
+        clock["ran"] += int((1 - share) * 1000)
+        return {"1": (clock["ran"], clock["waited"])}
+
+    monkeypatch.setattr(threads, "_times", times)
+    monkeypatch.setattr(threads, "INTERVAL", 0.01)
+    watch, alone = threads.LoadWatch(), live_threads()
+    team = len(os.sched_getaffinity(0)) - 1
+    watch.resume()
+    for share, expected in ((0.05, 0), (0.3, team), (0.15, team), (0.05, 0), (0.15, 0)):
+        wait_for(alone + 1 + expected)
+        threading.Event().wait(0.1)
+        assert live_threads() == alone + 1 + expected, share
+    share = 0.3
+    wait_for(alone + 1 + team)
+    watch.pause()
+    watch.end()
+    wait_for(alone)
+
+
+def test_the_share_is_that_of_threads_seen_twice() -> None:
+    before = {"1": (100, 0), "2": (50, 50), "ended": (900, 900)}
+    after = {"1": (160, 10), "2": (70, 60), "new": (900, 900)}
+    assert threads._share_waited(before, after) == 20 / 100
+    assert threads._share_waited(before, before) == 0
 
 
 def settle() -> None:

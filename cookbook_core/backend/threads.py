@@ -1,18 +1,30 @@
-"""OpenMP's helper threads: one team at a time; and which thread serves requests.
+"""OpenMP's helper threads: one team at a time, how long they spin; which thread serves requests.
 
 Each Python thread that computes gets helper threads of its own, which outlive the work. With two
-such teams there are more threads than processors, and libgomp then puts its helpers to sleep after
-every operation: waking them costs more than a small product. On two cores a decoding step took 1.6
-times as long after the main thread, too, had computed anything with torch.
+such teams there are more threads than processors, and libgomp then lets its threads spin for 100
+turns instead of 300,000 before they sleep (its manual, GOMP_SPINCOUNT). On an idle machine that is
+slow: waking a thread costs more than a small product, and on two cores a decoding step took 1.6
+times as long after the main thread, too, had computed anything with torch. On a busy machine it is
+what is wanted: a thread that spins takes the processor that the thread it waits for needs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+INTERVAL = 0.1
+"""Seconds between two looks at the load."""
+BUSY, IDLE = 0.2, 0.1
+"""Shares of a process's time that its threads wait for a processor: above BUSY their waits are
+short, below IDLE long."""
+CHOICES = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+"""Variables by which users choose how long threads spin."""
 
 
 @cache
@@ -36,6 +48,81 @@ def release_helpers() -> None:
     count = gomp.omp_get_max_threads()
     gomp.omp_pause_resource_all(1)  # omp_pause_soft; does nothing inside a parallel region
     gomp.omp_set_num_threads(count)
+
+
+def _times() -> dict[str, tuple[int, int]]:
+    """By thread of this process, nanoseconds it has run, and has waited for a processor."""
+    times = {}
+    for thread in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            ran, waited, _ = map(int, thread.read_text(encoding="ascii").split())
+            times[thread.parent.name] = ran, waited
+    return times
+
+
+def _share_waited(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> float:
+    """Time that threads waited for a processor, as a share of the time they ran or waited."""
+    ran, waited = (
+        sum(after[each][n] - before[each][n] for each in before.keys() & after.keys())
+        for n in (0, 1)
+    )
+    return waited / max(ran + waited, 1)
+
+
+class LoadWatch:
+    """A thread that lets OpenMP's threads sleep early while other programs use the processors.
+
+    It keeps a second team then, which does nothing. Teams that compute and their sizes stay as they
+    are: results do not depend on the load. Nothing happens without libgomp or Linux's account of
+    each thread's time, where torch computes with one thread, or where the user has set CHOICES.
+    """
+
+    def __init__(self) -> None:
+        self._working, self._ended = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def resume(self) -> None:
+        """Watch from now on."""
+        import torch  # loaded long since by whoever computes
+
+        if torch.get_num_threads() == 1 or CHOICES & os.environ.keys():
+            return
+        if self._thread is None and _gomp() is not None and _times():
+            self._thread = threading.Thread(target=self._watch, name="load", daemon=True)
+            self._thread.start()
+        self._working.set()
+
+    def pause(self) -> None:
+        """Stop looking until `resume`."""
+        self._working.clear()
+
+    def end(self) -> None:
+        """End the thread and its team."""
+        self._ended.set()
+        self._working.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        second_team = False
+        while self._working.wait():
+            before = _times()
+            if self._ended.wait(INTERVAL):
+                break
+            share = _share_waited(before, _times())
+            if share > BUSY and not second_team:
+                second_team = True
+                _start_team()
+            elif share < IDLE and second_team:
+                second_team = False
+                release_helpers()
+        release_helpers()
+
+
+def _start_team() -> None:
+    """Give the calling thread a team as large as the machine; all that its threads do is exist."""
+    gomp, nothing = _gomp(), ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)
+    gomp.GOMP_parallel(nothing, None, ctypes.c_uint(gomp.omp_get_num_procs()), ctypes.c_uint(0))
 
 
 _worker = threading.local()

@@ -12,7 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from cookbook_core.backend.threads import in_worker_thread, mark_worker_thread, release_helpers
+from cookbook_core.backend.threads import (
+    LoadWatch,
+    in_worker_thread,
+    mark_worker_thread,
+    release_helpers,
+)
 from cookbook_core.errors import RequestError
 
 
@@ -49,6 +54,7 @@ class Worker:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._collecting = threading.local()
+        self._watch = LoadWatch()
         _workers.add(self)
 
     def submit(self, label: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
@@ -118,6 +124,7 @@ class Worker:
             self._changed.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+        self._watch.end()
 
     def _put(self, jobs: list[_Job]) -> None:
         if in_worker_thread():
@@ -141,6 +148,7 @@ class Worker:
     def _serve(self) -> None:
         mark_worker_thread()
         while (jobs := self._next()) is not None:
+            self._watch.resume()
             if jobs[0].group is None:
                 _run(jobs[0])
             else:
@@ -152,6 +160,7 @@ class Worker:
         with self._changed:
             if not self._jobs:
                 release_helpers()
+                self._watch.pause()
             self._changed.wait_for(lambda: self._jobs or self._closed)
             if not self._jobs:
                 return None

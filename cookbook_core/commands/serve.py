@@ -61,6 +61,7 @@ def serve(settings: Settings) -> None:
         options=Options(max_adapters=settings.max_adapters),
     )  # fmt: skip
     port = listening.getsockname()[1]
+    listening.listen()  # who reads the address may connect at once, and waits
     print(f"serving {', '.join(bases)} at http://{settings.host}:{port}", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)
     uvicorn.Server(config).run(sockets=[listening])

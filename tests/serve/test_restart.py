@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from cookbook_core.commands import cli
+from cookbook_core.commands.serve import Settings, serve
 from tests.conftest import make_random_data
 from tests.serve.running import NAME, Wire, adam, scoring
 
@@ -128,6 +129,19 @@ def test_sigterm_finishes_the_queue_and_saves_what_is_not_on_disk(start):
         assert {run["base_model"] for run in runs} == {NAME}
         gone = client.post("optim_step", adam(model, 11)).json()["detail"]
         assert "Resume from step 5" in gone
+
+
+def test_a_connection_made_when_the_address_is_printed_waits(monkeypatch, model_folder, tmp_path):
+    reached = []
+
+    def connect(_, sockets):
+        socket.create_connection(sockets[0].getsockname(), timeout=5).close()
+        reached.append(True)
+
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # this process's own
+    monkeypatch.setattr("uvicorn.Server.run", connect)
+    serve(Settings([model_folder("qwen3")], port=0, checkpoint_dir=str(tmp_path), device="cpu"))
+    assert reached
 
 
 def test_a_port_in_use_and_a_missing_model_are_one_message(monkeypatch, capsys, tmp_path):
