@@ -192,6 +192,6 @@ def test_a_layer_takes_few_operations_and_keeps_few_numbers() -> None:
     print(own, few)
     assert few[0] <= 280
     assert 1.5 * few[0] < own[0]
-    # x, y, gate, up; queries and keys twice, values, attended; a number for each norm and query head
+    # x, y, gate, up; queries and keys twice, values, attended; for each norm and query head one
     assert few[1] == 2 * 32 + 2 * 48 + 2 * (48 + 16) + 16 + 48 + (1 + 1 + 8 + 6)
     assert 1.4 * few[1] < own[1]

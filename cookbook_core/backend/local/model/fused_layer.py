@@ -215,7 +215,7 @@ def _same(model: Any, layer: Any) -> bool:
     generator, tokens = torch.Generator().manual_seed(0), 12
     width, params = model.config.hidden_size, [p for p in layer.parameters() if p.requires_grad]
     x, grad = torch.randn(2, 2, tokens // 2, width, generator=generator, dtype=model.dtype)
-    own = type(layer).__base__ if getattr(layer, "few_operations", False) else type(layer)
+    own: Any = type(layer).__base__ if getattr(layer, "few_operations", False) else type(layer)
     results = []
     try:
         position = model.model.rotary_emb(x, 5 + torch.arange(tokens // 2)[None])
