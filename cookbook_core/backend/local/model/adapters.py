@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from cookbook_core.backend.local.model import fused_layer
 from cookbook_core.backend.local.model.flat_adapter import Adapter, Slot
 from cookbook_core.backend.local.model.fused_lora import fuse
 from cookbook_core.backend.local.model.loading import BaseModel
@@ -281,6 +282,7 @@ class AdapterBank:
             slot.rounded = slot.new_flat(model.dtype)
             rounded = dict(zip(params.values(), slot.views(slot.rounded), strict=True))
         fuse(model, name, rounded)
+        fused_layer.check_slot(model, params.values())
         self._active = self._slots[key] = slot
         return slot
 

@@ -14,6 +14,7 @@ from typing import Any
 from cookbook_core.backend.local.model import (
     cuda,
     fused_cuda,
+    fused_layer,
     fused_norm,
     fused_swiglu,
     quantization,
@@ -316,6 +317,7 @@ def _fuse(model: Any, device: torch.device) -> dict[str, str]:
     fused_norm.fuse(model)
     if device.type == "cpu":
         fused_swiglu.fuse(model)
+        fused_layer.fuse(model)
     return fused_cuda.fuse(model) if device.type == "cuda" else {}
 
 

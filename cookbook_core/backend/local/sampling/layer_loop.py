@@ -12,6 +12,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+from cookbook_core.backend.local.model.fused_layer import CLASSES
 from cookbook_core.backend.local.model.quantization import is_quantized
 from cookbook_core.backend.local.sampling.kv_cache import RowCache
 
@@ -19,8 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Of transformers: others of the same structure may depend on the position in other ways."""
 TOLERANCE = 1e-4
 """Largest relative L2 error of a step's logits against the model's own; a wrong formula gives more
 than 0.01."""
