@@ -122,6 +122,21 @@ def test_a_slot_is_compared_too(changed: bool) -> None:
     assert [p.data_ptr() for p in params] == before
 
 
+def test_a_slot_with_biases_takes_the_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama").requires_grad_(False)
+    fused_layer.fuse(model)
+    config = peft.LoraConfig(r=3, target_modules=ALL, lora_bias=True)
+    peft.get_peft_model(model, config, adapter_name="slot0")
+    params = [p for p in model.parameters() if p.requires_grad]
+    fuse_lora(model, "slot0")
+    before = [p.data_ptr() for p in params]
+    fused_layer.check_slot(model, params)
+    assert [p.data_ptr() for p in params] == before
+    assert computed_in_few(model) == [True] * 3
+    monkeypatch.setattr(layer_functions, "_merged", mock.Mock(side_effect=AssertionError))
+    assert all(torch.isfinite(x).all() for x in result(model, params))
+
+
 @pytest.mark.parametrize("kind", ["gemma", "float64", "trained", "qwen3"])
 def test_models_that_are_asked(kind: str) -> None:
     model = make("gemma" if kind == "gemma" else "qwen3").requires_grad_(kind == "trained")

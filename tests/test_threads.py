@@ -27,6 +27,8 @@ def live_threads() -> int:
 def three_threads(monkeypatch: pytest.MonkeyPatch):
     """Three, so that there are helpers on a machine of one core too."""
     monkeypatch.setattr(threads, "_times", dict)  # workers' own watches: the load is the tests'
+    for name in threads.CHOICES:
+        monkeypatch.delenv(name, raising=False)
     before = torch.get_num_threads()
     settle()
     torch.set_num_threads(3)
@@ -66,39 +68,71 @@ def test_a_worker_and_its_caller_never_keep_two_teams() -> None:
     worker.close()
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a team of one has no threads to count")
 def test_a_second_team_exists_while_threads_wait_for_processors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock = {"ran": 0, "waited": 0}
-    share = 0.0
-
-    def times() -> dict[str, tuple[int, int]]:
-        clock["waited"] += int(share * 1000)
-        clock["ran"] += int((1 - share) * 1000)
-        return {"1": (clock["ran"], clock["waited"])}
-
-    monkeypatch.setattr(threads, "_times", times)
-    monkeypatch.setattr(threads, "INTERVAL", 0.01)
+    load, share = Load(monkeypatch), 0.0
     watch, alone = threads.LoadWatch(), live_threads()
-    team = len(os.sched_getaffinity(0)) - 1
+    # beside the three that compute, one more than the machine has
+    team = max(2, len(os.sched_getaffinity(0)) - 1) - 1
     watch.resume()
     for share, expected in ((0.05, 0), (0.3, team), (0.15, team), (0.05, 0), (0.15, 0)):
+        load.share = share
         wait_for(alone + 1 + expected)
         threading.Event().wait(0.1)
         assert live_threads() == alone + 1 + expected, share
-    share = 0.3
+    load.share = 0.3
     wait_for(alone + 1 + team)
+    load.nanoseconds = threads.LEAST // 2  # too little time to tell
+    load.share = 0.0
+    threading.Event().wait(0.1)
+    assert live_threads() == alone + 1 + team
     watch.pause()
+    wait_for(alone + 1)  # nobody works beside it
     watch.end()
     wait_for(alone)
 
 
+def watches() -> int:
+    return sum(thread.name == "load" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("why", ["", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "one thread"])
+def test_a_worker_watches_the_load(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the user has chosen, nor where there is nobody to wait for."""
+    Load(monkeypatch)
+    if why == "one thread":
+        torch.set_num_threads(1)
+    elif why:
+        monkeypatch.setenv(why, "1")
+    worker, before = Worker("test"), watches()
+    assert worker.submit("count", watches).result() == before + (not why)
+    worker.close()
+    assert watches() == before
+
+
+class Load:
+    """Stands for the kernel's account of one thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.share, self.nanoseconds = 0.0, 10 * threads.LEAST
+        self.ran = self.waited = 0
+        monkeypatch.setattr(threads, "_times", self.times)
+        monkeypatch.setattr(threads, "INTERVAL", 0.01)
+        monkeypatch.setattr(threads, "LINGER", 0.02)
+
+    def times(self) -> dict[str, tuple[int, int]]:
+        self.waited += int(self.share * self.nanoseconds)
+        self.ran += int((1 - self.share) * self.nanoseconds)
+        return {"1": (self.ran, self.waited)}
+
+
 def test_the_share_is_that_of_threads_seen_twice() -> None:
-    before = {"1": (100, 0), "2": (50, 50), "ended": (900, 900)}
-    after = {"1": (160, 10), "2": (70, 60), "new": (900, 900)}
-    assert threads._share_waited(before, after) == 20 / 100
-    assert threads._share_waited(before, before) == 0
+    much = threads.LEAST
+    before = {"1": (100, 0), "2": (50, 50), "ended": (9 * much, 9 * much)}
+    after = {"1": (100 + 6 * much, much), "2": (50 + 2 * much, 50 + much), "new": (much, much)}
+    assert threads._share_waited(before, after) == 0.2
+    assert threads._share_waited(before, before) is None
 
 
 def settle() -> None:

@@ -13,13 +13,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 import threading
+import time
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-INTERVAL = 0.1
-"""Seconds between two looks at the load."""
+INTERVAL, LINGER = 0.1, 1.0
+"""Seconds between two looks at the load, and until a second team ends that nobody works beside."""
+LEAST = 25_000_000
+"""Nanoseconds that threads have run or waited between two looks for the second to count."""
 BUSY, IDLE = 0.2, 0.1
 """Shares of a process's time that its threads wait for a processor: above BUSY their waits are
 short, below IDLE long."""
@@ -27,9 +30,13 @@ CHOICES = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
 """Variables by which users choose how long threads spin."""
 
 
-@cache
 def _gomp() -> Any:
-    """The libgomp that torch loaded; None where torch uses another library."""
+    """The libgomp that torch loaded; None before that, and where torch uses another library."""
+    return _loaded_gomp() if "torch" in sys.modules else None
+
+
+@cache
+def _loaded_gomp() -> Any:
     try:
         gomp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
         return gomp if hasattr(gomp, "omp_pause_resource_all") else None
@@ -50,23 +57,33 @@ def release_helpers() -> None:
     gomp.omp_set_num_threads(count)
 
 
-def _times() -> dict[str, tuple[int, int]]:
-    """By thread of this process, nanoseconds it has run, and has waited for a processor."""
-    times = {}
-    for thread in Path("/proc/self/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError):  # the thread has ended
-            ran, waited, _ = map(int, thread.read_text(encoding="ascii").split())
-            times[thread.parent.name] = ran, waited
+Times = dict[str, tuple[int, int]]
+"""By thread of this process, nanoseconds it has run, and has waited for a processor."""
+
+
+def _times() -> Times:
+    times: Times = {}
+    for thread in os.listdir("/proc/self/task") if sys.platform == "linux" else ():
+        # OSError: the thread has ended, or the kernel keeps no account
+        with (
+            contextlib.suppress(OSError),
+            open(f"/proc/self/task/{thread}/schedstat", "rb") as account,
+        ):
+            ran, waited, _ = map(int, account.read().split())
+            times[thread] = ran, waited
     return times
 
 
-def _share_waited(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> float:
-    """Time that threads waited for a processor, as a share of the time they ran or waited."""
+def _share_waited(before: Times, after: Times) -> float | None:
+    """Time that threads waited for a processor, as a share of the time they ran or waited.
+
+    None where that was less than LEAST, too little to tell.
+    """
     ran, waited = (
         sum(after[each][n] - before[each][n] for each in before.keys() & after.keys())
         for n in (0, 1)
     )
-    return waited / max(ran + waited, 1)
+    return waited / (ran + waited) if ran + waited >= LEAST else None
 
 
 class LoadWatch:
@@ -80,12 +97,13 @@ class LoadWatch:
     def __init__(self) -> None:
         self._working, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+        self._threads = 1
 
     def resume(self) -> None:
         """Watch from now on."""
-        import torch  # loaded long since by whoever computes
-
-        if torch.get_num_threads() == 1 or CHOICES & os.environ.keys():
+        torch = sys.modules.get("torch")
+        self._threads = torch.get_num_threads() if torch else 1
+        if self._threads == 1 or CHOICES & os.environ.keys():
             return
         if self._thread is None and _gomp() is not None and _times():
             self._thread = threading.Thread(target=self._watch, name="load", daemon=True)
@@ -104,25 +122,34 @@ class LoadWatch:
             self._thread.join()
 
     def _watch(self) -> None:
-        second_team = False
-        while self._working.wait():
-            before = _times()
-            if self._ended.wait(INTERVAL):
-                break
-            share = _share_waited(before, _times())
+        second_team, before, interval = False, _times(), INTERVAL
+        while not self._ended.wait(interval):
+            if not self._working.wait(LINGER):
+                release_helpers()
+                second_team = False
+                self._working.wait()
+                before = _times()
+                continue
+            began = time.perf_counter()
+            after = _times()
+            interval = max(INTERVAL, 100 * (time.perf_counter() - began))
+            share, before = _share_waited(before, after), after
+            if share is None:
+                continue
             if share > BUSY and not second_team:
                 second_team = True
-                _start_team()
+                _start_team(self._threads)
             elif share < IDLE and second_team:
                 second_team = False
                 release_helpers()
         release_helpers()
 
 
-def _start_team() -> None:
-    """Give the calling thread a team as large as the machine; all that its threads do is exist."""
+def _start_team(threads: int) -> None:
+    """Give the calling thread a team that, beside one of `threads`, is more than the processors."""
     gomp, nothing = _gomp(), ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)
-    gomp.GOMP_parallel(nothing, None, ctypes.c_uint(gomp.omp_get_num_procs()), ctypes.c_uint(0))
+    size = max(2, gomp.omp_get_num_procs() - threads + 2)
+    gomp.GOMP_parallel(nothing, None, ctypes.c_uint(size), ctypes.c_uint(0))
 
 
 _worker = threading.local()

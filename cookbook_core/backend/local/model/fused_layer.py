@@ -1,8 +1,8 @@
 """A Llama-like model's decoder layer in few operations, forward and backward.
 
 Used on the CPU in float32 for the classes below where the layer gives the model's own values and
-gradients, to rounding, on random numbers, and computes with one adapter or none; `layer_functions`
-says how. A policy whose B are zero gives the bits of its reference.
+gradients, to rounding, on random numbers, and computes with one plain adapter or none;
+`layer_functions` says how. A policy whose B are zero gives the bits of its reference.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from cookbook_core.backend.local.model.layer_functions import Inward, Linear, Norm, Outward
+from cookbook_core.backend.local.model.memory import MICRO_BATCH_TOKENS
 from cookbook_core.backend.local.model.quantization import is_quantized
 
 import torch
@@ -61,6 +62,8 @@ def _is_plain_lora(module: Any, name: str) -> bool:
 
 
 def _norm(module: Any) -> Norm:
+    if module.weight.requires_grad:
+        raise _NotPlain
     return Norm(module.weight, module.variance_epsilon)
 
 
@@ -182,13 +185,19 @@ def fuse(model: Any) -> None:
     """
     known = type(model).__name__ in CLASSES and type(model).__module__.startswith("transformers.")
     usable = known and model.device.type == "cpu" and model.dtype == torch.float32
-    if usable and all(_same(model, layer) for layer in model.model.layers):
-        for layer in model.model.layers:
-            layer.__class__ = _fused_class(type(layer))
+    # (a wider one would hardly ever see a row of as many tokens as it is wide)
+    if not usable or 2 * model.config.hidden_size > MICRO_BATCH_TOKENS["cpu"]:
+        return
+    with suppress(_NotPlain):
+        if all(_same(model, layer) for layer in model.model.layers):
+            for layer in model.model.layers:
+                layer.__class__ = _fused_class(type(layer))
 
 
 def check_slot(model: Any, params: Collection[torch.nn.Parameter]) -> None:
-    """Give a model's layers their own forward back unless its gradients are those of a slot.
+    """Give a model's layers their own forward back if a slot's gradients are not those of it.
+
+    Layers with a slot that is not plain take it in any case.
 
     Args:
         model: with the slot's layers, which are active.
@@ -201,17 +210,25 @@ def check_slot(model: Any, params: Collection[torch.nn.Parameter]) -> None:
         return
     generator, kept = torch.Generator().manual_seed(0), [p.data for p in params]
     for p in params:  # B is zero at first, and so would the gradient of A be
-        p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype) / p.shape[1] ** 0.5
-    same = _same(model, trained[0])  # the others have the same classes
-    for p, data in zip(params, kept, strict=True):
-        p.data = data
+        p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype) / p.shape[-1] ** 0.5
+    try:
+        same = _same(model, trained[0])  # the others have the same classes
+    except _NotPlain:
+        return
+    finally:
+        for p, data in zip(params, kept, strict=True):
+            p.data = data
     if not same:
         for layer in fused:
             layer.__class__ = type(layer).__base__
 
 
 def _same(model: Any, layer: Any) -> bool:
-    """Whether a layer gives the values and gradients of its own forward on random numbers."""
+    """Whether a layer gives the values and gradients of its own forward on random numbers.
+
+    Raises:
+        _NotPlain: it takes its own forward.
+    """
     generator, tokens = torch.Generator().manual_seed(0), 12
     width, params = model.config.hidden_size, [p for p in layer.parameters() if p.requires_grad]
     x, grad = torch.randn(2, 2, tokens // 2, width, generator=generator, dtype=model.dtype)
@@ -224,7 +241,9 @@ def _same(model: Any, layer: Any) -> bool:
                 leaf = x.clone().requires_grad_()
                 y = forward(layer, leaf, attention_mask=None, position_embeddings=position)
                 results.append([y, *torch.autograd.grad(y, [leaf, *params], grad)])
-    except (_NotPlain, RuntimeError, TypeError, AttributeError):
+    except _NotPlain:
+        raise
+    except Exception:  # whatever it is, they are not the same
         return False
     pairs = zip(*results, strict=True)
     return all(bool((b - a).norm() <= TOLERANCE * a.norm()) for a, b in pairs)

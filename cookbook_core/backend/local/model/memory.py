@@ -91,7 +91,7 @@ def estimate_graph_bytes(model: Any) -> GraphBytes:
     heads, keys, width = attention_shape(config)
     numbers = 5 * hidden + 4 * inner + 3 * width * (heads + keys)
     if any(getattr(layer, "few_operations", False) for layer in decoder_layers(model)):
-        numbers = 2 * hidden + 2 * inner + 2 * width * (heads + keys)
+        numbers = 2 * hidden + 2 * inner + 3 * width * (heads + keys)
     size = model.dtype.itemsize
     norms = 1.15 if size < 4 else 1.0  # computed in float32
     return GraphBytes(layers * numbers * size * norms, (layers + 3) * hidden * size)

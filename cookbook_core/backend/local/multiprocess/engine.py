@@ -42,6 +42,7 @@ from cookbook_core.backend.local.multiprocess.packets import (
 from cookbook_core.backend.local.multiprocess.shares import share_out, spread
 from cookbook_core.backend.local.scoring.backward import BatchScores, View, views_of
 from cookbook_core.backend.sampling_requests import SampleRequest
+from cookbook_core.backend.threads import LoadWatch
 from cookbook_core.custom_loss import LossTypeInput
 from cookbook_core.errors import CookbookError, ModelError, ProcessError
 from cookbook_core.types import Datum, SampleResponse
@@ -334,8 +335,16 @@ class Follower:
         Raises:
             ProcessError: rank 0 died.
         """
+        watch = LoadWatch()
+        try:
+            self._serve(watch)
+        finally:
+            watch.end()
+
+    def _serve(self, watch: LoadWatch) -> None:
         group = self._group
         while (request := group.receive_request()).header["op"] != "end":
+            watch.resume()
             try:
                 if request.header["op"] == "load":
                     self._load(request.header)
