@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SUITES = (
-    *("test_checkpoints", "test_export", "test_fused_lora", "test_fused_norm"),
+    *("test_checkpoints", "test_export", "test_fused_layer", "test_fused_lora", "test_fused_norm"),
     *("test_gradient_parity", "test_packing", "test_sampler", "test_scoring"),
     *("test_vocab_logprobs", "serve/test_protocol", "serve/test_chat"),
 )
