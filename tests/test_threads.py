@@ -89,6 +89,10 @@ def test_a_second_team_exists_while_threads_wait_for_processors(
     assert live_threads() == alone + 1 + team
     watch.pause()
     wait_for(alone + 1)  # nobody works beside it
+    watch.resume()
+    wait_for(alone + 1 + team)
+    watch.pause()
+    wait_for(alone + 1)
     watch.end()
     wait_for(alone)
 

@@ -126,8 +126,9 @@ class LoadWatch:
         while not self._ended.wait(interval):
             if not self._working.wait(LINGER):
                 release_helpers()
-                second_team = False
                 self._working.wait()
+                if second_team and not self._ended.is_set():  # as it was, until the next look
+                    _start_team(self._threads)
                 before = _times()
                 continue
             began = time.perf_counter()
