@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from cookbook_core.backend.local.model.layer_functions import normalized
+
 import torch
 
 
@@ -24,9 +26,8 @@ def _rms_norm(x: Any, weight: Any, eps: float) -> tuple[torch.Tensor, torch.Tens
     Returns:
         weight * x / rms(x), `(..., d)`; 1 / rms(x), `(..., 1)`.
     """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return torch.mul(x, scale).mul_(weight), scale
+    y, scale = normalized(x, eps)
+    return y.mul_(weight), scale
 
 
 class _RmsNorm(torch.autograd.Function):

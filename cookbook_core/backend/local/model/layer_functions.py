@@ -99,7 +99,7 @@ def _factor_grads(
 # ---- norms and positions ------------------------------------------------------------------------
 
 
-def _normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / rms(x) over the last dimension, and 1 / rms(x)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -156,7 +156,7 @@ class Inward(torch.autograd.Function):
             sin: like cos.
         """
         width, lead = cos.shape[-1], x.shape[:-1]
-        normal, scale = _normalized(x.flatten(0, -2), norm.eps)
+        normal, scale = normalized(x.flatten(0, -2), norm.eps)
         weight = _merged(linears, norm.weight)
         turning = len(weight) - len(linears[2].weight)
         qk = _product(normal, weight[:turning], linears[:2]).view(*lead, -1, width)
@@ -164,7 +164,7 @@ class Inward(torch.autograd.Function):
         before = head_scale = None
         if head_norm is not None:
             before = qk
-            qk, head_scale = _normalized(qk, head_norm.eps)
+            qk, head_scale = normalized(qk, head_norm.eps)
             qk.mul_(head_norm.weight)
         turned = _turned(qk, cos, sin, torch.empty_like(qk), 1)
         ctx.save_for_backward(x, scale, before, head_scale, cos, sin)
@@ -220,7 +220,7 @@ class Outward(torch.autograd.Function):
         """
         outward, inner, down = linears[:1], linears[1:3], linears[3:]
         y = _added(x.flatten(0, -2), attended.view(-1, outward[0].weight.shape[1]), outward)
-        normal, scale = _normalized(y, norm.eps)
+        normal, scale = normalized(y, norm.eps)
         weight = _merged(inner, norm.weight)
         gate, up = (
             _product(normal, own, [linear])
