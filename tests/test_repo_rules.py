@@ -230,6 +230,19 @@ def test_recipes(path):
     assert callable(module.train)
 
 
+@pytest.mark.parametrize("path", [*RECIPES, *NOTEBOOKS], ids=name_of)
+def test_programs_import_the_core_first(path):
+    """Those that people copy: --help and mistyped flags are answered before torch is imported."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = [c["source"] for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+        text = "\n".join("".join(cell) for cell in cells)
+    packages = re.findall(r"^(?:from|import) (\w+)", text, re.M)  # without those of a function
+    ours = min(packages.index(name) for name in ("cookbook_core", "recipes") if name in packages)
+    for name in ("torch", "numpy", "peft", "transformers", "matplotlib"):
+        assert name not in packages or packages.index(name) > ours
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_notebooks(path):
     """In the table, short, run in order, outputs stored without noise, something checked."""
